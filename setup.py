@@ -1,0 +1,67 @@
+"""The package, its console script, and the extras that bring TensorFlow for each platform."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+HERE = pathlib.Path(__file__).parent
+
+VERSION = re.search(
+    r'^__version__ = "([^"]+)"', (HERE / "trainer" / "__init__.py").read_text(), re.MULTILINE
+)
+assert VERSION is not None
+
+README = HERE / "README.md"
+
+# 2.17 is the oldest TensorFlow whose API the code keeps to, 2.21 the newest it was tested with.
+TENSORFLOW = ">=2.17,<2.22"
+
+EXTRAS = {
+    "cpu": [f"tensorflow-cpu{TENSORFLOW}"],
+    "gpu": [f"tensorflow[and-cuda]{TENSORFLOW}"],
+    # The one pair that imports together: a newer libtpu fails with this TensorFlow.
+    "tpu": ["tensorflow-tpu==2.20.0", "libtpu==0.0.14"],
+    # Only for TensorFlow builds without gs:// inside; its native ops fit 2.16 and 2.17.
+    "io": ["tensorflow-io==0.37.1"],
+    "gcs": ["gcsfs>=2024.2", "google-cloud-storage>=2.14"],
+    "video": ["imageio>=2.31", "imageio-ffmpeg>=0.4.9"],
+    "tensorboard": ["tensorboard>=2.17,<2.22"],
+    "dev": [
+        "hypothesis>=6.100",
+        "mypy>=1.10",
+        "pytest>=8.0",
+        "pytest-xdist>=3.5",
+        "ruff>=0.6",
+        "types-PyYAML",
+    ],
+}
+
+setup(
+    name="stylegan-trainer",
+    version=VERSION.group(1),
+    description="StyleGAN-family training on TensorFlow 2: placement-invariant, exactly resumable",
+    long_description=README.read_text() if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE", "THIRD_PARTY_NOTICES.md"],
+    packages=find_packages(include=["trainer", "trainer.*"]),
+    package_data={"trainer": ["data/fluent_emoji_32/*"]},
+    python_requires=">=3.10,<3.14",
+    install_requires=[
+        "absl-py>=1.4",
+        "fsspec>=2024.2",
+        "google-crc32c>=1.5",
+        "numpy>=1.26",
+        "Pillow>=10.1",
+        "psutil>=5.9",
+        "PyYAML>=6.0",
+        "tqdm>=4.64",
+    ],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["stylegan-trainer = trainer.__main__:main"]},
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,30 @@
+"""What all tests share: a quiet, repeatable TensorFlow with four CPUs, and repeatable examples."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import hypothesis
+import pytest
+
+# Before any test module imports TensorFlow. Parity is a matter of float32 on the CPU: a GPU that
+# happens to be there must not take part.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+
+VIRTUAL_CPUS = 4
+
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("repeatable")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Splits the CPU for the tests of several replicas; TensorFlow allows it only at first."""
+    if "tensorflow" not in sys.modules or session.config.option.collectonly:
+        return
+    import tensorflow as tf
+
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    parts = [tf.config.LogicalDeviceConfiguration() for _ in range(VIRTUAL_CPUS)]
+    tf.config.set_logical_device_configuration(cpu, parts)

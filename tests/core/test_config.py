@@ -1,0 +1,389 @@
+"""Sections, YAML, overrides, identity, and the rules between keys."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import typing
+from typing import Any, Literal
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+
+from trainer.core import config as config_lib
+from trainer.core import errors, storage
+from trainer.core.config import Config
+from trainer.core.errors import ConfigError
+
+NUMBERS = st.floats(min_value=1e-12, max_value=0.999, allow_subnormal=False)
+
+
+def _values(key: str, hint: Any) -> st.SearchStrategy[Any]:
+    """Values that every limit in the config allows."""
+    choices = []
+    for option in config_lib._options(hint):
+        if typing.get_origin(option) is Literal:
+            choices.append(st.sampled_from(typing.get_args(option)))
+        elif option is type(None):
+            choices.append(st.none())
+        elif option is bool:
+            choices.append(st.booleans())
+        elif option is int:
+            choices.append(st.integers(1, 2**40))
+        elif option is float:
+            choices.append(NUMBERS)
+        else:
+            choices.append(st.text())
+    return st.one_of(choices)
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> Config:
+    document: dict[str, dict[str, Any]] = {}
+    for key, hint in config_lib._HINTS.items():
+        section, _, name = key.partition(".")
+        if draw(st.booleans()):
+            document.setdefault(section, {})[name] = draw(_values(key, hint))
+    if document.get("augment", {}).get("mode") == "fixed":
+        document["augment"]["p"] = 0.5
+    return config_lib.from_dict(document)
+
+
+def write(path: pathlib.Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+# ---------------------------------------------------------------- round trips
+
+
+@hypothesis.given(configs())
+@hypothesis.settings(deadline=None, max_examples=150)
+def test_yaml_loads_back_equal(config: Config) -> None:
+    path = "memory://roundtrip/config.yaml"
+    storage.write_text_atomic(path, config_lib.to_yaml(config))
+    assert config_lib.load(path) == config
+    assert config_lib.from_dict(config_lib.to_dict(config)) == config
+
+
+@pytest.mark.parametrize(
+    "text", ["1e3", "null", "true", "0x10", "~", "", "yes", "2024-01-01", "a: b", "'", "#", "1_0"]
+)
+def test_text_that_looks_like_something_else_stays_text(text: str, tmp_path: pathlib.Path) -> None:
+    config = config_lib.from_dict({"data": {"path": text}})
+    path = write(tmp_path / "c.yaml", config_lib.to_yaml(config))
+    assert config_lib.load(path).data.path == text
+    assert config_lib.load(path, [f"data.path={text}"]).data.path == text
+
+
+def test_empty_file_is_the_defaults(tmp_path: pathlib.Path) -> None:
+    assert config_lib.load(write(tmp_path / "c.yaml", "# nothing\ndata:\n")) == Config()
+
+
+def test_every_key_is_documented() -> None:
+    for name, section in config_lib._SECTIONS.items():
+        for field in dataclasses.fields(section):
+            assert f"\n      {field.name}: " in (section.__doc__ or ""), f"{name}.{field.name}"
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_base_is_relative_to_the_file_and_the_nearest_value_wins(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "deep").mkdir()
+    write(tmp_path / "root.yaml", "run: {seed: 1}\nmodel: {z_dim: 8, w_dim: 8}\n")
+    write(tmp_path / "deep/middle.yaml", "base: ../root.yaml\nmodel: {z_dim: 16}\n")
+    leaf = write(tmp_path / "leaf.yaml", "base: deep/middle.yaml\ntraining: {rounds: 2}\n")
+    config = config_lib.load(leaf, ["run.seed=7", "training.rounds=3", "training.rounds=4"])
+    assert (config.run.seed, config.model.z_dim, config.model.w_dim) == (7, 16, 8)
+    assert config.training.rounds == 4
+
+
+def test_base_in_an_object_store() -> None:
+    storage.write_text_atomic("memory://bucket/a/base.yaml", "run: {seed: 5}\n")
+    storage.write_text_atomic("memory://bucket/a/b/leaf.yaml", "base: ../base.yaml\n")
+    assert config_lib.load("memory://bucket/a/b/leaf.yaml").run.seed == 5
+
+
+def test_cycle_of_bases_is_an_error(tmp_path: pathlib.Path) -> None:
+    write(tmp_path / "a.yaml", "base: b.yaml\n")
+    write(tmp_path / "b.yaml", "base: ./a.yaml\n")
+    with pytest.raises(ConfigError, match=r"cycle: .*a\.yaml -> .*b\.yaml -> .*a\.yaml"):
+        config_lib.load(str(tmp_path / "a.yaml"))
+
+
+def test_error_in_a_base_names_the_base(tmp_path: pathlib.Path) -> None:
+    write(tmp_path / "root.yaml", "run: {sede: 1}\n")
+    leaf = write(tmp_path / "leaf.yaml", "base: root.yaml\n")
+    with pytest.raises(ConfigError, match=r"root\.yaml: unknown key run\.sede.*run\.seed"):
+        config_lib.load(leaf)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("run: {seed: 1}\nrun: {seed: 2}\n", r"c\.yaml line 2: 'run' is given twice"),
+        ("run:\n  seed: 1\n  seed: 2\n", r"line 3: 'seed' is given twice"),
+        ("run: [", r"c\.yaml line 1: "),
+        ("- 1\n", "expected sections"),
+        ("run: 3\n", "section run must hold keys, got 3"),
+        ("base: 3\n", "base = 3"),
+        ("base: missing.yaml\n", r"missing\.yaml.*does not exist"),
+        ("trianing: {}\n", "unknown section 'trianing'; did you mean training"),
+        ("batch_size: 8\n", r"did you mean training\.batch_size"),
+        ("training: {mirror: true}\n", r"unknown key training\.mirror; did you mean data\.mirror"),
+        ("training: {batchsize: 8}\n", r"did you mean training\.batch_size"),
+        (
+            "training: {qqqqqqq: 8}\n",
+            r"unknown key training\.qqqqqqq; keys of training are batch_size, rounds",
+        ),
+        ("1: {}\n", "unknown section '1'"),
+        ("data: {mirror: yes}\n", r"data\.mirror = 'yes' \(str\): expected true or false"),
+        ("data: {window: 010}\n", r"data\.window = '010' \(str\): expected a whole number"),
+        ("training: {batch_size: 8.0}\n", r"training\.batch_size = 8\.0 \(float\)"),
+        ("training: {r1_gamma: true}\n", r"training\.r1_gamma = True \(bool\): expected a number"),
+        ("training: {r1_gamma: .nan}\n", r"training\.r1_gamma = nan"),
+        ("training: {r1_gamma: .inf}\n", r"training\.r1_gamma = inf"),
+        ("training: {beta1: auto}\n", r"training\.beta1 = 'auto'"),
+        ("training: {style_mixing_prob: 1.5}\n", r"style_mixing_prob = 1\.5.*between 0 and 1"),
+        ("model: {g_architecture: Skip}\n", r"'Skip'.*'skip', 'resnet', 'orig'"),
+        ("augment: {pipe: cgb}\n", r"augment\.pipe = 'cgb'"),
+        ("augment: {mode: fixed}\n", r"set augment\.p above 0"),
+        ("run: {jit: true}\n", r"run\.jit = True"),
+        ("data: {path: 3}\n", r"data\.path = 3 \(int\): expected text"),
+    ],
+)
+def test_bad_file_is_one_clear_line(text: str, message: str, tmp_path: pathlib.Path) -> None:
+    with pytest.raises(errors.TrainerError, match=message) as caught:
+        config_lib.load(write(tmp_path / "c.yaml", text))
+    assert "\n" not in str(caught.value)
+
+
+def test_on_and_exponents_read_as_a_person_means_them(tmp_path: pathlib.Path) -> None:
+    path = write(tmp_path / "c.yaml", "run: {jit: on}\ntraining: {g_lr: 1e-3, r1_gamma: 10}\n")
+    config = config_lib.load(path)
+    assert (config.run.jit, config.training.g_lr) == ("on", 0.001)
+    assert isinstance(config.training.r1_gamma, float)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.batch_size", "expected --set section.key=value"),
+        ("batch_size=8", "expected --set section.key=value"),
+        ("trainin.batch_size=8", "did you mean training"),
+        ("training.batch_sizes=8", r"did you mean training\.batch_size"),
+        ("training.batch_size=eight", "--set training.batch_size=eight: training.batch_size = 'e"),
+        ("training.batch_size=", "training.batch_size = null: expected"),
+        ("training.batch_size=0", "1 or more"),
+        ("training.batch_size=[8", "not valid|expected"),
+        ("run.seed=-1", "0 or more"),
+    ],
+)
+def test_bad_override_is_one_clear_line(
+    override: str, message: str, tmp_path: pathlib.Path
+) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        config_lib.load(write(tmp_path / "c.yaml", ""), [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_sections_made_in_python_are_checked_too() -> None:
+    with pytest.raises(ConfigError, match=r"training\.batch_size = -1"):
+        dataclasses.replace(Config().training, batch_size=-1)
+    assert config_lib.TrainingConfig(r1_gamma=3) == config_lib.TrainingConfig(r1_gamma=3.0)
+
+
+# ---------------------------------------------------------------- identity
+
+
+@hypothesis.given(configs(), configs())
+@hypothesis.settings(deadline=None, max_examples=60)
+def test_fingerprint_and_diff_agree(old: Config, new: Config) -> None:
+    assert (config_lib.fingerprint(old) == config_lib.fingerprint(new)) == (
+        config_lib.diff(old, new) == []
+    )
+
+
+# Another valid value of each key that a resumed run may change.
+FREE = {
+    "run.deterministic=true",
+    "run.strategy=mirrored",
+    "run.jit=on",
+    "data.path=elsewhere",
+    "training.rounds=2",
+    "training.total_kimg=1",
+    "checkpoint.every_steps=7",
+    "checkpoint.keep_last=7",
+    "checkpoint.keep_every_kimg=7",
+    "telemetry.tick_kimg=7",
+    "telemetry.snap_ticks=7",
+    "telemetry.tensorboard=false",
+}
+
+
+@pytest.mark.parametrize("key", sorted(config_lib._HINTS))
+def test_exactly_the_free_keys_leave_the_fingerprint(key: str) -> None:
+    default: Any = getattr(getattr(Config(), key.partition(".")[0]), key.partition(".")[2])
+    free = {text.partition("=")[0]: text for text in FREE}
+    other: dict[Any, Any] = {
+        "run.precision": "bfloat16",
+        "augment.mode": "none",
+        "augment.pipe": "b",
+        "model.g_architecture": "orig",
+        "model.d_architecture": "orig",
+        "training.ema_rampup": 0.05,
+        "training.init_from": "runs/a",
+    }
+    if key == "model.family":
+        pytest.skip("there is one family")
+    if key in free:
+        changed = config_lib._build(dict([config_lib._read_override(free[key])]))
+        assert changed != Config()
+        assert config_lib.diff(Config(), changed) == []
+        return
+    value = other.get(key, not default if isinstance(default, bool) else None)
+    if value is None:
+        value = default + 1 if isinstance(default, int) else default / 2 + 0.25
+    section, _, name = key.partition(".")
+    changed = config_lib.from_dict({section: {name: value}})
+    assert config_lib.diff(Config(), changed) == [(key, default, value)]
+    assert config_lib.fingerprint(changed) != config_lib.fingerprint(Config())
+
+
+def test_fingerprint_is_the_same_in_every_process() -> None:
+    # A literal on purpose: stored in checkpoints, it may only change together with the config.
+    assert config_lib.fingerprint(Config()) == "df1358076bcd3769"
+
+
+# ---------------------------------------------------------------- resolution
+
+
+@pytest.mark.parametrize(
+    ("resolution", "expected"),
+    [
+        ((32, 32), (4, 4, 3)),
+        ((64, 64), (4, 4, 4)),
+        ((1024, 1024), (4, 4, 8)),
+        ((256, 128), (8, 4, 5)),
+        ((128, 256), (4, 8, 5)),
+        ((96, 96), (6, 6, 4)),
+        ((8, 8), (4, 4, 1)),
+        ((14, 10), (7, 5, 1)),
+        ((512, 64), (32, 4, 4)),
+    ],
+)
+def test_base_grid(resolution: tuple[int, int], expected: tuple[int, int, int]) -> None:
+    assert config_lib.base_grid(resolution) == expected
+
+
+@pytest.mark.parametrize(
+    ("resolution", "nearest"),
+    [
+        ((100, 100), "96x96, 112x112"),
+        ((4, 4), "8x8"),
+        ((1, 1), "8x8"),
+        ((257, 129), "256x128"),
+        ((1080, 1920), "1024x1792"),
+        ((1024, 64), "1024x128"),
+        ((30, 30), "28x28|32x32"),
+    ],
+)
+def test_impossible_resolution_names_possible_ones(
+    resolution: tuple[int, int], nearest: str
+) -> None:
+    with pytest.raises(ConfigError, match=nearest):
+        config_lib.base_grid(resolution)
+
+
+@hypothesis.given(st.integers(1, 2100), st.integers(1, 2100))
+@hypothesis.settings(deadline=None)
+def test_base_grid_or_neighbours_that_work(height: int, width: int) -> None:
+    try:
+        h0, w0, n = config_lib.base_grid((height, width))
+    except ConfigError:
+        nearest = config_lib._nearest_resolutions(height, width)
+        assert nearest
+        assert all(config_lib.base_grid(size) for size in nearest)
+        return
+    assert (h0 * 2**n, w0 * 2**n) == (height, width)
+    assert 4 <= min(h0, w0) <= 7
+    assert max(h0, w0) <= 32
+    assert n >= 1
+
+
+AUTO = {
+    "training": dict.fromkeys(["batch_size", "g_lr", "d_lr", "r1_gamma", "ema_kimg"], "auto"),
+    "model": {"channel_base": "auto", "mbstd_group_size": "auto"},
+}
+
+
+def test_resolve_follows_a_given_batch() -> None:
+    config = config_lib.from_dict(AUTO | {"training": AUTO["training"] | {"batch_size": 16}})
+    resolved = config_lib.resolve(config, resolution=(128, 64))
+    assert resolved.training.r1_gamma == pytest.approx(0.0002 * 128**2 / 16)
+    assert resolved.training.ema_kimg == 5
+    assert resolved.model.mbstd_group_size == 4
+    small = dataclasses.replace(config, training=dataclasses.replace(config.training, batch_size=2))
+    assert config_lib.resolve(small, resolution=(32, 32)).model.mbstd_group_size == 2
+
+
+def test_resolve_leaves_given_values_and_the_machine_keys_alone() -> None:
+    assert config_lib.resolve(Config(), resolution=(64, 64)) == Config()
+
+
+def test_resolve_refuses_an_impossible_resolution() -> None:
+    with pytest.raises(ConfigError, match="100x100"):
+        config_lib.resolve(Config(), resolution=(100, 100))
+
+
+# ---------------------------------------------------------------- batch
+
+
+def _batch(size: int, group: int, rounds: int, **training: Any) -> Config:
+    return config_lib.from_dict(
+        {
+            "training": {"batch_size": size, "rounds": rounds, **training},
+            "model": {"mbstd_group_size": group},
+        }
+    )
+
+
+@hypothesis.given(
+    st.integers(1, 8), st.integers(1, 4), st.integers(1, 8), st.sampled_from([1, 2, 4, 8])
+)
+def test_batch_arithmetic_adds_up(groups: int, rounds: int, replicas: int, group: int) -> None:
+    size = groups * rounds * replicas * group
+    config = _batch(size, group, rounds, pl_batch_shrink=1)
+    batch = config_lib.batch_arithmetic(config, replicas)
+    assert batch.global_batch == size == batch.groups_per_step * batch.group_size
+    assert batch.per_replica_batch * batch.rounds * batch.num_replicas == size
+    assert batch.per_replica_batch % group == 0
+
+
+@pytest.mark.parametrize(
+    ("size", "group", "rounds", "replicas", "message"),
+    [
+        (20, 4, 1, 2, "16 or 24"),
+        (32, 4, 3, 1, "24 or 36"),
+        (4, 4, 1, 8, "set it to 32,"),
+        (6, 4, 1, 1, "4 or 8"),
+    ],
+)
+def test_batch_that_does_not_divide_names_those_that_do(
+    size: int, group: int, rounds: int, replicas: int, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config_lib.batch_arithmetic(_batch(size, group, rounds), replicas)
+
+
+def test_path_length_needs_whole_shares_of_a_group() -> None:
+    with pytest.raises(ConfigError, match=r"pl_batch_shrink = 2.*group of 3"):
+        config_lib.batch_arithmetic(_batch(6, 3, 1), 1)
+    assert config_lib.batch_arithmetic(_batch(6, 3, 1, pl_weight=0), 1).groups_per_step == 2
+
+
+def test_batch_arithmetic_wants_a_resolved_config() -> None:
+    with pytest.raises(ConfigError, match="resolved"):
+        config_lib.batch_arithmetic(config_lib.from_dict(AUTO), 1)

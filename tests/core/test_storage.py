@@ -1,0 +1,238 @@
+"""Paths, atomic writes and error messages, on the disk and on a store behind fsspec."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pathlib
+from collections.abc import Iterator
+
+import fsspec
+import pytest
+
+from trainer.core import storage
+from trainer.core.errors import CheckpointError, StorageError
+
+
+@pytest.fixture(params=["local", "remote"])
+def root(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> Iterator[str]:
+    if request.param == "local":
+        yield str(tmp_path)
+        return
+    yield "memory://bucket/run"
+    fsspec.filesystem("memory").store.clear()
+    fsspec.filesystem("memory").pseudo_dirs[:] = [""]
+
+
+def test_write_read_list_remove(root: str) -> None:
+    path = storage.join(root, "a", "b.txt")
+    assert not storage.exists(path)
+    storage.write_text_atomic(path, "snow \u2603\n")
+    storage.write_bytes_atomic(storage.join(root, "a", "c.bin"), b"\0\1")
+    assert storage.read_text(path) == "snow \u2603\n"
+    assert storage.read_bytes(storage.join(root, "a", "c.bin")) == b"\0\1"
+    assert storage.size(path) == 9
+    assert storage.listdir(storage.join(root, "a")) == ["b.txt", "c.bin"]
+    assert storage.isdir(storage.join(root, "a"))
+    assert not storage.isdir(path)
+    storage.remove_tree(path)
+    assert storage.listdir(storage.join(root, "a")) == ["c.bin"]
+    storage.remove_tree(storage.join(root, "a"))
+    storage.remove_tree(storage.join(root, "a"))
+    assert not storage.exists(storage.join(root, "a"))
+
+
+def test_write_replaces_and_append_adds(root: str) -> None:
+    path = storage.join(root, "log.jsonl")
+    storage.append_text(path, "1\n")
+    storage.append_text(path, "2\n")
+    assert storage.read_text(path) == "1\n2\n"
+    storage.write_text_atomic(path, "3\n")
+    assert storage.read_text(path) == "3\n"
+
+
+def test_open_read_seeks(root: str) -> None:
+    path = storage.join(root, "x")
+    storage.write_bytes_atomic(path, b"0123456789")
+    with storage.open_read(path) as file:
+        file.seek(7)
+        assert file.read(2) == b"78"
+
+
+def test_rename_file_and_directory(root: str) -> None:
+    storage.write_text_atomic(storage.join(root, "old", "x"), "1")
+    storage.rename(storage.join(root, "old"), storage.join(root, "new"))
+    assert not storage.exists(storage.join(root, "old", "x"))
+    assert storage.read_text(storage.join(root, "new", "x")) == "1"
+    storage.write_text_atomic(storage.join(root, "y"), "2")
+    storage.rename(storage.join(root, "y"), storage.join(root, "new", "x"))
+    assert storage.read_text(storage.join(root, "new", "x")) == "2"
+
+
+def test_failed_write_leaves_the_old_file_and_nothing_else(root: str) -> None:
+    path = storage.join(root, "x")
+    storage.write_text_atomic(path, "old")
+
+    def interrupted() -> None:
+        with storage.open_write_atomic(path) as file:
+            file.write(b"half of the new")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert storage.read_text(path) == "old"
+    assert storage.listdir(root) == ["x"]
+
+
+def test_makedirs_twice_is_fine(root: str) -> None:
+    for _ in range(2):
+        storage.makedirs(storage.join(root, "a", "b"))
+    assert storage.isdir(storage.join(root, "a", "b"))
+
+
+def test_missing_file_says_so(root: str) -> None:
+    path = storage.join(root, "missing")
+    for action in (storage.read_bytes, storage.read_text, storage.open_read, storage.listdir):
+        with pytest.raises(StorageError, match=r"cannot (read|list) .*missing: .*does not exist"):
+            action(path)
+
+
+# ---------------------------------------------------------------- local failures
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (errno.ENOSPC, "disk is full; free some space"),
+        (errno.EDQUOT, "quota"),
+        (errno.EROFS, "read-only"),
+        (errno.EACCES, "permission denied"),
+        (errno.EIO, "Input/output error"),
+    ],
+)
+def test_system_error_becomes_one_line_and_old_content_stays(
+    code: int, message: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(tmp_path / "x")
+    storage.write_text_atomic(path, "old")
+
+    def fail(_: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(StorageError, match=message) as caught:
+        storage.write_text_atomic(path, "new")
+    assert caught.value.exit_code == 4
+    assert path in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert storage.read_text(path) == "old"
+    assert os.listdir(tmp_path) == ["x"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_full_disk() -> None:
+    with pytest.raises(StorageError, match="cannot write /dev/full: the disk is full"):
+        storage.append_text("/dev/full", "x" * 2**20)
+
+
+def test_file_where_a_directory_should_be(tmp_path: pathlib.Path) -> None:
+    storage.write_text_atomic(str(tmp_path / "x"), "")
+    below = str(tmp_path / "x" / "y")
+    with pytest.raises(StorageError, match="cannot write .*is a file"):
+        storage.write_text_atomic(below, "")
+    with pytest.raises(StorageError, match="cannot make directory .*is a file"):
+        storage.makedirs(below)
+    with pytest.raises(StorageError, match="cannot read .*it is a directory"):
+        storage.read_bytes(str(tmp_path))
+
+
+def test_text_that_is_not_utf8(tmp_path: pathlib.Path) -> None:
+    storage.write_bytes_atomic(str(tmp_path / "x"), b"\xff\xfe")
+    with pytest.raises(StorageError, match="x: it is not UTF-8"):
+        storage.read_text(str(tmp_path / "x"))
+
+
+def test_errors_of_the_writer_inside_the_block_keep_their_kind(tmp_path: pathlib.Path) -> None:
+    def broken(error: Exception) -> None:
+        with storage.open_write_atomic(str(tmp_path / "x")):
+            raise error
+
+    with pytest.raises(CheckpointError, match="mine"):
+        broken(CheckpointError("mine"))
+    with pytest.raises(ZeroDivisionError):
+        broken(ZeroDivisionError())
+    assert os.listdir(tmp_path) == []
+
+
+def test_written_file_is_readable_by_others(tmp_path: pathlib.Path) -> None:
+    old = os.umask(0o022)
+    try:
+        storage.write_text_atomic(str(tmp_path / "x"), "")
+    finally:
+        os.umask(old)
+    assert os.stat(tmp_path / "x").st_mode & 0o777 == 0o644
+
+
+# ---------------------------------------------------------------- remote
+
+
+def test_unknown_scheme_is_one_line() -> None:
+    with pytest.raises(StorageError, match="cannot read nope://a/b: .*nope"):
+        storage.read_bytes("nope://a/b")
+
+
+def test_missing_client_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "fsspec", None)
+    with pytest.raises(StorageError, match=r"stylegan-trainer\[gcs\]"):
+        storage.read_bytes("gs://bucket/x")
+
+
+def test_client_error_of_any_kind_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    class CredentialsError(Exception):
+        pass
+
+    def fail(*_: object, **__: object) -> None:
+        raise CredentialsError("no credentials\nread the manual")
+
+    monkeypatch.setattr(fsspec.filesystem("memory").__class__, "_open", fail)
+    with pytest.raises(StorageError, match="cannot read memory://a/b: no credentials read"):
+        storage.read_bytes("memory://a/b")
+
+
+# ---------------------------------------------------------------- paths
+
+
+def test_resolve(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert storage.resolve("~/x") == str(tmp_path / "x")
+    assert storage.resolve("gs://b/~x") == "gs://b/~x"
+    assert storage.resolve("file:///a/b") == "/a/b"
+    assert storage.resolve("a/b") == "a/b"
+    assert storage.isdir(storage.resolve("package:core"))
+    assert storage.exists(storage.join(storage.resolve("package:core"), "storage.py"))
+
+
+@pytest.mark.parametrize(
+    ("path", "other", "expected"),
+    [
+        ("a/b.yaml", "c.yaml", "a/c.yaml"),
+        ("a/b.yaml", "../c.yaml", "c.yaml"),
+        ("b.yaml", "./c.yaml", "c.yaml"),
+        ("a/b.yaml", "/c.yaml", "/c.yaml"),
+        ("a/b.yaml", "gs://x/c.yaml", "gs://x/c.yaml"),
+        ("gs://x/a/b.yaml", "../c.yaml", "gs://x/c.yaml"),
+        ("gs://x/b.yaml", "/c.yaml", "/c.yaml"),
+    ],
+)
+def test_sibling(path: str, other: str, expected: str) -> None:
+    assert storage.sibling(path, other) == expected
+
+
+def test_is_remote_and_join() -> None:
+    assert storage.is_remote("gs://b/x")
+    assert not storage.is_remote("file:///x")
+    assert not storage.is_remote("package:data/x")
+    assert storage.join("gs://b/x", "y", "z") == "gs://b/x/y/z"
+    assert storage.join("x", "y") == os.path.join("x", "y")

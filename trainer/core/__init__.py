@@ -1,0 +1,1 @@
+"""The ground floor: errors, config, flags, storage and seeds."""

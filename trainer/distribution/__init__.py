@@ -1,0 +1,5 @@
+"""Where a step runs: strategies, devices and precision."""
+
+from trainer.core.errors import require_tensorflow
+
+require_tensorflow()

@@ -1,0 +1,615 @@
+"""StyleGAN2's generator and discriminator (Karras et al. 2020), value for value NVIDIA's.
+
+A network is a description: it knows the names and shapes of its parameters and how to apply them,
+and holds none. Parameters come as a mapping from name to tensor, so the same network serves the
+weights in training, their moving average and a loaded checkpoint. Names are NVIDIA's; a `b16`
+block is the third above the base grid, also where that grid isn't 4x4.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import tensorflow as tf
+
+from trainer.core import seeds
+from trainer.core.config import base_grid
+from trainer.networks import ops
+
+Params = Mapping[str, tf.Tensor]
+
+_SQRT_HALF = math.sqrt(0.5)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One parameter: its shape in our layout and how it starts.
+
+    Attributes:
+      shape: [kh, kw, in, out], [in, out], [C], [H, W, C] (`const`), [H, W] (`noise_const`) or [].
+      init: standard deviation of a normal start if `random`, else the constant it starts from.
+      random: whether it starts from normal noise.
+      trainable: whether the optimizer changes it; NVIDIA's buffers aren't.
+      grid: for a layer that flattens feature maps, the (H, W, C) it flattens.
+    """
+
+    shape: tuple[int, ...]
+    init: float
+    random: bool
+    trainable: bool = True
+    grid: tuple[int, int, int] | None = None
+
+
+class Network:
+    """What generator and discriminator share: named parameters and their layouts."""
+
+    def __init__(self) -> None:
+        self.specs: dict[str, Spec] = {}
+
+    def init(self, seed: int) -> dict[str, np.ndarray]:
+        """Fresh float32 parameters; a parameter's start depends on the seed and its name only."""
+        values = {}
+        for name, spec in self.specs.items():
+            if spec.random:
+                rng = seeds.generator(seed, seeds.Purpose.INIT, *name.encode())
+                value = rng.standard_normal(spec.shape) * spec.init
+            else:
+                value = np.full(spec.shape, spec.init)
+            values[name] = value.astype(np.float32)
+        return values
+
+    def trainable_names(self) -> list[str]:
+        """The parameters an optimizer changes, in the order of creation."""
+        return [name for name, spec in self.specs.items() if spec.trainable]
+
+    def from_nvidia(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Takes parameters over from NVIDIA's layouts (OIHW, [out, in], CHW).
+
+        Args:
+          arrays: NVIDIA's parameters and buffers by name; filters among them are passed over.
+
+        Raises:
+          ValueError: naming parameters that are missing or have another shape.
+        """
+        values = {}
+        for name, spec in self.specs.items():
+            if name not in arrays:
+                raise ValueError(f"parameter {name!r} is missing")
+            value = _from_nvidia_layout(np.asarray(arrays[name]), spec)
+            if value.shape != spec.shape:
+                raise ValueError(f"parameter {name!r} has shape {value.shape}, not {spec.shape}")
+            values[name] = value
+        return values
+
+    def to_nvidia(self, params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The inverse of `from_nvidia`."""
+        return {
+            name: _to_nvidia_layout(np.asarray(params[name]), spec)
+            for name, spec in self.specs.items()
+        }
+
+    def _dense(
+        self, name: str, inputs: int, outputs: int, *, bias: float = 0.0, lr_multiplier: float = 1.0
+    ) -> None:
+        self.specs[f"{name}.weight"] = Spec((inputs, outputs), 1 / lr_multiplier, True)
+        self.specs[f"{name}.bias"] = Spec((outputs,), bias, False)
+
+    def _conv(self, name: str, inputs: int, outputs: int, kernel: int, *, bias: bool) -> None:
+        self.specs[f"{name}.weight"] = Spec((kernel, kernel, inputs, outputs), 1.0, True)
+        if bias:
+            self.specs[f"{name}.bias"] = Spec((outputs,), 0.0, False)
+
+    def _mapping(self, z_dim: int, c_dim: int, w_dim: int, layers: int) -> None:
+        """Declares a mapping network (`mapping.*`)."""
+        if c_dim:
+            self._dense("mapping.embed", c_dim, w_dim)
+        features = z_dim + (w_dim if c_dim else 0)
+        for layer in range(layers):
+            self._dense(f"mapping.fc{layer}", features, w_dim, lr_multiplier=_MAPPING_LR)
+            features = w_dim
+
+
+def _from_nvidia_layout(value: np.ndarray, spec: Spec) -> np.ndarray:
+    if spec.grid is not None:
+        height, width, channels = spec.grid
+        value = value.reshape(-1, channels, height, width).transpose(2, 3, 1, 0)
+        return np.ascontiguousarray(value.reshape(height * width * channels, -1))
+    if value.ndim == 4:
+        return np.ascontiguousarray(value.transpose(2, 3, 1, 0))
+    if value.ndim == 3:
+        return np.ascontiguousarray(value.transpose(1, 2, 0))
+    # The noise of a layer is an image in both layouts.
+    return np.ascontiguousarray(value.T) if value.ndim == 2 and spec.trainable else value
+
+
+def _to_nvidia_layout(value: np.ndarray, spec: Spec) -> np.ndarray:
+    if spec.grid is not None:
+        height, width, channels = spec.grid
+        value = value.reshape(height, width, channels, -1).transpose(3, 2, 0, 1)
+        return np.ascontiguousarray(value.reshape(-1, channels * height * width))
+    if value.ndim == 4:
+        return np.ascontiguousarray(value.transpose(3, 2, 0, 1))
+    if value.ndim == 3:
+        return np.ascontiguousarray(value.transpose(2, 0, 1))
+    return np.ascontiguousarray(value.T) if value.ndim == 2 and spec.trainable else value
+
+
+# The learning rate of the mapping network relative to the rest (StyleGAN, appendix C).
+_MAPPING_LR = 0.01
+
+
+def _dense(
+    params: Params,
+    name: str,
+    x: tf.Tensor,
+    *,
+    activation: str = "linear",
+    lr_multiplier: float = 1.0,
+) -> tf.Tensor:
+    """A fully connected layer with equalised learning rate (Karras et al. 2018, section 4.1)."""
+    weight = params[f"{name}.weight"]
+    weight *= tf.constant(lr_multiplier / math.sqrt(weight.shape[0]), weight.dtype)
+    bias = params[f"{name}.bias"]
+    if lr_multiplier != 1:
+        bias *= tf.constant(lr_multiplier, bias.dtype)
+    return ops.bias_act(tf.linalg.matmul(x, weight), bias, activation)
+
+
+def _equalized(weight: tf.Tensor) -> tf.Tensor:
+    """A convolution's weight scaled by its fan-in."""
+    return weight * tf.constant(1 / math.sqrt(np.prod(weight.shape[:-1])), weight.dtype)
+
+
+def _conv(
+    params: Params,
+    name: str,
+    x: tf.Tensor,
+    *,
+    activation: str = "linear",
+    up: int = 1,
+    down: int = 1,
+    gain: float = 1.0,
+    clamp: float | None = None,
+    fir: ops.Fir,
+) -> tf.Tensor:
+    """A convolution with equalised learning rate, bias and activation."""
+    weight = tf.cast(_equalized(params[f"{name}.weight"]), x.dtype)
+    x = ops.conv2d_resample(x, weight, up=up, down=down, fir=fir)
+    act_gain = gain * (math.sqrt(2) if activation == "lrelu" else 1.0)
+    act_clamp = None if clamp is None else clamp * gain
+    bias = params.get(f"{name}.bias")
+    return ops.bias_act(x, bias, activation, gain=act_gain, clamp=act_clamp)
+
+
+def _mapping_layers(params: Params, z: tf.Tensor | None, c: tf.Tensor, layers: int) -> tf.Tensor:
+    """Normalised z and label embedding through the fully connected layers: [N, w_dim]."""
+    inputs = [] if z is None else [ops.normalize_2nd_moment(z)]
+    if "mapping.embed.weight" in params:
+        inputs.append(ops.normalize_2nd_moment(_dense(params, "mapping.embed", c)))
+    x = tf.concat(inputs, 1)
+    for layer in range(layers):
+        x = _dense(
+            params, f"mapping.fc{layer}", x, activation="lrelu", lr_multiplier=_MAPPING_LR
+        )
+    return x
+
+
+@dataclass(frozen=True)
+class Block:
+    """One resolution of a network.
+
+    Attributes:
+      name: `b4`, `b8`, ...: NVIDIA's name.
+      height, width: of its feature maps (the larger ones, for a discriminator block).
+      inputs, outputs: channels. A generator's first block has no inputs.
+      dtype: in which its convolutions run; None is that of the parameters.
+    """
+
+    name: str
+    height: int
+    width: int
+    inputs: int
+    outputs: int
+    dtype: tf.DType | None
+
+
+def _channels(level: int, channel_base: int, channel_max: int) -> int:
+    return min(channel_base // (4 << level), channel_max)
+
+
+def _level_dtype(
+    level: int, doublings: int, num_fp16_res: int, half_dtype: tf.DType | None
+) -> tf.DType | None:
+    """16-bit for the `num_fp16_res` highest resolutions, but never below the second (`b8`)."""
+    return half_dtype if level > max(doublings - num_fp16_res, 0) else None
+
+
+class Generator(Network):
+    """z, c -> ws -> images.
+
+    Args:
+      z_dim: size of the latent.
+      c_dim: number of classes, 0 if unconditional.
+      w_dim: size of the intermediate latent.
+      resolution: (height, width) = base grid times a power of two.
+      img_channels: 1 to 4.
+      mapping_layers: depth of the mapping network.
+      channel_base, channel_max: a block at nominal resolution r has
+        min(channel_base // r, channel_max) channels.
+      architecture: "skip", "resnet" or "orig" (StyleGAN2, figure 7).
+      num_fp16_res: how many of the highest resolutions run in `half_dtype`.
+      conv_clamp: limit of activations in every block (NVIDIA's --fp32 has none).
+      half_dtype: tf.float16, tf.bfloat16, or None for full precision throughout.
+      fir: how FIR filters are computed.
+    """
+
+    def __init__(
+        self,
+        *,
+        z_dim: int,
+        c_dim: int,
+        w_dim: int,
+        resolution: tuple[int, int],
+        img_channels: int = 3,
+        mapping_layers: int = 8,
+        channel_base: int = 32768,
+        channel_max: int = 512,
+        architecture: str = "skip",
+        num_fp16_res: int = 0,
+        conv_clamp: float | None = None,
+        half_dtype: tf.DType | None = None,
+        fir: ops.Fir = ops.Fir.SHIFT,
+    ) -> None:
+        super().__init__()
+        self.z_dim, self.c_dim, self.w_dim = z_dim, c_dim, w_dim
+        self.resolution, self.img_channels = resolution, img_channels
+        self.mapping_layers, self.architecture = mapping_layers, architecture
+        self.conv_clamp, self.fir = conv_clamp, fir
+        height, width, doublings = base_grid(resolution)
+        self.blocks: list[Block] = []
+        inputs = 0
+        for level in range(doublings + 1):
+            outputs = _channels(level, channel_base, channel_max)
+            dtype = _level_dtype(level, doublings, num_fp16_res, half_dtype)
+            name = f"b{4 << level}"
+            self.blocks.append(Block(name, height << level, width << level, inputs, outputs, dtype))
+            inputs = outputs
+        for block in self.blocks:
+            self._declare(block)
+        self._mapping(z_dim, c_dim, w_dim, mapping_layers)
+        self.specs["mapping.w_avg"] = Spec((w_dim,), 0.0, False, trainable=False)
+        # Every convolution takes one w, and so does the last conversion to RGB.
+        self.num_ws = sum(self._num_convs(block) for block in self.blocks) + 1
+        self.noise_shapes = [
+            (block.height, block.width) for block in self.blocks for _ in range(self._num_convs(block))
+        ]
+
+    @staticmethod
+    def _num_convs(block: Block) -> int:
+        return 2 if block.inputs else 1
+
+    def _has_torgb(self, block: Block) -> bool:
+        return self.architecture == "skip" or block is self.blocks[-1]
+
+    def _declare(self, block: Block) -> None:
+        name, outputs = f"synthesis.{block.name}", block.outputs
+        if not block.inputs:
+            self.specs[f"{name}.const"] = Spec((block.height, block.width, outputs), 1.0, True)
+        else:
+            self._declare_layer(f"{name}.conv0", block, block.inputs)
+        self._declare_layer(f"{name}.conv1", block, outputs)
+        if self._has_torgb(block):
+            self._conv(f"{name}.torgb", outputs, self.img_channels, 1, bias=True)
+            self._dense(f"{name}.torgb.affine", self.w_dim, outputs, bias=1.0)
+        if block.inputs and self.architecture == "resnet":
+            self._conv(f"{name}.skip", block.inputs, outputs, 1, bias=False)
+
+    def _declare_layer(self, name: str, block: Block, inputs: int) -> None:
+        self._conv(name, inputs, block.outputs, 3, bias=True)
+        self.specs[f"{name}.noise_strength"] = Spec((), 0.0, False)
+        self.specs[f"{name}.noise_const"] = Spec(
+            (block.height, block.width), 1.0, True, trainable=False
+        )
+        self._dense(f"{name}.affine", self.w_dim, inputs, bias=1.0)
+
+    # ----------------------------------------------------------------------------------
+
+    def map(self, params: Params, z: tf.Tensor, c: tf.Tensor) -> tf.Tensor:
+        """The mapping network alone.
+
+        Args:
+          params: the parameters by name.
+          z: [N, z_dim], standard normal.
+          c: [N, c_dim], one-hot labels; c_dim may be 0.
+
+        Returns:
+          w: [N, w_dim].
+        """
+        return _mapping_layers(params, z, c, self.mapping_layers)
+
+    def broadcast(self, w: tf.Tensor) -> tf.Tensor:
+        """One w for every layer: [N, w_dim] -> [N, num_ws, w_dim]."""
+        return tf.tile(w[:, tf.newaxis], [1, self.num_ws, 1])
+
+    def mapping(
+        self,
+        params: Params,
+        z: tf.Tensor,
+        c: tf.Tensor,
+        truncation_psi: float | tf.Tensor = 1.0,
+        truncation_cutoff: int | None = None,
+    ) -> tf.Tensor:
+        """Latents to the ws of all layers, with truncation (StyleGAN, appendix B).
+
+        Args:
+          params: the parameters by name.
+          z: [N, z_dim].
+          c: [N, c_dim].
+          truncation_psi: 1 leaves w, 0 gives the average w.
+          truncation_cutoff: only this many of the first layers are truncated; None is all.
+
+        Returns:
+          ws: [N, num_ws, w_dim].
+        """
+        ws = self.broadcast(self.map(params, z, c))
+        cutoff = self.num_ws if truncation_cutoff is None else truncation_cutoff
+        average = params["mapping.w_avg"]
+        truncated = average + (ws - average) * tf.cast(truncation_psi, ws.dtype)
+        layer = tf.range(self.num_ws)[tf.newaxis, :, tf.newaxis]
+        return tf.where(layer < cutoff, truncated, ws)
+
+    def noise(self, params: Params, mode: str, random: tf.Tensor | None = None) -> list[tf.Tensor]:
+        """The noise image of every layer, before its strength.
+
+        Args:
+          params: the parameters by name.
+          mode: "const" (the network's own), "random" or "none".
+          random: [N, sum of height * width over the layers], standard normal, for "random".
+
+        Returns:
+          One [H, W] or [N, H, W] for each layer; empty for "none".
+        """
+        if mode == "none":
+            return []
+        if mode == "const":
+            names = [name for name in self.specs if name.endswith(".noise_const")]
+            return [params[name] for name in names]
+        assert random is not None
+        sizes = [height * width for height, width in self.noise_shapes]
+        parts = tf.split(random, sizes, axis=1)
+        return [
+            tf.reshape(part, [-1, height, width])
+            for part, (height, width) in zip(parts, self.noise_shapes)
+        ]
+
+    def synthesis(
+        self, params: Params, ws: tf.Tensor, noise: list[tf.Tensor] | None = None
+    ) -> tf.Tensor:
+        """Renders images.
+
+        Args:
+          params: the parameters by name.
+          ws: [N, num_ws, w_dim].
+          noise: from `noise`; None is the network's own constant noise.
+
+        Returns:
+          [N, H, W, img_channels] in about [-1, 1], in the dtype of `ws`.
+        """
+        noise = self.noise(params, "const") if noise is None else noise
+        styles = iter(tf.unstack(ws, axis=1))
+        layer_noise = iter(noise)
+        x = img = None
+        for block in self.blocks:
+            x, img, last = self._block(params, block, x, img, styles, layer_noise)
+            # A block's conversion to RGB and the next block's first layer share a w.
+            styles = _chain(last, styles) if block is not self.blocks[-1] else styles
+        assert img is not None
+        return img
+
+    def _block(
+        self,
+        params: Params,
+        block: Block,
+        x: tf.Tensor | None,
+        img: tf.Tensor | None,
+        styles: Iterator[tf.Tensor],
+        noise: Iterator[tf.Tensor],
+    ) -> tuple[tf.Tensor, tf.Tensor | None, tf.Tensor]:
+        name, full = f"synthesis.{block.name}", params["mapping.w_avg"].dtype
+        dtype = block.dtype or full
+        layer = self._layer
+        if x is None:
+            w = next(styles)
+            const = tf.cast(params[f"{name}.const"], dtype)
+            x = tf.tile(const[tf.newaxis], [tf.shape(w)[0] if w.shape[0] is None else w.shape[0], 1, 1, 1])
+            x = layer(params, f"{name}.conv1", x, w, noise)
+        else:
+            x = tf.cast(x, dtype)
+            residual = self.architecture == "resnet"
+            gain = _SQRT_HALF if residual else 1.0
+            y = _conv(params, f"{name}.skip", x, up=2, gain=gain, fir=self.fir) if residual else None
+            x = layer(params, f"{name}.conv0", x, next(styles), noise, up=2)
+            x = layer(params, f"{name}.conv1", x, next(styles), noise, gain=gain)
+            x = x if y is None else x + y
+        if img is not None:
+            img = ops.upsample2d(img, ops.RESAMPLE_FILTER, self.fir)
+        last = next(styles)
+        if self._has_torgb(block):
+            rgb = tf.cast(self._torgb(params, f"{name}.torgb", x, last), full)
+            img = rgb if img is None else img + rgb
+        return x, img, last
+
+    def _layer(
+        self,
+        params: Params,
+        name: str,
+        x: tf.Tensor,
+        w: tf.Tensor,
+        noise: Iterator[tf.Tensor],
+        up: int = 1,
+        gain: float = 1.0,
+    ) -> tf.Tensor:
+        """Modulated 3x3 convolution, noise, bias and leaky ReLU."""
+        styles = _dense(params, f"{name}.affine", w)
+        weight = params[f"{name}.weight"]
+        image = next(noise, None)
+        if image is not None:
+            image = image[..., tf.newaxis] * params[f"{name}.noise_strength"]
+        x = ops.modulated_conv2d(x, weight, styles, image, up=up, fir=self.fir)
+        clamp = None if self.conv_clamp is None else self.conv_clamp * gain
+        gain *= math.sqrt(2)
+        return ops.bias_act(x, params[f"{name}.bias"], "lrelu", gain=gain, clamp=clamp)
+
+    def _torgb(self, params: Params, name: str, x: tf.Tensor, w: tf.Tensor) -> tf.Tensor:
+        weight = params[f"{name}.weight"]
+        styles = _dense(params, f"{name}.affine", w)
+        styles *= tf.constant(1 / math.sqrt(weight.shape[2]), styles.dtype)
+        x = ops.modulated_conv2d(x, weight, styles, demodulate=False, fir=self.fir)
+        return ops.bias_act(x, params[f"{name}.bias"], clamp=self.conv_clamp)
+
+
+def _chain(first: tf.Tensor, rest: Iterator[tf.Tensor]) -> Iterator[tf.Tensor]:
+    yield first
+    yield from rest
+
+
+class Discriminator(Network):
+    """Images, c -> logits.
+
+    Args:
+      c_dim: number of classes, 0 if unconditional.
+      resolution: (height, width).
+      img_channels: 1 to 4.
+      channel_base, channel_max: as for the generator.
+      architecture: "resnet", "skip" or "orig".
+      mapping_layers: depth of the label's mapping network (conditional only).
+      mbstd_group_size: images that minibatch-stddev compares: every so many consecutive ones.
+      num_fp16_res, conv_clamp, half_dtype, fir: as for the generator.
+    """
+
+    def __init__(
+        self,
+        *,
+        c_dim: int,
+        resolution: tuple[int, int],
+        img_channels: int = 3,
+        channel_base: int = 32768,
+        channel_max: int = 512,
+        architecture: str = "resnet",
+        mapping_layers: int = 8,
+        mbstd_group_size: int = 4,
+        num_fp16_res: int = 0,
+        conv_clamp: float | None = None,
+        half_dtype: tf.DType | None = None,
+        fir: ops.Fir = ops.Fir.SHIFT,
+    ) -> None:
+        super().__init__()
+        self.c_dim, self.resolution, self.img_channels = c_dim, resolution, img_channels
+        self.architecture, self.mapping_layers = architecture, mapping_layers
+        self.mbstd_group_size, self.conv_clamp, self.fir = mbstd_group_size, conv_clamp, fir
+        height, width, doublings = base_grid(resolution)
+        self.blocks: list[Block] = []
+        for level in range(doublings, 0, -1):
+            inputs = _channels(level, channel_base, channel_max)
+            outputs = _channels(level - 1, channel_base, channel_max)
+            dtype = _level_dtype(level, doublings, num_fp16_res, half_dtype)
+            name = f"b{4 << level}"
+            self.blocks.append(Block(name, height << level, width << level, inputs, outputs, dtype))
+        # NVIDIA counts layers from the image inwards when it freezes the first of them.
+        self._layers: list[str] = []
+        for block in self.blocks:
+            self._declare(block)
+        channels = _channels(0, channel_base, channel_max)
+        self.cmap_dim = channels if c_dim else 0
+        if architecture == "skip":
+            self._conv("b4.fromrgb", img_channels, channels, 1, bias=True)
+        self._conv("b4.conv", channels + 1, channels, 3, bias=True)
+        self.specs["b4.fc.weight"] = Spec(
+            (height * width * channels, channels), 1.0, True, grid=(height, width, channels)
+        )
+        self.specs["b4.fc.bias"] = Spec((channels,), 0.0, False)
+        self._dense("b4.out", channels, self.cmap_dim or 1)
+        if c_dim:
+            self._mapping(0, c_dim, self.cmap_dim, mapping_layers)
+
+    def _declare(self, block: Block) -> None:
+        if block is self.blocks[0] or self.architecture == "skip":
+            self._conv(f"{block.name}.fromrgb", self.img_channels, block.inputs, 1, bias=True)
+            self._layers.append(f"{block.name}.fromrgb")
+        self._conv(f"{block.name}.conv0", block.inputs, block.inputs, 3, bias=True)
+        self._conv(f"{block.name}.conv1", block.inputs, block.outputs, 3, bias=True)
+        self._layers += [f"{block.name}.conv0", f"{block.name}.conv1"]
+        if self.architecture == "resnet":
+            self._conv(f"{block.name}.skip", block.inputs, block.outputs, 1, bias=False)
+            self._layers.append(f"{block.name}.skip")
+
+    def trainable_names(self, freeze_layers: int = 0) -> list[str]:
+        """The parameters an optimizer changes, without the first `freeze_layers` layers (Freeze-D).
+
+        Mo et al. 2020, "Freeze the discriminator"; layers count from the image inwards.
+        """
+        frozen = {f"{layer}.{kind}" for layer in self._layers[:freeze_layers] for kind in ("weight", "bias")}
+        return [name for name in super().trainable_names() if name not in frozen]
+
+    def __call__(self, params: Params, images: tf.Tensor, c: tf.Tensor) -> tf.Tensor:
+        """Scores images.
+
+        Args:
+          params: the parameters by name.
+          images: [N, H, W, img_channels] in [-1, 1].
+          c: [N, c_dim], one-hot labels; c_dim may be 0.
+
+        Returns:
+          logits: [N, 1], positive for real, in the dtype of the parameters.
+        """
+        full = params["b4.out.weight"].dtype
+        x, img = None, images
+        for block in self.blocks:
+            x, img = self._block(params, block, x, img)
+        x = tf.cast(x, full)
+        if self.architecture == "skip":
+            x += self._fromrgb(params, "b4.fromrgb", tf.cast(img, full))
+        x = self._epilogue(params, x)
+        if not self.c_dim:
+            return x
+        cmap = _mapping_layers(params, None, c, self.mapping_layers)
+        return tf.reduce_sum(x * cmap, 1, keepdims=True) / math.sqrt(self.cmap_dim)
+
+    def _fromrgb(self, params: Params, name: str, img: tf.Tensor) -> tf.Tensor:
+        return _conv(params, name, img, activation="lrelu", clamp=self.conv_clamp, fir=self.fir)
+
+    def _block(
+        self, params: Params, block: Block, x: tf.Tensor | None, img: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        name, clamp, fir = block.name, self.conv_clamp, self.fir
+        dtype = block.dtype or params["b4.out.weight"].dtype
+        x = None if x is None else tf.cast(x, dtype)
+        if f"{name}.fromrgb.weight" in params:
+            img = tf.cast(img, dtype)
+            y = self._fromrgb(params, f"{name}.fromrgb", img)
+            x = y if x is None else x + y
+            if self.architecture == "skip":
+                img = ops.downsample2d(img, ops.RESAMPLE_FILTER, fir)
+        assert x is not None
+        residual = self.architecture == "resnet"
+        gain = _SQRT_HALF if residual else 1.0
+        y = _conv(params, f"{name}.skip", x, down=2, gain=gain, fir=fir) if residual else None
+        x = _conv(params, f"{name}.conv0", x, activation="lrelu", clamp=clamp, fir=fir)
+        x = _conv(
+            params, f"{name}.conv1", x, activation="lrelu", down=2, gain=gain, clamp=clamp, fir=fir
+        )
+        return (x if y is None else x + y), img
+
+    def _epilogue(self, params: Params, x: tf.Tensor) -> tf.Tensor:
+        """Minibatch-stddev, convolution and two fully connected layers, all in full precision."""
+        x = ops.minibatch_stddev(x, self.mbstd_group_size)
+        x = _conv(
+            params, "b4.conv", x, activation="lrelu", clamp=self.conv_clamp, fir=self.fir
+        )
+        _, height, width, channels = x.shape
+        x = tf.reshape(x, [-1, height * width * channels])
+        x = _dense(params, "b4.fc", x, activation="lrelu")
+        return _dense(params, "b4.out", x)

@@ -1,0 +1,68 @@
+"""What generator and discriminator are trained to do, sample by sample.
+
+Every function returns one value for each sample; means over the whole batch are taken by the step,
+which alone knows how the batch is spread over rounds and replicas.
+"""
+
+from __future__ import annotations
+
+import tensorflow as tf
+
+
+def generator_logistic(fake_logits: tf.Tensor) -> tf.Tensor:
+    """Non-saturating loss -log sigmoid(D(G(z))) (Goodfellow et al. 2014): [N, 1] -> [N, 1]."""
+    return tf.nn.softplus(-fake_logits)
+
+
+def discriminator_logistic(fake_logits: tf.Tensor, real_logits: tf.Tensor) -> tf.Tensor:
+    """-log(1 - sigmoid(D(G(z)))) - log sigmoid(D(x)): two [N, 1] -> [N, 1]."""
+    return tf.nn.softplus(fake_logits) + tf.nn.softplus(-real_logits)
+
+
+def r1_penalty(image_gradients: tf.Tensor) -> tf.Tensor:
+    """R1 (Mescheder et al. 2018, equation 9), before gamma / 2.
+
+    Args:
+      image_gradients: [N, H, W, C], of each real image's logit.
+
+    Returns:
+      [N]: the squared length of each.
+    """
+    return tf.reduce_sum(tf.square(image_gradients), [1, 2, 3])
+
+
+def path_lengths(ws_gradients: tf.Tensor) -> tf.Tensor:
+    """How much an image changes with its latents (StyleGAN2, section 3.2).
+
+    Args:
+      ws_gradients: [N, num_ws, w_dim], of sum(image * noise) with noise of variance 1 / (H W).
+
+    Returns:
+      [N]: the lengths, averaged over the layers in the square.
+    """
+    return tf.sqrt(tf.reduce_mean(tf.reduce_sum(tf.square(ws_gradients), 2), 1))
+
+
+def path_length_coefficients(
+    lengths: tf.Tensor, batch_mean: tf.Tensor, moving_mean: tf.Tensor, decay: float
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """The path length penalty and its exact derivative, given only the mean over the whole batch.
+
+    With m = lerp(moving_mean, batch_mean, decay), NVIDIA's penalty is mean((l - m)^2) with the
+    gradient through m. Its derivative in l_i is c_i / n with
+    c_i = 2 [(l_i - m) - decay * mean(l - m)], so differentiating mean(stop_gradient(c_i) l_i) gives
+    the same gradient whichever round or replica a sample is in.
+
+    Args:
+      lengths: [N], some of the batch.
+      batch_mean: [], of the lengths over the whole batch.
+      moving_mean: [], before this step.
+      decay: weight of the batch in the moving mean.
+
+    Returns:
+      The penalties [N], the coefficients [N], and the new moving mean [].
+    """
+    mean = moving_mean + tf.cast(decay, lengths.dtype) * (batch_mean - moving_mean)
+    difference = lengths - mean
+    coefficients = 2 * (difference - tf.cast(decay, lengths.dtype) * (batch_mean - mean))
+    return tf.square(difference), tf.stop_gradient(coefficients), mean

@@ -1,0 +1,82 @@
+"""Adam (Kingma and Ba 2015) as a pure function, and its settings under lazy regularisation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import tensorflow as tf
+
+Tensors = Mapping[str, tf.Tensor]
+
+
+@dataclass(frozen=True)
+class Adam:
+    """Settings of one network's optimizer.
+
+    Attributes:
+      lr: learning rate.
+      beta1, beta2: decay of the first and second moments.
+      eps: added to the root of the corrected second moment.
+    """
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float = 1e-8
+
+    @classmethod
+    def lazy(cls, lr: float, beta1: float, beta2: float, reg_interval: int) -> Adam:
+        """The settings for lazy regularisation (StyleGAN2, appendix B).
+
+        One optimizer serves the main loss at every step and the regulariser at every
+        `reg_interval`-th, so it steps k + 1 times in k; rate and decay are corrected for that.
+        """
+        ratio = reg_interval / (reg_interval + 1)
+        return cls(lr * ratio, beta1**ratio, beta2**ratio)
+
+    def update(
+        self, count: tf.Tensor, params: Tensors, first: Tensors, second: Tensors, grads: Tensors
+    ) -> tuple[dict[str, tf.Tensor], dict[str, tf.Tensor], dict[str, tf.Tensor]]:
+        """One step.
+
+        Args:
+          count: [] int64, how many steps were made, this one included.
+          params, first, second, grads: by name, all with the names of `grads`.
+
+        Returns:
+          The new params, first and second moments.
+        """
+        new_params, new_first, new_second = {}, {}, {}
+        for name, grad in grads.items():
+            dtype = grad.dtype
+            steps = tf.cast(count, dtype)
+            correction1 = 1 - tf.pow(tf.constant(self.beta1, dtype), steps)
+            correction2 = 1 - tf.pow(tf.constant(self.beta2, dtype), steps)
+            m = first[name] * self.beta1 + grad * (1 - self.beta1)
+            v = second[name] * self.beta2 + tf.square(grad) * (1 - self.beta2)
+            step = self.lr / correction1
+            new_params[name] = params[name] - step * m / (
+                tf.sqrt(v) * tf.math.rsqrt(correction2) + self.eps
+            )
+            new_first[name], new_second[name] = m, v
+        return new_params, new_first, new_second
+
+
+def ema_beta(batch_size: int, images: tf.Tensor, ema_kimg: float, rampup: float | None) -> tf.Tensor:
+    """Decay of the generator's moving average in one step.
+
+    Args:
+      batch_size: images per step.
+      images: [] int64, images seen before this step.
+      ema_kimg: half-life in thousands of images.
+      rampup: the half-life is at most this fraction of the images seen; None doesn't limit it.
+
+    Returns:
+      [] float32: G_ema = lerp(G, G_ema, beta).
+    """
+    half_life = tf.constant(ema_kimg * 1000, tf.float32)
+    if rampup is not None:
+        half_life = tf.minimum(half_life, tf.cast(images, tf.float32) * rampup)
+    return tf.exp(-math.log(2) * batch_size / tf.maximum(half_life, 1e-8))
