@@ -192,6 +192,7 @@ class ModelConfig(_Section):
       z_dim: length of the latent z (NVIDIA: 512).
       w_dim: length of the intermediate latent w (NVIDIA: 512).
       mapping_layers: layers of G's mapping network (NVIDIA: `map`, 8, or 2 in auto and cifar).
+      d_mapping_layers: layers of the mapping of labels in a conditional D (NVIDIA: 8).
       channel_base: channels of a resolution are channel_base / resolution, at most `channel_max`
         (NVIDIA: fmaps * 32768). 'auto': 32768 from 512 pixels on, else 16384.
       channel_max: most channels of any layer (NVIDIA: 512).
@@ -210,6 +211,7 @@ class ModelConfig(_Section):
     z_dim: int = _key(512, _AT_LEAST_1)
     w_dim: int = _key(512, _AT_LEAST_1)
     mapping_layers: int = _key(8, _AT_LEAST_1)
+    d_mapping_layers: int = _key(8, _AT_LEAST_1)
     channel_base: int | Auto = _key(32768, _AT_LEAST_1)
     channel_max: int = _key(512, _AT_LEAST_1)
     g_architecture: Literal["skip", "resnet", "orig"] = "skip"
@@ -241,6 +243,7 @@ class TrainingConfig(_Section):
       g_reg_interval: steps between two path length phases (NVIDIA: 4).
       d_reg_interval: steps between two R1 phases (NVIDIA: 16).
       style_mixing_prob: probability of style mixing (NVIDIA: 0.9, or 0 in cifar).
+      noise_mode: G's noise inputs in training: 'random', 'const' or 'none' (NVIDIA: random).
       ema_kimg: half-life of G_ema in thousands of images (NVIDIA: `ema`). 'auto': batch * 10 / 32.
       ema_rampup: the half-life is at most this times the images seen so far; null for no ramp
         (NVIDIA: `ramp`, 0.05 in auto and cifar).
@@ -262,6 +265,7 @@ class TrainingConfig(_Section):
     g_reg_interval: int = _key(4, _AT_LEAST_1)
     d_reg_interval: int = _key(16, _AT_LEAST_1)
     style_mixing_prob: float = _key(0.9, _FRACTION)
+    noise_mode: Literal["random", "const", "none"] = "random"
     ema_kimg: float | Auto = _key(10.0, _AT_LEAST_0)
     ema_rampup: float | None = _key(None, _POSITIVE)
     freeze_d: int = _key(0, _AT_LEAST_0)

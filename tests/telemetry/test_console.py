@@ -1,0 +1,126 @@
+"""The console: durations, the ETA, the tick line, and the bar that keeps out of its way."""
+
+import math
+import re
+import sys
+
+import pytest
+
+from trainer.telemetry.console import Console, Eta, format_time, tick_line
+from trainer.telemetry.statsfile import Stat, constant
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0s"),
+        (59.4, "59s"),
+        (59.6, "1m 00s"),
+        (187, "3m 07s"),
+        (3599.7, "1h 00m 00s"),
+        (3723, "1h 02m 03s"),
+        (86399, "23h 59m 59s"),
+        (86400 * 2 + 3 * 3600 + 4 * 60 + 59, "2d 03h 04m"),
+        (math.nan, "--"),
+        (math.inf, "--"),
+    ],
+)
+def test_format_time(seconds: float, text: str) -> None:
+    assert format_time(seconds) == text
+
+
+def test_eta_forgets_the_compilation_in_the_first_tick() -> None:
+    eta = Eta(total_kimg=100)
+    assert eta.update(4, 400, sec_per_kimg=100) == 9600  # all it has yet
+    assert eta.update(8, 440, sec_per_kimg=9) == pytest.approx(92 * 10)  # with the maintenance
+
+
+def test_eta_follows_the_last_ten_ticks() -> None:
+    eta = Eta(total_kimg=1000)
+    for i in range(100):
+        eta.update(i, i * 50.0, 50.0)
+    for i in range(100, 110):
+        left = eta.update(i, 5000 + (i - 100) * 2.0, 2.0)
+    assert left == pytest.approx((1000 - 109) * 2)
+
+
+def test_eta_at_and_after_the_end_and_when_unknown() -> None:
+    eta = Eta(total_kimg=10)
+    assert math.isnan(eta.update(0, 5, sec_per_kimg=math.nan))
+    assert eta.update(10, 25, 2) == 0
+    assert eta.update(12, 29, 2) == 0
+
+
+def _stats() -> dict[str, Stat]:
+    values = {
+        "Progress/tick": 12,
+        "Progress/kimg": 48.0,
+        "Progress/augment": 0.0123,
+        "Timing/total_sec": 3723,
+        "Timing/sec_per_tick": 123.4,
+        "Timing/sec_per_kimg": 30.851,
+        "Timing/maintenance_sec": 0.12,
+        "Resources/cpu_mem_gb": 2.13,
+        "Loss/signs/real": 0.31,
+        "Loss/G/loss": 0.9,
+        "Loss/D/loss": 1.25,
+        "Loss/r1_penalty": 0.0123,
+        "Loss/pl_penalty": 1.5,
+    }
+    return {name: constant(value) for name, value in values.items()}
+
+
+def test_tick_line() -> None:
+    line = tick_line(_stats(), eta_sec=11520)
+    assert re.sub(" +", " ", line) == (
+        "tick 12 kimg 48.0 time 1h 02m 03s sec/tick 123.4 sec/kimg 30.85 maintenance 0.1 "
+        "cpumem 2.13 gpumem -- augment 0.012 D signs 0.31 (real) G loss 0.9 D loss 1.25 "
+        "r1 0.0123 pl 1.5 ETA 3h 12m 00s"
+    )
+    assert "\n" not in line
+
+
+def test_tick_lines_stay_in_columns() -> None:
+    later = {**_stats(), "Progress/kimg": constant(25000.0), "Progress/tick": constant(6250)}
+    later["Timing/total_sec"] = constant(9 * 86400)
+    first, second = tick_line(_stats(), 10), tick_line(later, 10)
+    for word in ("kimg", "time", "sec/tick", "augment"):
+        assert first.index(word) == second.index(word)
+
+
+def test_tick_line_shows_what_is_missing_and_what_is_not_finite() -> None:
+    stats = _stats()
+    del stats["Loss/pl_penalty"]
+    stats["Loss/r1_penalty"] = Stat(0, math.nan, math.nan)  # not measured is not NaN
+    stats["Loss/G/loss"] = constant(math.nan)
+    stats["Loss/D/loss"] = constant(math.inf)
+    stats["Resources/peak_gpu_mem_gb"] = constant(7.5)
+    line = tick_line(stats, math.nan)
+    assert "G loss nan  D loss inf  r1 --  pl --  ETA --" in line
+    assert "gpumem 7.50" in line
+
+
+def test_tick_line_of_very_short_ticks_still_tells_them_apart() -> None:
+    stats = {**_stats(), "Progress/kimg": constant(0.064)}
+    assert "kimg 0.064 " in tick_line(stats, 1)
+
+
+def test_console_without_a_terminal_prints_lines_only(capsys) -> None:
+    console = Console(total_kimg=1, resume_nimg=0)
+    console.line("one")
+    console.progress(500)
+    console.close()
+    assert capsys.readouterr() == ("one\n", "")
+
+
+def test_console_on_a_terminal_keeps_lines_on_stdout(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    console = Console(total_kimg=1, resume_nimg=250)
+    console.progress(500)
+    assert console._bar is not None
+    assert (console._bar.n, console._bar.total, console._bar.initial) == (500, 1000, 250)
+    console.line("one")
+    console.close()
+    out, err = capsys.readouterr()
+    assert out == "one\n"
+    assert "img" in err

@@ -1,0 +1,162 @@
+"""A run's telemetry as a whole: console, stats.jsonl and events, over a crash and a resume."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util import tensor_util
+
+from trainer.telemetry import images, tensorboard
+from trainer.telemetry.statsfile import Stat
+from trainer.telemetry.writers import Telemetry
+
+
+def _run(workdir: Path, ticks: list[int], loss: float, resume: float = 0.0) -> None:
+    telemetry = Telemetry(str(workdir), tensorboard=True, total_kimg=100, resume_kimg=resume)
+    for tick in ticks:
+        stats = {"Loss/G/loss": Stat(64, loss, 0.1), "Loss/pl_penalty": Stat(0, np.nan, np.nan)}
+        telemetry.tick(
+            stats,
+            tick=tick,
+            nimg=tick * 4000,
+            augment_p=0.25,
+            total_sec=tick * 20.0,
+            tick_sec=16.0,
+            maintenance_sec=4.0,
+        )
+    telemetry.close()
+
+
+def _scalars(workdir: Path, name: str) -> list[tuple[int, float]]:
+    events = EventAccumulator(str(workdir / "tensorboard"), size_guidance={"tensors": 0})
+    events.Reload()
+    return [
+        (event.step, float(tensor_util.make_ndarray(event.tensor_proto)))
+        for event in events.Tensors(name)
+    ]
+
+
+def test_tick_reports_everywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _run(tmp_path, [1, 2], loss=0.5)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert lines[1].startswith("tick 2 ")
+    assert "sec/kimg 4.00" in lines[1]
+    assert lines[1].endswith("ETA 7m 40s")  # 92 kimg at 20 s for 4
+    first, second = map(json.loads, (tmp_path / "stats.jsonl").read_text().splitlines())
+    assert (second["tick"], second["nimg"]) == (2, 8000)
+    assert first["Loss/G/loss"] == {"num": 64, "mean": 0.5, "std": 0.1}
+    means = {name: stat["mean"] for name, stat in second.items() if isinstance(stat, dict)}
+    memory, peak = means.pop("Resources/cpu_mem_gb"), means.pop("Resources/peak_mem_gb")
+    assert 0.01 < memory < peak * 1.001 < 1000
+    means.pop("Resources/peak_gpu_mem_gb", None)
+    assert means == {
+        "Loss/G/loss": 0.5,
+        "Loss/pl_penalty": None,
+        "Progress/tick": 2,
+        "Progress/kimg": 8,
+        "Progress/augment": 0.25,
+        "Timing/total_sec": 40,
+        "Timing/sec_per_tick": 16,
+        "Timing/sec_per_kimg": 4,
+        "Timing/maintenance_sec": 4,
+    }
+    assert _scalars(tmp_path, "Loss/G/loss") == [(4, 0.5), (8, 0.5)]
+    with pytest.raises(KeyError):
+        _scalars(tmp_path, "Loss/pl_penalty")  # not measured: no point
+
+
+def test_resume_writes_no_tick_twice(tmp_path: Path) -> None:
+    _run(tmp_path, [1, 2, 3, 4], loss=0.5)
+    _run(tmp_path, [3, 4, 5], loss=0.25, resume=8.0)  # the last checkpoint was that of tick 2
+    lines = [json.loads(line) for line in (tmp_path / "stats.jsonl").read_text().splitlines()]
+    assert [line["tick"] for line in lines] == [1, 2, 3, 4, 5]
+    assert [line["Loss/G/loss"]["mean"] for line in lines] == [0.5, 0.5, 0.25, 0.25, 0.25]
+    assert lines[2]["Timing/sec_per_kimg"]["mean"] == 4
+    points = _scalars(tmp_path, "Loss/G/loss")
+    assert points == [(4, 0.5), (8, 0.5), (12, 0.25), (16, 0.25), (20, 0.25)]
+
+
+def test_starting_over_forgets_the_old_run(tmp_path: Path) -> None:
+    _run(tmp_path, [1, 2, 3], loss=0.5)
+    _run(tmp_path, [1], loss=0.25)
+    assert len((tmp_path / "stats.jsonl").read_text().splitlines()) == 1
+    assert _scalars(tmp_path, "Loss/G/loss") == [(4, 0.25)]
+
+
+def test_starting_over_forgets_step_zero_too(tmp_path: Path) -> None:
+    logdir = str(tmp_path / "tensorboard")
+    for loss in (0.5, 0.25):
+        board = tensorboard.TensorBoard(logdir, 0)
+        board.scalars({"Loss/G/loss": Stat(1, loss, 0.0)}, 999)
+        board.close()
+    assert _scalars(tmp_path, "Loss/G/loss") == [(0, 0.25)]
+
+
+def test_a_torn_event_file_does_not_stop_a_resume(tmp_path: Path) -> None:
+    _run(tmp_path, [1, 2, 3], loss=0.5)
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    whole = events.read_bytes()
+    events.write_bytes(whole[:-7])
+    _run(tmp_path, [3], loss=0.25, resume=8.0)
+    assert _scalars(tmp_path, "Loss/G/loss") == [(4, 0.5), (8, 0.5), (12, 0.25)]
+    assert all("partial" not in path.name for path in (tmp_path / "tensorboard").iterdir())
+
+
+def test_a_run_without_tensorboard_writes_no_events(tmp_path: Path) -> None:
+    telemetry = Telemetry(str(tmp_path), tensorboard=False, total_kimg=1)
+    telemetry.image("fakes", np.zeros((4, 4, 3), np.uint8), 0.0)
+    telemetry.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_images_reach_tensorboard(tmp_path: Path, channels: int) -> None:
+    grid = images.tile(
+        np.random.RandomState(0).randint(0, 256, (4, 8, 8, channels)).astype(np.uint8), (2, 2)
+    )
+    telemetry = Telemetry(str(tmp_path), tensorboard=True, total_kimg=1)
+    telemetry.image("fakes", grid, 4.0)
+    telemetry.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (event,) = events.Tensors("fakes")
+    assert event.step == 4
+    png = event.tensor_proto.string_val[2]
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(png))).reshape(grid.shape), grid)
+
+
+def test_events_are_what_tensorboards_own_functions_write(tmp_path: Path) -> None:
+    image = np.random.RandomState(0).randint(0, 256, (6, 4, 3)).astype(np.uint8)
+    ours = tensorboard.TensorBoard(str(tmp_path / "ours"), 0)
+    ours.scalars({"Loss/G/loss": Stat(2, 0.5, 0.1)}, 4000)
+    ours.image("fakes", image, 4000)
+    ours.close()
+    with tf.summary.create_file_writer(str(tmp_path / "theirs")).as_default(step=4):
+        tf.summary.scalar("Loss/G/loss", 0.5)
+        tf.summary.image("fakes", image[np.newaxis])
+    both = [EventAccumulator(str(tmp_path / name)) for name in ("ours", "theirs")]
+    for events in both:
+        events.Reload()
+    for name in ("Loss/G/loss", "fakes"):
+        (mine,), (reference,) = (events.Tensors(name) for events in both)
+        assert mine.step == reference.step
+        plugins = [events.SummaryMetadata(name).plugin_data.plugin_name for events in both]
+        assert plugins[0] == plugins[1]
+        values = [tensor_util.make_ndarray(event.tensor_proto) for event in (mine, reference)]
+        assert values[0].tolist() == values[1].tolist()
+
+
+def test_large_grids_are_thinned_out_for_tensorboard(tmp_path: Path) -> None:
+    board = tensorboard.TensorBoard(str(tmp_path), 0)
+    board.image("fakes", np.zeros((1024, 4100, 1), np.uint8), 0)
+    board.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    width, height = (int(x) for x in events.Tensors("fakes")[0].tensor_proto.string_val[:2])
+    assert (width, height) == (1367, 342)

@@ -1,0 +1,299 @@
+"""Images from a trained generator: single images and a labelled grid, a style-mixing sheet, or a
+latent walk.
+
+  python -m trainer.generate --run=runs/emoji --seeds=0-15 --truncation_psi=0.7 --out=out
+  python -m trainer.generate --run=runs/emoji --mix_rows=0-3 --mix_cols=8-11 --out=out
+  python -m trainer.generate --run=runs/emoji --walk=0-5 --video=walk.gif --out=out
+
+Seed n is the latent `np.random.RandomState(n).randn(1, z_dim)`, as in NVIDIA's tools, and makes the
+same image alone or among others. Files of the same name in --out are replaced.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import tensorflow as tf
+from absl import flags as absl_flags
+
+from trainer.core import flags, storage
+from trainer.core.errors import UsageError
+from trainer.core.seeds import Purpose, generator
+from trainer.networks.stylegan2 import Generator, Params
+from trainer.telemetry import images as grids
+from trainer.telemetry import video
+from trainer.training.checkpoint import load_generator
+
+FLAGS = absl_flags.FLAGS
+Numbers = Sequence[int]
+_MAX_SEEDS = 1_000_000
+
+
+def parse_seeds(text: str, flag: str = "seeds") -> list[int]:
+    """A list such as "0-3,7" as numbers, in the order given.
+
+    Raises:
+      UsageError: it is no such list, or no seed NumPy takes (0 to 2**32 - 1).
+    """
+    numbers: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part, re.ASCII)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last or last >= 2**32 or len(numbers) + last - first >= _MAX_SEEDS:
+            raise UsageError(
+                f"--{flag}={text}: {part.strip()!r} is no number or rising range below 2**32 "
+                f"(at most {_MAX_SEEDS:,} in all), as in 0-15,20"
+            )
+        numbers.extend(range(first, last + 1))
+    return numbers
+
+
+def choose_classes(wanted: str | None, label_names: Sequence[str], num_classes: int) -> list[int]:
+    """The classes to draw: one for a name or an index, all for "all", [-1] without classes.
+
+    Args:
+      wanted: what --class says, None when it is absent. A name goes before an index.
+      label_names: of the classes, may be empty.
+      num_classes: 0 for an unconditional network.
+
+    Raises:
+      UsageError: there is no such class, or --class is missing or not applicable.
+    """
+    if not num_classes:
+        if wanted is not None:
+            raise UsageError(f"--class={wanted}: this network was trained without classes")
+        return [-1]
+    names = ", ".join(label_names[:20]) + (", ..." if len(label_names) > 20 else "")
+    choice = f"use all, an index below {num_classes}" + (f" or one of: {names}" if names else "")
+    if wanted is None:
+        raise UsageError(f"this network was trained with classes and needs --class: {choice}")
+    if wanted in label_names:
+        return [list(label_names).index(wanted)]
+    if wanted == "all":
+        return list(range(num_classes))
+    if re.fullmatch(r"\d+", wanted, re.ASCII) and int(wanted) < num_classes:
+        return [int(wanted)]
+    near = difflib.get_close_matches(wanted, label_names, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    raise UsageError(f"--class={wanted}: no such class{hint}; {choice}")
+
+
+class Painter:
+    """Draws with one traced graph for each network, whatever the number of images.
+
+    Args:
+      network: the generator.
+      params: its parameters by name, as a rule those of G_ema.
+      truncation_psi: 1 is the whole distribution, 0 the average image.
+      truncation_cutoff: how many of the first layers truncation applies to; None means all.
+      noise_mode: const, random or none.
+      batch: images drawn at a time; changes nothing but memory and speed.
+
+    Raises:
+      UsageError: `truncation_cutoff` is no number of layers of this network.
+    """
+
+    def __init__(
+        self,
+        network: Generator,
+        params: Params,
+        *,
+        truncation_psi: float = 1.0,
+        truncation_cutoff: int | None = None,
+        noise_mode: str = "const",
+        batch: int = 8,
+    ):
+        self._network, self._batch, self.num_ws = network, batch, network.num_ws
+        if (cutoff := truncation_cutoff) is not None and not 0 <= cutoff <= self.num_ws:
+            raise UsageError(f"--truncation_cutoff={cutoff}: this network takes 0 to {self.num_ws}")
+        sizes = [height * width for height, width in network.noise_shapes]
+        self._noise_size = sum(sizes) if noise_mode == "random" else 0
+        held = {name: tf.convert_to_tensor(value) for name, value in params.items()}
+        self._mapping = tf.function(
+            lambda z, c: network.mapping(held, z, c, truncation_psi, cutoff)
+        )
+
+        def synthesis(ws: tf.Tensor, random: tf.Tensor) -> tf.Tensor:
+            return network.synthesis(held, ws, network.noise(held, noise_mode, random))
+
+        self._synthesis = tf.function(synthesis)
+
+    def ws(self, seeds: Numbers, labels: Numbers) -> np.ndarray:
+        """[N, num_ws, w_dim] float32: the styles of seeds, truncated; label -1 means no class."""
+        z = np.stack([np.random.RandomState(seed).randn(self._network.z_dim) for seed in seeds])
+        c = np.asarray(labels)[:, np.newaxis] == np.arange(self._network.c_dim)  # one-hot
+        parts = self._parts(len(seeds))
+        return np.concatenate([self._run(self._mapping, z[part], c[part]) for part in parts])
+
+    def draw(self, ws: np.ndarray, noise_seeds: Numbers) -> Iterator[np.ndarray]:
+        """The [H, W, C] uint8 images of [N, num_ws, w_dim] styles, one after the other.
+
+        With random noise an image takes its own from its noise seed.
+        """
+        for part in self._parts(len(ws)):
+            rngs = [generator(seed, Purpose.SNAPSHOT) for seed in noise_seeds[part]]
+            random = np.stack([rng.standard_normal(self._noise_size) for rng in rngs])
+            yield from grids.to_uint8(self._run(self._synthesis, ws[part], random))
+
+    def images(self, seeds: Numbers, labels: Numbers) -> Iterator[np.ndarray]:
+        """The image of each seed and label; the seed is that of random noise, too."""
+        for part in self._parts(len(seeds)):
+            yield from self.draw(self.ws(seeds[part], labels[part]), seeds[part])
+
+    def _parts(self, count: int) -> list[slice]:
+        return [slice(start, start + self._batch) for start in range(0, count, self._batch)]
+
+    def _run(self, function: Callable[..., tf.Tensor], *inputs: np.ndarray) -> np.ndarray:
+        """Calls with a full batch, padded if need be, so that nothing is traced twice."""
+        full = [np.resize(x, (self._batch, *x.shape[1:])).astype(np.float32) for x in inputs]
+        return function(*map(tf.constant, full)).numpy()[: len(inputs[0])]
+
+
+def write_images(
+    painter: Painter, seeds: Numbers, classes: Numbers, names: Sequence[str], out: str
+) -> list[str]:
+    """Writes an image for each seed and class, and `grid.png` with captions.
+
+    Files are `seed0000.png`, with several classes `class003-seed0000.png`. The grid has one row
+    for each class, or is about square, and shows the first 256. Returns the paths, the grid last.
+    """
+    cells = [(label, seed) for label in classes for seed in seeds]
+    paths: list[str] = []
+    tiles: list[np.ndarray] = []
+    pictures = painter.images([seed for _, seed in cells], [label for label, _ in cells])
+    for (label, seed), image in zip(cells, pictures, strict=True):
+        prefix = f"class{label:03d}-" if len(classes) > 1 else ""
+        paths.append(storage.join(out, f"{prefix}seed{seed:04d}.png"))
+        grids.save_image(paths[-1], image)
+        if len(tiles) < grids.MAX_TILES:
+            tiles.append(image)
+    lines = ["", *(f"\n{name}" for name in names)]  # label -1 means no class
+    captions = [f"seed {seed}{lines[label + 1]}" for label, seed in cells[: len(tiles)]]
+    cols = len(seeds) if len(classes) > 1 else math.ceil(math.sqrt(len(tiles)))
+    paths.append(storage.join(out, "grid.png"))
+    grids.save_image(paths[-1], grids.labelled_sheet(tiles, captions, min(cols, len(tiles))))
+    return paths
+
+
+def write_mixing_sheet(
+    painter: Painter, rows: Numbers, cols: Numbers, layers: Numbers | None, label: int, out: str
+) -> str:
+    """Writes `mixing.png`: columns' images on top, rows' at the left, their mixtures between.
+
+    A mixture has the row's styles, but in `layers` the column's (Karras et al. 2019, section 3.1);
+    None means the first seven, as in NVIDIA's style_mixing.py. Returns the path.
+
+    Raises:
+      UsageError: the network has no such layer.
+    """
+    last = painter.num_ws - 1
+    chosen = list(range(min(6, last) + 1)) if layers is None else layers
+    if max(chosen) > last:
+        raise UsageError(
+            f"--mix_layers: the layers of this network are 0-{last}, not {max(chosen)}"
+        )
+    ws = painter.ws([*rows, *cols], [label] * (len(rows) + len(cols)))
+    row_ws, col_ws = ws[: len(rows)], ws[len(rows) :]
+    mixed = np.repeat(row_ws[:, np.newaxis], len(cols), axis=1)
+    mixed[:, :, chosen] = col_ws[np.newaxis][:, :, chosen]
+    top = list(painter.draw(col_ws, cols))
+    tiles = [np.full_like(top[0], 255), *top]
+    captions = ["", *(f"seed {seed}" for seed in cols)]
+    for seed, row, mixtures in zip(rows, row_ws, mixed, strict=True):
+        tiles += painter.draw(np.concatenate([row[np.newaxis], mixtures]), [seed] * (1 + len(cols)))
+        captions += [f"seed {seed}", *[""] * len(cols)]
+    path = storage.join(out, "mixing.png")
+    grids.save_image(path, grids.labelled_sheet(tiles, captions, len(cols) + 1))
+    return path
+
+
+def write_walk(
+    painter: Painter, seeds: Numbers, label: int, path: str, *, frames: int, fps: float
+) -> None:
+    """Writes a closed walk through the images of some seeds, `frames` from one to the next."""
+    walk = np.stack(list(video.closed_spline(painter.ws(seeds, [label] * len(seeds)), frames)))
+    video.save_video(path, painter.draw(walk, range(len(walk))), fps)
+
+
+def define_flags(values: absl_flags.FlagValues = FLAGS) -> None:
+    """Makes the command's flags: in a function, so that commands can be imported together."""
+    text = functools.partial(absl_flags.DEFINE_string, flag_values=values)
+    number = functools.partial(absl_flags.DEFINE_integer, flag_values=values)
+    real = functools.partial(absl_flags.DEFINE_float, flag_values=values)
+    text("run", None, "Directory of a run; its newest checkpoint is used.")
+    text("checkpoint", None, "Directory of one checkpoint, used instead of --run.")
+    text("out", None, "Directory to write to, made if need be; may be a gs:// path.")
+    text("seeds", "0-15", "Images to draw, as in 0-15,20.")
+    real("truncation_psi", 1.0, "1: all it has learned; 0: the average image.")
+    number("truncation_cutoff", None, "Truncate only so many of the first layers.")
+    text("class", None, "Name or index of a class, or all: one row for each.")
+    absl_flags.DEFINE_enum(
+        "noise_mode", "const", ["const", "random", "none"], "Noise inputs.", flag_values=values
+    )
+    number("batch", 8, "Images at a time; fewer need less memory.", lower_bound=1)
+    text("mix_rows", None, "Style mixing: seeds of the rows.")
+    text("mix_cols", None, "Style mixing: seeds of the columns.")
+    text("mix_layers", None, "Style mixing: layers taken from the column, as 0-3; else 0-6.")
+    text("walk", None, "Latent walk: seeds to pass, closed to a loop.")
+    text("video", "walk.mp4", "Latent walk: a name in --out, *.mp4, *.gif or *.webp.")
+    number("frames", 60, "Latent walk: frames from one seed to the next.", lower_bound=1)
+    real("fps", 30.0, "Latent walk: frames per second.", lower_bound=1.0, upper_bound=120.0)
+
+
+def main(_: Sequence[str]) -> None:
+    """Draws what the flags ask for and prints where it is.
+
+    Raises:
+      UsageError: the flags do not fit together, or not the network.
+      CheckpointError: there is no checkpoint.
+    """
+    seeds = _check_flags()
+    network, params, _config, info = load_generator(storage.resolve(FLAGS.checkpoint or FLAGS.run))
+    names = info["label_names"] or [f"class {i}" for i in range(network.c_dim)]
+    label, *more = classes = choose_classes(FLAGS["class"].value, names, network.c_dim)
+    if more and ("mix_rows" in seeds or "walk" in seeds):
+        raise UsageError("--class=all is for single images; a sheet or a walk has one class")
+    style = {name: FLAGS[name].value for name in _STYLE_FLAGS}
+    painter, out = Painter(network, params, **style), storage.resolve(FLAGS.out)
+    storage.makedirs(out)
+    if "mix_rows" in seeds:
+        rows, cols, layers = seeds["mix_rows"], seeds["mix_cols"], seeds.get("mix_layers")
+        written = write_mixing_sheet(painter, rows, cols, layers, label, out)
+    elif "walk" in seeds:
+        written = storage.join(out, FLAGS.video)
+        write_walk(painter, seeds["walk"], label, written, frames=FLAGS.frames, fps=FLAGS.fps)
+    else:
+        *images, grid = write_images(painter, seeds["seeds"], classes, names, out)
+        written = f"{len(images)} images and {grid}"
+    print(f"wrote {written}")
+
+
+_STYLE_FLAGS = ("truncation_psi", "truncation_cutoff", "noise_mode", "batch")
+_LIST_FLAGS = ("seeds", "mix_rows", "mix_cols", "mix_layers", "walk")
+
+
+def _check_flags() -> dict[str, list[int]]:
+    """The lists that were given, once the flags fit together: before anything is loaded."""
+    if not FLAGS.out or not (FLAGS.run or FLAGS.checkpoint):
+        raise UsageError("--out and one of --run and --checkpoint are needed")
+    given = {name: FLAGS[name].value for name in _LIST_FLAGS if FLAGS[name].value is not None}
+    lists = {name: parse_seeds(text, name) for name, text in given.items()}
+    if ("mix_rows" in lists) != ("mix_cols" in lists):
+        raise UsageError("style mixing needs both --mix_rows and --mix_cols")
+    if "mix_rows" in lists and "walk" in lists:
+        raise UsageError("--mix_rows and --walk make different things: ask for one of them")
+    if "walk" in lists:
+        video.format_of(FLAGS.video)
+        if len(lists["walk"]) < 2:
+            raise UsageError(f"--walk={FLAGS.walk}: a walk needs two seeds or more")
+    return lists
+
+
+if __name__ == "__main__":
+    define_flags()
+    flags.run(main, usage=__doc__ or "")

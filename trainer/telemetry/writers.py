@@ -1,0 +1,115 @@
+"""What a tick becomes: a line on the console, a line in `stats.jsonl`, scalars in TensorBoard."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from trainer.core import storage
+from trainer.telemetry import resources, statsfile
+from trainer.telemetry.advice import Advice
+from trainer.telemetry.console import Console, Eta, tick_line
+from trainer.telemetry.statsfile import Stat, constant
+from trainer.telemetry.tensorboard import TensorBoard
+
+
+class Telemetry:
+    """Reports one run. Only one process of a run may hold one: the chief.
+
+    What an earlier process wrote about ticks after the point of resumption is taken back when this
+    is made, so that neither `stats.jsonl` nor TensorBoard holds a tick twice.
+
+    Args:
+      workdir: directory of the run; gets `stats.jsonl` and, for events, `tensorboard/`.
+      tensorboard: write TensorBoard events.
+      total_kimg: length of the run, for the ETA and the bar.
+      resume_kimg: where this process goes on, 0 for a new run.
+
+    Raises:
+      StorageError: `stats.jsonl` cannot be read or written.
+    """
+
+    def __init__(
+        self, workdir: str, *, tensorboard: bool, total_kimg: float, resume_kimg: float = 0.0
+    ):
+        self._nimg = round(resume_kimg * 1000)
+        self._stats_path = storage.join(workdir, "stats.jsonl")
+        statsfile.truncate_after(self._stats_path, self._nimg)
+        self._tensorboard = (
+            TensorBoard(storage.join(workdir, "tensorboard"), self._nimg) if tensorboard else None
+        )
+        self._console = Console(total_kimg, self._nimg)
+        self._eta = Eta(total_kimg)
+        self._advice = Advice()
+
+    def tick(
+        self,
+        stats: Mapping[str, Stat],
+        *,
+        tick: int,
+        nimg: int,
+        augment_p: float,
+        total_sec: float,
+        tick_sec: float,
+        maintenance_sec: float,
+    ) -> None:
+        """Reports one tick.
+
+        Args:
+          stats: what training measured in it, by NVIDIA's names: `Loss/scores/real`,
+            `Loss/signs/real`, `Loss/G/loss`, `Loss/r1_penalty`, ...
+          tick: number of the tick, counted from the start of the run.
+          nimg: position of the run in images.
+          augment_p: augmentation probability now.
+          total_sec: wall time of the whole run, earlier processes included.
+          tick_sec: wall time of this tick.
+          maintenance_sec: wall time between the last tick and this: snapshots, checkpoints.
+
+        Raises:
+          StorageError: `stats.jsonl` cannot be written.
+        """
+        images, self._nimg = nimg - self._nimg, nimg
+        values = {
+            "Progress/tick": tick,
+            "Progress/kimg": nimg / 1000,
+            "Progress/augment": augment_p,
+            "Timing/total_sec": total_sec,
+            "Timing/sec_per_tick": tick_sec,
+            "Timing/sec_per_kimg": tick_sec / images * 1000 if images > 0 else float("nan"),
+            "Timing/maintenance_sec": maintenance_sec,
+            "Resources/cpu_mem_gb": resources.host_memory_gb(),
+            "Resources/peak_mem_gb": resources.peak_host_memory_gb(),
+        }
+        gpu = resources.peak_gpu_memory_gb()
+        if gpu is not None:
+            values["Resources/peak_gpu_mem_gb"] = gpu
+        merged = {**stats, **{name: constant(value) for name, value in values.items()}}
+        eta = self._eta.update(nimg / 1000, total_sec, values["Timing/sec_per_kimg"])
+        self._console.line(tick_line(merged, eta))
+        if "Loss/signs/real" in stats:
+            advice = self._advice.update(nimg / 1000, stats["Loss/signs/real"].mean, augment_p)
+            if advice is not None:
+                self._console.line(advice)
+        statsfile.append(self._stats_path, merged, tick=tick, nimg=nimg)
+        if self._tensorboard is not None:
+            self._tensorboard.scalars(merged, nimg)
+
+    def image(self, name: str, image: np.ndarray, kimg: float) -> None:
+        """Shows a [H, W, C] uint8 image, such as `images.tile` makes, in TensorBoard."""
+        if self._tensorboard is not None:
+            self._tensorboard.image(name, image, round(kimg * 1000))
+
+    def line(self, text: str) -> None:
+        """Prints a line that does not run into the progress bar."""
+        self._console.line(text)
+
+    def progress(self, nimg: int) -> None:
+        """Moves the progress bar, if there is a terminal to show it."""
+        self._console.progress(nimg)
+
+    def close(self) -> None:
+        """Takes the bar away and writes what is buffered."""
+        self._console.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()

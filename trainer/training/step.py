@@ -1,0 +1,369 @@
+"""One training step, on any number of replicas and in any number of rounds.
+
+This is the only place that knows about replicas. Each phase sums what its rounds return, sums that
+over the replicas, and only then uses it; so the same parameters come out whether a batch is
+computed in one piece or in many (up to the rounding of float sums).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import tensorflow as tf
+
+from trainer.core.config import BatchArithmetic, Config
+from trainer.training import augment
+from trainer.training.optimizer import Adam, ema_beta
+from trainer.training.phases import Draw, Grads, Phases, Report
+from trainer.training.state import QUANTITIES, STATS, TrainState
+
+# NVIDIA's decay of the moving average of w.
+_W_AVG_BETA = 0.995
+
+# For each phase what it reports: by name, [3] number, sum and sum of squares over the whole batch,
+# and "gradients", [] the sum of squares of all gradients. A phase that didn't run reports zeros.
+Reports = dict[str, Report]
+
+_PHASE_REPORTS = {
+    "Gmain": ("Loss/scores/fake", "Loss/signs/fake", "Loss/G/loss"),
+    "Greg": ("Loss/pl_penalty", "Loss/G/reg"),
+    "Dmain": (
+        "Loss/scores/fake",
+        "Loss/signs/fake",
+        "Loss/scores/real",
+        "Loss/signs/real",
+        "Loss/D/loss",
+    ),
+    "Dreg": ("Loss/scores/real", "Loss/signs/real", "Loss/r1_penalty", "Loss/D/reg"),
+}
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """A replica's share of the reals: [groups, size, H, W, C], [groups, size] and [groups]."""
+
+    images: tf.Tensor
+    labels: tf.Tensor
+    group_index: tf.Tensor
+
+
+class TrainStep:
+    """Trains `state` by one step for each call.
+
+    Args:
+      config: resolved.
+      arithmetic: how a batch divides; its replicas are those of `strategy`.
+      strategy: where to run.
+      state: the variables, made in the strategy's scope.
+      phases: the gradients.
+      draw: every random number, a `phases.Sampler` except in tests.
+      jit: compile the gradients and updates with XLA.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        arithmetic: BatchArithmetic,
+        strategy: tf.distribute.Strategy,
+        state: TrainState,
+        phases: Phases,
+        draw: Draw,
+        *,
+        jit: bool,
+    ) -> None:
+        self._config, self._arithmetic, self._strategy = config, arithmetic, strategy
+        self._state, self._phases, self._draw = state, phases, draw
+        training = config.training
+        # The interval corrects rate and decay also where a weight of 0 leaves the phase out.
+        self._g_adam = Adam.lazy(
+            float(training.g_lr), training.beta1, training.beta2, training.g_reg_interval
+        )
+        self._d_adam = Adam.lazy(
+            float(training.d_lr), training.beta1, training.beta2, training.d_reg_interval
+        )
+
+        def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+            return tf.function(function, jit_compile=jit, autograph=False)
+
+        self._gmain = compiled(phases.gmain)
+        self._greg = compiled(phases.greg)
+        self._path_lengths = compiled(phases.path_lengths)
+        self._dmain = compiled(phases.dmain)
+        self._dreg = compiled(phases.dreg)
+        self._g_update = compiled(self._g_adam.update)
+        self._d_update = compiled(self._d_adam.update)
+        self._lerp = compiled(_lerp)
+        self._step = tf.function(self._run, autograph=False)
+
+    def __call__(self, images: tf.Tensor, labels: tf.Tensor, group_index: tf.Tensor) -> Reports:
+        """Makes one step.
+
+        Args:
+          images: [groups, size, H, W, C] uint8, or floats in [-1, 1]: the reals of this process.
+          labels: [groups, size] int64, their classes, or -1.
+          group_index: [groups] int64, the groups' numbers from the start of the run.
+
+        Returns:
+          What each phase reported.
+        """
+        return self._step(*(self._split(value) for value in (images, labels, group_index)))
+
+    def _split(self, value: tf.Tensor) -> Any:
+        """Shares out a process's groups to its replicas."""
+        replicas = self._strategy.num_replicas_in_sync
+        if replicas == 1:
+            return value
+        parts = tf.split(value, replicas)
+        return self._strategy.experimental_distribute_values_from_function(
+            lambda context: parts[context.replica_id_in_sync_group]
+        )
+
+    # ---------------------------------------------------------------------------------- phases
+
+    def _run(self, images: Any, labels: Any, group_index: Any) -> Reports:
+        state, training = self._state, self._config.training
+
+        def run(function: Callable[..., Report]) -> Report:
+            report = self._strategy.run(function, args=(images, labels, group_index))
+            return tf.nest.map_structure(
+                lambda value: self._strategy.experimental_local_results(value)[0], report
+            )
+
+        def every(interval: int, phase: str, function: Callable[..., Report]) -> Report:
+            # A conditional around the replicas, not in them: collectives can't be conditional.
+            due = tf.equal(state.step % interval, 0)
+            return tf.cond(due, lambda: run(function), lambda: self._empty(phase))
+
+        reports = {"Gmain": run(self._run_gmain), "Greg": self._empty("Greg")}
+        if training.pl_weight > 0:
+            reports["Greg"] = every(training.g_reg_interval, "Greg", self._run_greg)
+        reports |= {"Dmain": run(self._run_dmain), "Dreg": self._empty("Dreg")}
+        if training.r1_gamma != "auto" and training.r1_gamma > 0:
+            reports["Dreg"] = every(training.d_reg_interval, "Dreg", self._run_dreg)
+        self._strategy.run(self._finish, args=(reports,))
+        return reports
+
+    def _empty(self, phase: str) -> Report:
+        dtype = self._state.stats.dtype
+        report = {name: tf.zeros([3], dtype) for name in _PHASE_REPORTS[phase]}
+        return report | {"gradients": tf.zeros([], dtype)}
+
+    def _run_gmain(self, *args: tf.Tensor) -> Report:
+        batch, state = _Batch(*args), self._state
+        g, d, p = _read(state.g), _read(state.d), tf.convert_to_tensor(state.augment_p)
+
+        def part(groups: _Batch) -> tuple[Grads, Report, tf.Tensor]:
+            draws = self._draw("Gmain", groups.group_index)
+            return self._gmain(g, d, draws, p, self._arithmetic.global_batch)
+
+        grads, report, w_sum = _sum_over_replicas(self._sum_over_rounds(part, batch))
+        self._update_g(grads)
+        self._move_w_avg(w_sum / self._arithmetic.global_batch)
+        return report | {"gradients": _sum_of_squares(grads)}
+
+    def _run_greg(self, *args: tf.Tensor) -> Report:
+        batch, state = _Batch(*args), self._state
+        g, moving_mean = _read(state.g), tf.convert_to_tensor(state.pl_mean)
+        images = self._arithmetic.global_batch // self._config.training.pl_batch_shrink
+        whole = self._arithmetic.rounds * self._arithmetic.num_replicas == 1
+        batch_mean = None
+        if not whole:
+            # The penalty needs the mean length of the whole batch before any gradient: one cheap
+            # pass of first derivatives for it.
+            def lengths(groups: _Batch) -> tf.Tensor:
+                return tf.reduce_sum(self._path_lengths(g, self._draw("Greg", groups.group_index)))
+
+            batch_mean = _sum_over_replicas(self._sum_over_rounds(lengths, batch)) / images
+
+        def part(groups: _Batch) -> tuple[Grads, Report, tf.Tensor, tf.Tensor]:
+            draws = self._draw("Greg", groups.group_index)
+            return self._greg(g, draws, batch_mean, moving_mean, images)
+
+        grads, report, w_sum, mean = self._sum_over_rounds(part, batch)
+        if not whole:
+            # Every round and replica found the same new mean; it isn't to be summed.
+            mean = moving_mean + self._config.training.pl_decay * (batch_mean - moving_mean)
+        grads, report, w_sum = _sum_over_replicas((grads, report, w_sum))
+        self._update_g(grads)
+        self._move_w_avg(w_sum / images)
+        _assign([state.pl_mean], [mean])
+        return report | {"gradients": _sum_of_squares(grads)}
+
+    def _run_dmain(self, *args: tf.Tensor) -> Report:
+        batch, state = _Batch(*args), self._state
+        g, d, p = _read(state.g), _read(state.d), tf.convert_to_tensor(state.augment_p)
+
+        def part(groups: _Batch) -> tuple[Grads, Report, tf.Tensor]:
+            images, c = self._reals(groups)
+            draws = self._draw("Dmain", groups.group_index)
+            return self._dmain(g, d, images, c, draws, p, self._arithmetic.global_batch)
+
+        grads, report, w_sum = _sum_over_replicas(self._sum_over_rounds(part, batch))
+        self._update_d(grads)
+        self._move_w_avg(w_sum / self._arithmetic.global_batch)
+        return report | {"gradients": _sum_of_squares(grads)}
+
+    def _run_dreg(self, *args: tf.Tensor) -> Report:
+        batch, state = _Batch(*args), self._state
+        d, p = _read(state.d), tf.convert_to_tensor(state.augment_p)
+
+        def part(groups: _Batch) -> tuple[Grads, Report]:
+            images, c = self._reals(groups)
+            draws = self._draw("Dreg", groups.group_index)
+            return self._dreg(d, images, c, draws, p, self._arithmetic.global_batch)
+
+        grads, report = _sum_over_replicas(self._sum_over_rounds(part, batch))
+        self._update_d(grads)
+        return report | {"gradients": _sum_of_squares(grads)}
+
+    def _finish(self, reports: Reports) -> None:
+        """Moving average, augmentation strength, statistics and counters."""
+        state, training = self._state, self._config.training
+        images = tf.convert_to_tensor(state.images)
+        batch = self._arithmetic.global_batch
+        beta = ema_beta(batch, images, float(training.ema_kimg), training.ema_rampup)
+        trained = set(state.g_first)
+        averages = {name: state.g_ema[name] for name in trained}
+        averaged = self._lerp(_read(state.g), _read(averages), tf.cast(beta, state.stats.dtype))
+        _assign([state.g_ema[name] for name in averaged], list(averaged.values()))
+        buffers = [name for name in state.g if name not in trained]
+        _assign([state.g_ema[name] for name in buffers], [state.g[name] for name in buffers])
+
+        zero = tf.zeros([3], state.stats.dtype)
+        rows = [sum((r[name] for r in reports.values() if name in r), zero) for name in STATS]
+        _assign([state.stats], [state.stats + tf.stack(rows)])
+        self._adjust_augmentation(reports)
+        self._watch(reports)
+        _assign([state.images, state.step], [images + batch, state.step + 1])
+
+    def _adjust_augmentation(self, reports: Reports) -> None:
+        """Steers p by the signs of real logits since the last time (ADA, section 3.1)."""
+        config, state = self._config.augment, self._state
+        if config.mode != "ada":
+            return
+        signs = state.augment_signs + sum(
+            reports[phase]["Loss/signs/real"][:2] for phase in ("Dmain", "Dreg")
+        )
+        due = tf.equal((state.step + 1) % config.interval, 0)
+        adjusted = augment.adjust(
+            tf.convert_to_tensor(state.augment_p),
+            signs[1] / signs[0],
+            self._arithmetic.global_batch * config.interval,
+            config.target,
+            config.adjust_kimg,
+        )
+        p = tf.where(due, adjusted, state.augment_p)
+        _assign([state.augment_p, state.augment_signs], [p, tf.where(due, tf.zeros_like(signs), signs)])
+
+    def _watch(self, reports: Reports) -> None:
+        """Remembers the first quantity that isn't finite."""
+        state = self._state
+        sums = [tf.reshape(reports[phase][name], [-1])[:2] for phase, name in QUANTITIES]
+        bad = tf.stack([tf.reduce_any(~tf.math.is_finite(value)) for value in sums])
+        first = tf.stack([tf.cast(state.step, tf.int64), tf.argmax(tf.cast(bad, tf.int32))])
+        found = tf.logical_and(tf.reduce_any(bad), state.nonfinite[0] < 0)
+        _assign([state.nonfinite], [tf.where(found, first, state.nonfinite)])
+
+    # ---------------------------------------------------------------------------------- pieces
+
+    def _sum_over_rounds(self, part: Callable[[_Batch], Any], batch: _Batch) -> Any:
+        """Adds what `part` returns for each round's groups; one round's memory is in use at a time."""
+        rounds = self._arithmetic.rounds
+        if rounds == 1:
+            return part(batch)
+        size = batch.group_index.shape[0] // rounds
+
+        def groups(index: tf.Tensor) -> _Batch:
+            values = (batch.images, batch.labels, batch.group_index)
+            cut = [value[index * size : (index + 1) * size] for value in values]
+            for value, whole in zip(cut, values):
+                value.set_shape([size, *whole.shape[1:]])
+            return _Batch(*cut)
+
+        total = part(groups(tf.constant(0)))
+
+        def body(index: tf.Tensor, *sums: tf.Tensor) -> tuple[tf.Tensor, ...]:
+            flat = tf.nest.flatten(part(groups(index)))
+            return (index + 1, *(a + b for a, b in zip(sums, flat)))
+
+        _, *sums = tf.while_loop(
+            lambda index, *_: index < rounds, body, [tf.constant(1), *tf.nest.flatten(total)]
+        )
+        return tf.nest.pack_sequence_as(total, sums)
+
+    def _reals(self, groups: _Batch) -> tuple[tf.Tensor, tf.Tensor]:
+        """[N, H, W, C] in [-1, 1] and [N, c_dim] of a round's groups."""
+        dtype = self._state.stats.dtype
+        images = tf.reshape(groups.images, [-1, *groups.images.shape[2:]])
+        labels = tf.reshape(groups.labels, [-1])
+        depth = self._phases.discriminator.c_dim
+        if images.dtype == tf.uint8:
+            images = tf.cast(images, dtype) / 127.5 - 1
+        # Without classes the label is -1 and the depth 0: [N, 0].
+        return images, tf.one_hot(labels, depth, dtype=dtype)
+
+    def _update_g(self, grads: Grads) -> None:
+        state = self._state
+        count = state.g_count + 1
+        tables = (state.g, state.g_first, state.g_second)
+        _store(tables, self._g_update(count, *(_read(t, grads) for t in tables), grads))
+        _assign([state.g_count], [count])
+
+    def _update_d(self, grads: Grads) -> None:
+        state = self._state
+        count = state.d_count + 1
+        tables = (state.d, state.d_first, state.d_second)
+        _store(tables, self._d_update(count, *(_read(t, grads) for t in tables), grads))
+        _assign([state.d_count], [count])
+
+    def _move_w_avg(self, mean: tf.Tensor) -> None:
+        w_avg = self._state.g["mapping.w_avg"]
+        _assign([w_avg], [mean + _W_AVG_BETA * (w_avg - mean)])
+
+
+def _lerp(
+    targets: Mapping[str, tf.Tensor], averages: Mapping[str, tf.Tensor], beta: tf.Tensor
+) -> dict[str, tf.Tensor]:
+    return {name: targets[name] + (old - targets[name]) * beta for name, old in averages.items()}
+
+
+def _read(
+    table: Mapping[str, tf.Variable], names: Mapping[str, Any] | None = None
+) -> dict[str, tf.Tensor]:
+    """This replica's values; compiled functions take tensors, since they can't hold variables of
+    several devices."""
+    return {name: tf.convert_to_tensor(table[name]) for name in (names or table)}
+
+
+def _store(
+    tables: tuple[Mapping[str, tf.Variable], ...], values: tuple[Mapping[str, tf.Tensor], ...]
+) -> None:
+    for table, new in zip(tables, values):
+        _assign([table[name] for name in new], list(new.values()))
+
+
+def _assign(variables: list[tf.Variable], values: list[Any]) -> None:
+    """Stores in each replica's copy that replica's value, which all replicas have computed alike."""
+
+    def update(strategy: tf.distribute.Strategy, values: list[Any]) -> None:
+        for variable, value in zip(variables, values):
+            strategy.extended.update(variable, _assign_one, args=(value,), group=False)
+
+    values = [tf.convert_to_tensor(value) for value in values]
+    tf.distribute.get_replica_context().merge_call(update, args=(values,))
+
+
+def _assign_one(variable: tf.Variable, value: tf.Tensor) -> None:
+    variable.assign(value)
+
+
+def _sum_over_replicas(values: Any) -> Any:
+    flat = tf.nest.flatten(values)
+    summed = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, flat)
+    return tf.nest.pack_sequence_as(values, summed)
+
+
+def _sum_of_squares(grads: Grads) -> tf.Tensor:
+    return tf.add_n([tf.reduce_sum(tf.square(grad)) for grad in grads.values()])
