@@ -173,15 +173,15 @@ def _conv(
     down: int = 1,
     gain: float = 1.0,
     clamp: float | None = None,
-    fir: ops.Fir,
+    formulas: ops.Formulas,
 ) -> tf.Tensor:
     """A convolution with equalised learning rate, bias and activation."""
     weight = tf.cast(_equalized(params[f"{name}.weight"]), x.dtype)
-    x = ops.conv2d_resample(x, weight, up=up, down=down, fir=fir)
+    x = ops.conv2d_resample(x, weight, up=up, down=down, formulas=formulas)
     act_gain = gain * (math.sqrt(2) if activation == "lrelu" else 1.0)
     act_clamp = None if clamp is None else clamp * gain
     bias = params.get(f"{name}.bias")
-    return ops.bias_act(x, bias, activation, gain=act_gain, clamp=act_clamp)
+    return ops.bias_act(x, bias, activation, gain=act_gain, clamp=act_clamp, formulas=formulas)
 
 
 def _mapping_layers(params: Params, z: tf.Tensor | None, c: tf.Tensor, layers: int) -> tf.Tensor:
@@ -243,7 +243,7 @@ class Generator(Network):
       num_fp16_res: how many of the highest resolutions run in `half_dtype`.
       conv_clamp: limit of activations in every block (NVIDIA's --fp32 has none).
       half_dtype: tf.float16, tf.bfloat16, or None for full precision throughout.
-      fir: how FIR filters are computed.
+      formulas: how layers are computed.
     """
 
     def __init__(
@@ -261,13 +261,13 @@ class Generator(Network):
         num_fp16_res: int = 0,
         conv_clamp: float | None = None,
         half_dtype: tf.DType | None = None,
-        fir: ops.Fir = ops.Fir.SHIFT,
+        formulas: ops.Formulas = ops.Formulas.XLA_CPU,
     ) -> None:
         super().__init__()
         self.z_dim, self.c_dim, self.w_dim = z_dim, c_dim, w_dim
         self.resolution, self.img_channels = resolution, img_channels
         self.mapping_layers, self.architecture = mapping_layers, architecture
-        self.conv_clamp, self.fir = conv_clamp, fir
+        self.conv_clamp, self.formulas = conv_clamp, formulas
         height, width, doublings = base_grid(resolution)
         self.blocks: list[Block] = []
         inputs = 0
@@ -430,12 +430,12 @@ class Generator(Network):
             x = tf.cast(x, dtype)
             residual = self.architecture == "resnet"
             gain = _SQRT_HALF if residual else 1.0
-            y = _conv(params, f"{name}.skip", x, up=2, gain=gain, fir=self.fir) if residual else None
+            y = _conv(params, f"{name}.skip", x, up=2, gain=gain, formulas=self.formulas) if residual else None
             x = layer(params, f"{name}.conv0", x, next(styles), noise, up=2)
             x = layer(params, f"{name}.conv1", x, next(styles), noise, gain=gain)
             x = x if y is None else x + y
         if img is not None:
-            img = ops.upsample2d(img, ops.RESAMPLE_FILTER, self.fir)
+            img = ops.upsample2d(img, ops.RESAMPLE_FILTER, self.formulas)
         last = next(styles)
         if self._has_torgb(block):
             rgb = tf.cast(self._torgb(params, f"{name}.torgb", x, last), full)
@@ -458,17 +458,19 @@ class Generator(Network):
         image = next(noise, None)
         if image is not None:
             image = image[..., tf.newaxis] * params[f"{name}.noise_strength"]
-        x = ops.modulated_conv2d(x, weight, styles, image, up=up, fir=self.fir)
+        x = ops.modulated_conv2d(x, weight, styles, image, up=up, formulas=self.formulas)
         clamp = None if self.conv_clamp is None else self.conv_clamp * gain
         gain *= math.sqrt(2)
-        return ops.bias_act(x, params[f"{name}.bias"], "lrelu", gain=gain, clamp=clamp)
+        bias = params[f"{name}.bias"]
+        return ops.bias_act(x, bias, "lrelu", gain=gain, clamp=clamp, formulas=self.formulas)
 
     def _torgb(self, params: Params, name: str, x: tf.Tensor, w: tf.Tensor) -> tf.Tensor:
         weight = params[f"{name}.weight"]
         styles = _dense(params, f"{name}.affine", w)
         styles *= tf.constant(1 / math.sqrt(weight.shape[2]), styles.dtype)
-        x = ops.modulated_conv2d(x, weight, styles, demodulate=False, fir=self.fir)
-        return ops.bias_act(x, params[f"{name}.bias"], clamp=self.conv_clamp)
+        x = ops.modulated_conv2d(x, weight, styles, demodulate=False, formulas=self.formulas)
+        bias = params[f"{name}.bias"]
+        return ops.bias_act(x, bias, clamp=self.conv_clamp, formulas=self.formulas)
 
 
 def _chain(first: tf.Tensor, rest: Iterator[tf.Tensor]) -> Iterator[tf.Tensor]:
@@ -487,7 +489,7 @@ class Discriminator(Network):
       architecture: "resnet", "skip" or "orig".
       mapping_layers: depth of the label's mapping network (conditional only).
       mbstd_group_size: images that minibatch-stddev compares: every so many consecutive ones.
-      num_fp16_res, conv_clamp, half_dtype, fir: as for the generator.
+      num_fp16_res, conv_clamp, half_dtype, formulas: as for the generator.
     """
 
     def __init__(
@@ -504,12 +506,12 @@ class Discriminator(Network):
         num_fp16_res: int = 0,
         conv_clamp: float | None = None,
         half_dtype: tf.DType | None = None,
-        fir: ops.Fir = ops.Fir.SHIFT,
+        formulas: ops.Formulas = ops.Formulas.XLA_CPU,
     ) -> None:
         super().__init__()
         self.c_dim, self.resolution, self.img_channels = c_dim, resolution, img_channels
         self.architecture, self.mapping_layers = architecture, mapping_layers
-        self.mbstd_group_size, self.conv_clamp, self.fir = mbstd_group_size, conv_clamp, fir
+        self.mbstd_group_size, self.conv_clamp, self.formulas = mbstd_group_size, conv_clamp, formulas
         height, width, doublings = base_grid(resolution)
         self.blocks: list[Block] = []
         for level in range(doublings, 0, -1):
@@ -579,12 +581,12 @@ class Discriminator(Network):
         return tf.reduce_sum(x * cmap, 1, keepdims=True) / math.sqrt(self.cmap_dim)
 
     def _fromrgb(self, params: Params, name: str, img: tf.Tensor) -> tf.Tensor:
-        return _conv(params, name, img, activation="lrelu", clamp=self.conv_clamp, fir=self.fir)
+        return _conv(params, name, img, activation="lrelu", clamp=self.conv_clamp, formulas=self.formulas)
 
     def _block(
         self, params: Params, block: Block, x: tf.Tensor | None, img: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        name, clamp, fir = block.name, self.conv_clamp, self.fir
+        name, clamp, formulas = block.name, self.conv_clamp, self.formulas
         dtype = block.dtype or params["b4.out.weight"].dtype
         x = None if x is None else tf.cast(x, dtype)
         if f"{name}.fromrgb.weight" in params:
@@ -592,14 +594,14 @@ class Discriminator(Network):
             y = self._fromrgb(params, f"{name}.fromrgb", img)
             x = y if x is None else x + y
             if self.architecture == "skip":
-                img = ops.downsample2d(img, ops.RESAMPLE_FILTER, fir)
+                img = ops.downsample2d(img, ops.RESAMPLE_FILTER, formulas)
         assert x is not None
         residual = self.architecture == "resnet"
         gain = _SQRT_HALF if residual else 1.0
-        y = _conv(params, f"{name}.skip", x, down=2, gain=gain, fir=fir) if residual else None
-        x = _conv(params, f"{name}.conv0", x, activation="lrelu", clamp=clamp, fir=fir)
+        y = _conv(params, f"{name}.skip", x, down=2, gain=gain, formulas=formulas) if residual else None
+        x = _conv(params, f"{name}.conv0", x, activation="lrelu", clamp=clamp, formulas=formulas)
         x = _conv(
-            params, f"{name}.conv1", x, activation="lrelu", down=2, gain=gain, clamp=clamp, fir=fir
+            params, f"{name}.conv1", x, activation="lrelu", down=2, gain=gain, clamp=clamp, formulas=formulas
         )
         return (x if y is None else x + y), img
 
@@ -607,7 +609,7 @@ class Discriminator(Network):
         """Minibatch-stddev, convolution and two fully connected layers, all in full precision."""
         x = ops.minibatch_stddev(x, self.mbstd_group_size)
         x = _conv(
-            params, "b4.conv", x, activation="lrelu", clamp=self.conv_clamp, fir=self.fir
+            params, "b4.conv", x, activation="lrelu", clamp=self.conv_clamp, formulas=self.formulas
         )
         _, height, width, channels = x.shape
         x = tf.reshape(x, [-1, height * width * channels])

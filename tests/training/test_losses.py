@@ -1,0 +1,100 @@
+"""Losses against NumPy and against the forms they were derived from."""
+
+from __future__ import annotations
+
+import numpy as np
+import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainer.training import losses
+
+
+def test_logistic_losses() -> None:
+    fake = np.array([[-300.0], [-2.0], [0.0], [1.5], [300.0]])
+    real = fake[::-1] + 0.25
+    fooled = losses.generator_logistic(tf.constant(fake))
+    # log(1 + exp(x)) without overflow.
+    np.testing.assert_allclose(fooled, np.logaddexp(0, -fake), rtol=1e-12)
+    both = losses.discriminator_logistic(tf.constant(fake), tf.constant(real))
+    np.testing.assert_allclose(both, np.logaddexp(0, fake) + np.logaddexp(0, -real), rtol=1e-12)
+    assert fooled.shape == both.shape == [5, 1]
+
+
+def test_generator_keeps_learning_when_it_loses() -> None:
+    """Non-saturating: the gradient stays where the discriminator is sure of the fakes."""
+    logits = tf.constant([[-30.0]])
+    with tf.GradientTape() as tape:
+        tape.watch(logits)
+        loss = losses.generator_logistic(logits)
+    np.testing.assert_allclose(tape.gradient(loss, logits), [[-1.0]])
+
+
+def test_r1_penalty() -> None:
+    """Of a linear score, the penalty is the squared length of its weights for each image."""
+    rng = np.random.default_rng(0)
+    weights, images = rng.standard_normal([2, 3, 4, 5, 2])
+    x = tf.constant(images)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        score = tf.reduce_sum(x * weights)
+    penalty = losses.r1_penalty(tape.gradient(score, x))
+    np.testing.assert_allclose(penalty, np.sum(weights**2, (1, 2, 3)), rtol=1e-12)
+
+
+def test_path_lengths() -> None:
+    gradients = np.random.default_rng(0).standard_normal([3, 6, 8])
+    expected = np.sqrt(np.mean(np.sum(gradients**2, 2), 1))
+    np.testing.assert_allclose(losses.path_lengths(tf.constant(gradients)), expected, rtol=1e-12)
+
+
+def nvidias_penalty(lengths: tf.Tensor, moving_mean: float, decay: float) -> tuple[tf.Tensor, ...]:
+    """mean((l - m)^2) with the gradient through m = lerp(moving mean, mean(l), decay)."""
+    with tf.GradientTape() as tape:
+        tape.watch(lengths)
+        mean = moving_mean + decay * (tf.reduce_mean(lengths) - moving_mean)
+        penalties = tf.square(lengths - mean)
+        value = tf.reduce_mean(penalties)
+    return penalties, mean, tape.gradient(value, lengths)
+
+
+@settings(max_examples=60)
+@given(
+    lengths=st.lists(st.floats(0, 50), min_size=2, max_size=8),
+    moving_mean=st.floats(0, 10),
+    decay=st.sampled_from([0.0, 0.01, 0.3, 1.0]),
+)
+def test_path_length_gradient_is_nvidias(
+    lengths: list[float], moving_mean: float, decay: float
+) -> None:
+    whole = tf.constant(lengths, tf.float64)
+    penalties, mean, gradient = nvidias_penalty(whole, moving_mean, decay)
+    old = tf.constant(moving_mean, tf.float64)
+    found, coefficients, new = losses.path_length_coefficients(
+        whole, tf.reduce_mean(whole), old, decay
+    )
+    np.testing.assert_allclose(found, penalties, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(new, mean, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(coefficients / len(lengths), gradient, rtol=1e-9, atol=1e-9)
+
+
+def test_path_length_gradient_does_not_depend_on_the_parts() -> None:
+    """Two rounds that know the mean of the whole batch add up to one."""
+    lengths = tf.constant([1.0, 2.0, 5.0, 0.5, 7.0, 3.0], tf.float64)
+    old, mean = tf.constant(1.5, tf.float64), tf.reduce_mean(lengths)
+    _, whole, new = losses.path_length_coefficients(lengths, mean, old, 0.3)
+    parts = [losses.path_length_coefficients(p, mean, old, 0.3) for p in tf.split(lengths, [4, 2])]
+    np.testing.assert_allclose(tf.concat([part[1] for part in parts], 0), whole)
+    assert all(part[2] == new for part in parts)
+
+
+def test_path_length_coefficients_are_constants() -> None:
+    """Differentiating coefficient times length must not reach into the coefficient."""
+    lengths = tf.constant([1.0, 4.0], tf.float64)
+    with tf.GradientTape() as tape:
+        tape.watch(lengths)
+        _, coefficients, _ = losses.path_length_coefficients(
+            lengths, tf.reduce_mean(lengths), tf.constant(1.0, tf.float64), 0.1
+        )
+        total = tf.reduce_sum(coefficients * lengths)
+    np.testing.assert_allclose(tape.gradient(total, lengths), coefficients)

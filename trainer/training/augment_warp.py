@@ -1,0 +1,273 @@
+"""The geometric half of ADA: resample images under an affine map without aliasing.
+
+Karras et al. 2020, "Training Generative Adversarial Networks with Limited Data", appendix B.2:
+reflect the image beyond its edges, upsample twice with an orthogonal low-pass filter (sym6), sample
+bilinearly under the map, filter and decimate. All of it is linear in the images, so derivatives of
+any order exist.
+
+How the reflection is laid out. NVIDIA pads by the largest margin that any image of the batch
+needs; what lies beyond reads as zero. Here the margin belongs to a group of images, so that the
+result does not depend on which groups share a call. All groups are drawn on one canvas that is
+large enough for each, and zeroed beyond their own margins. Reflection, zeroing and upsampling
+along an axis are together one small matrix, so a canvas is two matrix products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import tensorflow as tf
+
+# The sym6 scaling filter (Daubechies 1992, "least asymmetric", six vanishing moments).
+_SYM6 = (
+    0.015404109327027373,
+    0.0034907120842174702,
+    -0.11799011114819057,
+    -0.048311742585633,
+    0.4910559419267466,
+    0.787641141030194,
+    0.3379294217276218,
+    -0.07263752278646252,
+    -0.021060292512300564,
+    0.04472490177066578,
+    0.0017677118642428036,
+    -0.007800708325034148,
+)
+LOWPASS = np.asarray(_SYM6) / np.sum(_SYM6)
+_TAPS = len(LOWPASS)
+_REACH = _TAPS // 4  # pixels of the image that a filter reaches to either side
+
+
+def margins(
+    linear: tf.Tensor, offset: tf.Tensor, size: tuple[int, int], group_size: int
+) -> tf.Tensor:
+    """Pixels of reflection that each group needs beyond each edge.
+
+    Args:
+      linear: [N, 2, 2] linear part of the map from output to input pixels, (x, y) order.
+      offset: [N, 2] its translation in input pixels, about the image's centre.
+      size: (height, width).
+      group_size: images in a group.
+
+    Returns:
+      [groups, 2 (x, y), 2 (before, after)] int32, at most width - 1 and height - 1.
+    """
+    extent = np.asarray([size[1], size[0]])
+    centre = tf.constant((extent - 1) / 2, linear.dtype)
+    reach = tf.reduce_sum(tf.abs(linear) * centre, axis=-1)
+    need = tf.stack([reach - offset, reach + offset], axis=-1)
+    need = tf.reduce_max(tf.reshape(need, [-1, group_size, 2, 2]), axis=1)
+    need += (2 * _REACH - centre)[:, tf.newaxis]
+    limit = tf.constant(extent[:, np.newaxis] - 1, linear.dtype)
+    return tf.cast(tf.math.ceil(tf.clip_by_value(need, 0, limit)), tf.int32)
+
+
+def warp(
+    images: tf.Tensor,
+    linear: tf.Tensor,
+    offset: tf.Tensor,
+    *,
+    group_size: int,
+    static_shapes: bool,
+) -> tf.Tensor:
+    """Resamples images under one affine map each.
+
+    Args:
+      images: [N, H, W, C] float32 or float64.
+      linear, offset: the map from output to input pixels, see `margins`.
+      group_size: consecutive images that share their margins; divides N.
+      static_shapes: make the canvas as large as any margin can need, so that every shape is known
+        while tracing (XLA, TPU). Otherwise it is as large as this call's margins need. The
+        results are equal.
+
+    Returns:
+      [N, H, W, C], as `images`.
+    """
+    _, height, width, _ = images.shape
+    margin = margins(linear, offset, (height, width), group_size)
+    if static_shapes:
+        bound_x, bound_y = width - 1, height - 1
+    else:
+        bound_x, bound_y = tf.unstack(tf.reduce_max(margin, axis=[0, 2]))
+    up_x = _upsampler(width, bound_x, margin[:, 0], images.dtype)
+    up_y = _upsampler(height, bound_y, margin[:, 1], images.dtype)
+    canvas = separable(
+        images, tf.repeat(up_y, group_size, axis=0), tf.repeat(up_x, group_size, axis=0)
+    )
+    x, y = _sample_positions(linear, offset, (height, width))
+    samples = _bilinear(canvas, x, y, (2 * bound_y + 1, 2 * bound_x + 1))
+    # Low-pass, keep every other pixel, and crop what the filter reached beyond the image.
+    down_y = _dilated_toeplitz(LOWPASS, -1, height, samples.shape[1], images.dtype)
+    down_x = _dilated_toeplitz(LOWPASS, -1, width, samples.shape[2], images.dtype)
+    return separable(samples, down_y[tf.newaxis], down_x[tf.newaxis])
+
+
+def separable(images: tf.Tensor, vertical: tf.Tensor, horizontal: tf.Tensor) -> tf.Tensor:
+    """Applies a matrix along the height and one along the width.
+
+    Args:
+      images: [N, H, W, C].
+      vertical: [N or 1, H', H].
+      horizontal: [N or 1, W', W].
+
+    Returns:
+      [N, H', W', C].
+    """
+    num, height, width, channels = images.shape
+    out_width = tf.shape(horizontal)[1]
+    out = tf.reshape(tf.transpose(images, [0, 1, 3, 2]), [num, height * channels, width])
+    out = tf.matmul(out, horizontal, transpose_b=True)
+    out = tf.transpose(tf.reshape(out, [num, height, channels, out_width]), [0, 1, 3, 2])
+    out = tf.matmul(vertical, tf.reshape(out, [num, height, out_width * channels]))
+    return tf.reshape(out, [num, tf.shape(vertical)[1], out_width, channels])
+
+
+def _upsampler(size: int, bound: int | tf.Tensor, margin: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+    """Reflection, zeroing beyond the margin and 2x upsampling along one axis, as a matrix.
+
+    Args:
+      size: pixels along the axis.
+      bound: pixels of reflection on the canvas, at least every group's margin.
+      margin: [groups, 2 (before, after)] int32.
+      dtype: of the result.
+
+    Returns:
+      [groups, K, size]: matrix @ image is the canvas, K = 2 (size + 2 bound) + 3. Position 0 and
+      the last two are zero, so that a sampler may clip to them.
+    """
+    columns = 2 * (size + 2 * bound) + 3
+    # Row r of `spread` is where pixel r - bound of the reflected image goes.
+    spread = _dilated_toeplitz(2 * LOWPASS, 4, size + 2 * bound, columns, dtype)
+    inside = spread[bound : bound + size]
+    # Pixel w of the image is also pixel -w (before it) and pixel 2 (size - 1) - w (after it).
+    before = tf.pad(spread[:bound][::-1], [[1, size - 1 - bound], [0, 0]])
+    after = tf.pad(spread[bound + size :][::-1], [[size - 1 - bound, 1], [0, 0]])
+
+    pixel = tf.range(size)
+    has_before = pixel <= margin[:, :1]
+    has_after = size - 1 - pixel <= margin[:, 1:]
+    matrix = (
+        inside
+        + tf.cast(has_before, dtype)[:, :, tf.newaxis] * before
+        + tf.cast(has_after, dtype)[:, :, tf.newaxis] * after
+    )
+    first = 2 * (bound - margin[:, :1]) + 1
+    last = 2 * (bound + size + margin[:, 1:])
+    position = tf.range(columns)
+    written = (position >= first) & (position <= last)
+    return tf.linalg.matrix_transpose(matrix * tf.cast(written, dtype)[:, tf.newaxis])
+
+
+def _dilated_toeplitz(
+    taps: np.ndarray,
+    lead: int,
+    rows: int | tf.Tensor,
+    columns: int | tf.Tensor,
+    dtype: tf.DType,
+) -> tf.Tensor:
+    """The matrix with taps[lead + c - 2 r] at [r, c], and zero where there is no such tap.
+
+    Rows of a fixed length read off a sequence with a period two longer are shifted by two each.
+    Padding the rows by the number of taps keeps the next period out of sight.
+    """
+    padded = columns + len(taps)
+    period = tf.pad(tf.constant(taps, dtype), [[0, padded + 2 - len(taps)]])
+    period = tf.roll(period, -lead, axis=0)
+    matrix = tf.tile(period, [rows])[: rows * padded]
+    return tf.reshape(matrix, [rows, padded])[:, :columns]
+
+
+def _sample_positions(
+    linear: tf.Tensor, offset: tf.Tensor, size: tuple[int, int]
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Where each pixel of the output, twice upsampled and still uncropped, comes from.
+
+    Returns:
+      x and y, each [N, 2 (H + 6), 2 (W + 6)], in pixels of the upsampled image from its first.
+    """
+    height, width = size
+    u = tf.range(-(width + 2 * _REACH - 1), width + 2 * _REACH + 1)
+    v = tf.range(-(height + 2 * _REACH - 1), height + 2 * _REACH + 1)
+    u = tf.cast(u, linear.dtype)[tf.newaxis, tf.newaxis]
+    v = tf.cast(v, linear.dtype)[tf.newaxis, :, tf.newaxis]
+    shift = 2 * offset + tf.constant([width - 1, height - 1], linear.dtype)
+    linear, shift = linear[..., tf.newaxis, tf.newaxis], shift[..., tf.newaxis, tf.newaxis]
+    x = linear[:, 0, 0] * u + (linear[:, 0, 1] * v + shift[:, 0])
+    y = linear[:, 1, 0] * u + (linear[:, 1, 1] * v + shift[:, 1])
+    return x, y
+
+
+def _bilinear(
+    canvas: tf.Tensor,
+    x: tf.Tensor,
+    y: tf.Tensor,
+    origin: tuple[int | tf.Tensor, int | tf.Tensor],
+) -> tf.Tensor:
+    """Bilinear samples of a canvas whose first and last two rows and columns are zero.
+
+    The one place that gathers: a platform where gathers are slow replaces this function.
+
+    Args:
+      canvas: [N, Ky, Kx, C].
+      x, y: [N, h, w] positions from the origin; beyond the canvas is zero.
+      origin: (y, x) on the canvas. Added to whole pixels only, so that rounding doesn't depend on
+        the size of the canvas.
+
+    Returns:
+      [N, h, w, C].
+    """
+    num, channels = canvas.shape[0], canvas.shape[-1]
+    (ky, kx), (oy, ox) = tf.unstack(tf.shape(canvas)[1:3]), origin
+    x = tf.clip_by_value(x, tf.cast(-ox, x.dtype), tf.cast(kx - 2 - ox, x.dtype))
+    y = tf.clip_by_value(y, tf.cast(-oy, y.dtype), tf.cast(ky - 2 - oy, y.dtype))
+    left, top = tf.floor(x), tf.floor(y)
+    first = tf.reshape(tf.range(num) * ky + oy, [num, 1, 1])
+    index = (first + tf.cast(top, tf.int32)) * kx + (tf.cast(left, tf.int32) + ox)
+    to_right, to_bottom = x - left, y - top
+    to_left, to_top = 1 - to_right, 1 - to_bottom
+    corners = (
+        (index, to_left * to_top),
+        (index + 1, to_right * to_top),
+        (index + kx, to_left * to_bottom),
+        (index + kx + 1, to_right * to_bottom),
+    )
+    return _interpolate(tf.reshape(canvas, [-1, channels]), corners)
+
+
+# Two linear maps, each the transpose of the other, so that each is the other's derivative. What
+# automatic differentiation would make of `tf.gather` takes twice the time, and warns.
+
+_Corners = tuple[tuple[tf.Tensor, tf.Tensor], ...]
+
+
+def _interpolate(pixels: tf.Tensor, corners: _Corners) -> tf.Tensor:
+    """Weighted sums of four pixels: [M, C], four ([...] int32 index, [...] weight) -> [..., C]."""
+
+    @tf.custom_gradient
+    def run(pixels: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
+        num_pixels = tf.shape(pixels)[0]
+        terms = [tf.gather(pixels, index) * weight[..., tf.newaxis] for index, weight in corners]
+        return tf.add_n(terms), lambda dy: _spread(dy, corners, num_pixels)
+
+    return run(pixels)
+
+
+def _spread(samples: tf.Tensor, corners: _Corners, num_pixels: tf.Tensor) -> tf.Tensor:
+    """Adds each sample to its four pixels by weight: [..., C] -> [num_pixels, C]."""
+
+    @tf.custom_gradient
+    def run(samples: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
+        # One channel at a time: on a CPU single numbers are summed faster than short rows.
+        channels = [
+            tf.add_n(
+                [
+                    tf.math.unsorted_segment_sum(channel * weight, index, num_pixels)
+                    for index, weight in corners
+                ]
+            )
+            for channel in tf.unstack(samples, axis=-1)
+        ]
+        return tf.stack(channels, axis=-1), lambda dy: _interpolate(dy, corners)
+
+    return run(samples)
