@@ -1,5 +1,1 @@
-"""Where a step runs: strategies, devices and precision."""
-
-from trainer.core.errors import require_tensorflow
-
-require_tensorflow()
+"""Where a step runs: strategies, devices, precision, and the host."""

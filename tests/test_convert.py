@@ -1,0 +1,517 @@
+"""The converter: what it makes, that it goes on where it stopped, what it refuses."""
+
+from __future__ import annotations
+
+import collections
+import io
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+
+import fsspec
+import numpy as np
+import psutil
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from trainer import convert
+from trainer.core.errors import DataError, TrainerError, UsageError
+from trainer.data import conversion, images, manifest, pipeline
+
+RNG = np.random.default_rng(1)
+
+
+def png(size: int = 16, mode: str = "RGB") -> bytes:
+    buffer = io.BytesIO()
+    channels = len(mode)
+    pixels = RNG.integers(0, 256, [size, size, channels], np.uint8).squeeze()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """40 images in two folders."""
+    root = tmp_path / "source"
+    for number in range(40):
+        path = root / f"class{number % 2}" / f"{number:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png())
+    return root
+
+
+def settings(source, dest, **changes) -> conversion.Settings:
+    options = {"resolution": (8, 8)} | {
+        key: changes.pop(key)
+        for key in ("resolution", "channels", "crop", "background")
+        if key in changes
+    }
+    return conversion.Settings(str(source), str(dest), images.ImageOptions(**options), **changes)
+
+
+def run(source, dest, **changes) -> manifest.Manifest:
+    return conversion.convert(settings(source, dest, **changes), lambda *_: None)[0]
+
+
+def contents(directory: pathlib.Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+
+
+def parsed(data: manifest.Manifest) -> list[tuple[str, int, bytes]]:
+    """Source, label and encoded image of all records."""
+    features = {
+        "image/source": tf.io.FixedLenFeature([], tf.string),
+        "image/class/label": tf.io.FixedLenFeature([], tf.int64),
+        "image/encoded": tf.io.FixedLenFeature([], tf.string),
+    }
+    paths = [data.path(shard) for shard in range(len(data.shards))]
+    rows = [tf.io.parse_single_example(r, features) for r in tf.data.TFRecordDataset(paths)]
+    return [
+        (
+            row["image/source"].numpy().decode(),
+            int(row["image/class/label"]),
+            row["image/encoded"].numpy(),
+        )
+        for row in rows
+    ]
+
+
+def test_every_image_is_in_the_data_set_once_with_its_label_and_pixels(folder, tmp_path):
+    data = run(folder, tmp_path / "dest", labels="folders")
+    assert manifest.load(str(tmp_path / "dest")) == data
+    assert data.num_images == 40 and data.channels == 3 and data.resolution == (8, 8)
+    assert data.label_names == ["class0", "class1"] and data.label_counts == [20, 20]
+    assert [shard.name for shard in data.shards][:1] == ["dest-00000-of-00008.tfrecord"]
+    assert [shard.count for shard in data.shards] == [5] * 8
+    rows = parsed(data)
+    names = [name for name, _, _ in rows]
+    assert sorted(names) == [
+        f"class{n % 2}/{n:02d}.png" for n in sorted(range(40), key=lambda n: n % 2)
+    ]
+    assert names != sorted(names), "shuffled"
+    for name, label, encoded in rows:
+        assert label == int(name[5])
+        expected = images.encode((folder / name).read_bytes(), images.ImageOptions((8, 8)))
+        assert encoded == expected.data
+    for shard in range(8):
+        pipeline.check_shard(data, shard)
+
+
+def test_the_index_points_at_records(folder, tmp_path):
+    data = run(folder, tmp_path / "dest", shards=1)
+    rows = parsed(data)
+    found, _ = pipeline.read_images(data, range(40))
+    expected = [np.asarray(Image.open(io.BytesIO(encoded))) for _, _, encoded in rows]
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_source_bytes_are_kept(folder, tmp_path):
+    data, report = conversion.convert(
+        settings(folder, tmp_path / "dest", resolution=(16, 16)), lambda *_: None
+    )
+    assert report.kept == 40
+    for name, label, encoded in parsed(data):
+        assert label == -1 and encoded == (folder / name).read_bytes()
+
+
+def test_the_result_depends_on_the_seed_and_not_on_the_workers(folder, tmp_path):
+    (tmp_path / "other").mkdir()
+    run(folder, tmp_path / "dest", seed=5)
+    run(folder, tmp_path / "other" / "dest", seed=5, workers=3)
+    assert contents(tmp_path / "dest") == contents(tmp_path / "other" / "dest")
+    run(folder, tmp_path / "other" / "dest", seed=6, overwrite=True)
+    assert contents(tmp_path / "dest") != contents(tmp_path / "other" / "dest")
+
+
+def test_an_archive_gives_what_its_folder_gives(folder, tmp_path):
+    with zipfile.ZipFile(tmp_path / "source.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in contents(folder).items():
+            archive.writestr(name, content)
+    (tmp_path / "other").mkdir()
+    run(folder, tmp_path / "dest", labels="folders")
+    run(tmp_path / "source.zip", tmp_path / "other" / "dest", labels="folders", workers=2)
+    assert contents(tmp_path / "dest") == contents(tmp_path / "other" / "dest")
+
+
+def test_a_remote_destination_gets_the_same_files(folder, tmp_path):
+    memory = fsspec.filesystem("memory")
+    try:
+        run(folder, "memory://bucket/dest")
+        run(folder, tmp_path / "dest")
+        found = {path.rsplit("/", 1)[-1]: memory.cat(path) for path in memory.find("/bucket/dest")}
+        assert found == contents(tmp_path / "dest")
+        assert manifest.load("memory://bucket/dest").num_images == 40
+    finally:
+        memory.rm("/bucket", recursive=True)
+
+
+def test_a_random_part(folder, tmp_path):
+    some = [name for name, _, _ in parsed(run(folder, tmp_path / "some", max_images=10))]
+    more = [name for name, _, _ in parsed(run(folder, tmp_path / "more", max_images=20))]
+    assert len(some) == 10 and len(more) == 20 and set(some) < set(more)
+
+
+@pytest.mark.parametrize(
+    ("num_images", "num_bytes", "shards"),
+    [
+        (100_000, 10**6, 8),
+        (100_000, 16 * (100 << 20) - 1, 8),
+        (100_000, 16 * (100 << 20), 16),
+        (70_000, 89 * 10**9, 512),
+        (5, 10**6, 4),
+        (1, 10**6, 1),
+        (100, 10**11, 64),
+    ],
+)
+def test_shards_are_a_power_of_two_of_100_to_200_mb(num_images, num_bytes, shards):
+    assert conversion._shard_count(num_images, num_bytes) == shards
+
+
+# ---- interruptions -------------------------------------------------------------------------------
+
+
+class Stop(Exception):
+    pass
+
+
+def run_until(count: int, *args, **changes) -> None:
+    def progress(done: int, earlier: int, total: int) -> None:
+        if done >= count:
+            raise Stop
+
+    with pytest.raises(Stop):
+        conversion.convert(settings(*args, **changes), progress)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_interrupted_conversion_goes_on_to_the_same_bytes(folder, tmp_path, workers):
+    (tmp_path / "whole").mkdir()
+    run(folder, tmp_path / "whole" / "dest", labels="folders")
+    dest = tmp_path / "dest"
+    for count in (13, 13, 7):
+        run_until(count, folder, dest, labels="folders", workers=workers)
+        with pytest.raises(DataError, match="unfinished conversion"):
+            manifest.load(str(dest))
+    seen = []
+    conversion.convert(
+        settings(folder, dest, labels="folders"), lambda *numbers: seen.append(numbers)
+    )
+    # 13 images are two shards of 5 and a part of the third; then two more, then one.
+    assert seen[0] == (0, 25, 40) and seen[-1] == (15, 25, 40)
+    assert contents(dest) == contents(tmp_path / "whole" / "dest")
+
+
+def test_a_shard_lost_or_cut_since_is_made_again(folder, tmp_path):
+    (tmp_path / "whole").mkdir()
+    run(folder, tmp_path / "whole" / "dest")
+    dest = tmp_path / "dest"
+    run_until(32, folder, dest)
+    (dest / "dest-00001-of-00008.tfrecord").unlink()
+    cut = dest / "dest-00003-of-00008.tfrecord"
+    cut.write_bytes(cut.read_bytes()[:-1])
+    (dest / ".partial" / "dest-00004-of-00008.tfrecord.json").write_text("{")
+    run(folder, dest)
+    assert contents(dest) == contents(tmp_path / "whole" / "dest")
+
+
+def test_going_on_with_other_settings_or_another_source_is_refused(folder, tmp_path):
+    dest = tmp_path / "dest"
+    run_until(10, folder, dest)
+    for changes, named in [
+        ({"resolution": (4, 4)}, "--resolution"),
+        ({"seed": 1}, "--seed"),
+        ({"shards": 4}, "--shards"),
+        ({"labels": "folders"}, "labels"),
+        ({"crop": "none"}, "--crop"),
+    ]:
+        with pytest.raises(UsageError, match=rf"changed: {named}\); .*--overwrite"):
+            run(folder, dest, **changes)
+    (folder / "class0" / "new.png").write_bytes(png())
+    with pytest.raises(UsageError, match="changed: images in the source"):
+        run(folder, dest)
+    assert run(folder, dest, overwrite=True).num_images == 41
+    assert not (dest / ".partial").exists()
+
+
+def test_other_settings_are_fine_before_anything_is_complete(folder, tmp_path):
+    run_until(3, folder, tmp_path / "dest")
+    assert run(folder, tmp_path / "dest", resolution=(4, 4)).resolution == (4, 4)
+
+
+def test_a_data_set_is_replaced_only_when_asked(folder, tmp_path):
+    dest = tmp_path / "dest"
+    run(folder, dest, shards=16)
+    (dest / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="holds a data set already.*--overwrite"):
+        run(folder, dest)
+    run(folder, dest, shards=4, overwrite=True)
+    names = set(contents(dest))
+    assert names == {f"dest-{n:05d}-of-00004.tfrecord" for n in range(4)} | {
+        "dataset.json",
+        "notes.txt",
+    }
+
+
+def test_overwrite_spares_what_is_no_manifest(folder, tmp_path):
+    dest = tmp_path / "dest"
+    dest.mkdir()
+    (dest / "dataset.json").write_text('{"labels": [["a.png", 1]]}')
+    with pytest.raises(UsageError, match="is not a manifest to overwrite"):
+        run(folder, dest, overwrite=True)
+    assert (dest / "dataset.json").exists()
+
+
+def test_source_and_destination_must_differ(folder):
+    with pytest.raises(UsageError, match="are the same"):
+        run(folder, f"{folder}/")
+
+
+# ---- bad images ----------------------------------------------------------------------------------
+
+
+def test_a_bad_image_stops_the_conversion_by_name(folder, tmp_path):
+    bad = folder / "class1" / "31.png"
+    bad.write_bytes(bad.read_bytes()[:200])
+    dest = tmp_path / "dest"
+    with pytest.raises(DataError, match=r"class1/31\.png in .*: .*truncated.*--on_bad=skip"):
+        run(folder, dest, workers=2)
+    # Told to leave it out, the same conversion goes on.
+    (tmp_path / "whole").mkdir()
+    data = run(folder, dest, skip_bad=True)
+    assert data == manifest.load(str(dest))
+    run(folder, tmp_path / "whole" / "dest", skip_bad=True, workers=2)
+    assert contents(dest) == contents(tmp_path / "whole" / "dest")
+    assert data.num_images == 39
+    assert [entry["name"] for entry in data.skipped] == ["class1/31.png"]
+    assert "truncated" in data.skipped[0]["reason"]
+
+
+def test_too_many_bad_images_stop_the_conversion_counting_earlier_runs(folder, tmp_path):
+    for number in (0, 1, 2):
+        (folder / f"class{number % 2}" / f"{number:02d}.png").write_bytes(b"broken")
+    dest = tmp_path / "dest"
+    with pytest.raises(
+        DataError, match="3 images cannot be used, more than --max_bad=2.*not a PNG"
+    ):
+        run(folder, dest, skip_bad=True, max_bad=2)
+    with pytest.raises(DataError, match="3 images cannot be used, more than --max_bad=2"):
+        run(folder, dest, skip_bad=True, max_bad=2)
+    assert len(run(folder, dest, skip_bad=True, max_bad=3).skipped) == 3
+
+
+def test_nothing_but_bad_images(tmp_path):
+    (tmp_path / "source").mkdir()
+    for number in range(4):
+        (tmp_path / "source" / f"{number}.png").write_bytes(b"broken")
+    with pytest.raises(DataError, match="none of the 4 images"):
+        run(tmp_path / "source", tmp_path / "dest", skip_bad=True)
+
+
+def test_a_shard_without_a_usable_image_is_an_error(folder, tmp_path):
+    (folder / "class0" / "00.png").write_bytes(b"broken")
+    with pytest.raises(DataError, match="no image of shard .*; lower --shards"):
+        run(folder, tmp_path / "dest", skip_bad=True, shards=40)
+
+
+def test_mixed_channels_name_both_images(folder, tmp_path):
+    (folder / "class1" / "33.png").write_bytes(png(mode="L"))
+    with pytest.raises(
+        DataError, match=r"class0/00\.png has 3 channels, class1/33\.png has 1; pass --channels=rgb"
+    ):
+        run(folder, tmp_path / "dest")
+    data = run(folder, tmp_path / "dest", channels=3, overwrite=True)
+    assert data.channels == 3 and data.num_images == 40
+
+
+def test_an_image_too_small_for_the_crop_is_named(folder, tmp_path):
+    (folder / "class0" / "02.png").write_bytes(png(7))
+    with pytest.raises(DataError, match=r"class0/02\.png in .*: it is 7x7, too small for a crop"):
+        run(folder, tmp_path / "dest")
+    _, report = conversion.convert(
+        settings(folder, tmp_path / "dest", crop="none", overwrite=True), lambda *_: None
+    )
+    assert report.enlarged == 1 and report.stretched == 0
+
+
+def test_more_shards_than_images_is_an_error(folder, tmp_path):
+    with pytest.raises(UsageError, match="--shards=41: 40 images make 1 to 40 shards"):
+        run(folder, tmp_path / "dest", shards=41)
+
+
+def test_a_worker_that_dies_is_reported(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(conversion, "_start_worker", os._exit)
+    chosen = settings(folder, tmp_path / "dest", workers=2)
+    with pytest.raises(TrainerError, match="a worker process died.*fewer --workers"):
+        conversion.convert(chosen, lambda *_: None)
+
+
+def test_few_images_are_under_way_at_a_time(folder, tmp_path, monkeypatch):
+    """Whatever the count, what is submitted and not yet written stays within a window."""
+    under_way = collections.Counter()
+
+    class Pool:
+        def __init__(self, *_, **__):
+            conversion._set_up_worker(str(folder), images.ImageOptions((8, 8)))
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return None
+
+        def shutdown(self, **_):
+            return None
+
+        def submit(self, function, chunk):
+            under_way["now"] += len(chunk)
+            under_way["most"] = max(under_way["most"], under_way["now"])
+            future = conversion.futures.Future()
+            future.set_result(function(chunk))
+            return future
+
+    monkeypatch.setattr(conversion.futures, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(conversion, "_MAX_CHUNK", 1)
+    seen = []
+
+    def progress(done: int, *_: int) -> None:
+        under_way["now"] -= done - (seen[-1] if seen else 0)
+        seen.append(done)
+
+    conversion.convert(settings(folder, tmp_path / "dest", workers=2), progress)
+    assert seen[-1] == 40 and under_way["most"] <= 8
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "trainer.convert", *arguments]
+
+
+def test_the_command_converts_and_tells(folder, tmp_path):
+    (folder / "notes.txt").touch()
+    done = subprocess.run(
+        command(
+            f"--source={folder}", f"--dest={tmp_path / 'd'}", "--resolution=12x8", "--workers=2"
+        ),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "40 images, 12 wide, 8 high, 3 channels, no classes, 8 shards" in done.stdout
+    assert "1 files of the source are no images" in done.stdout
+    assert "python -m trainer.task" in done.stdout
+    assert manifest.load(str(tmp_path / "d")).resolution == (8, 12)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--dest=x", "--resolution=8"], 2, "--source is missing"),
+        (["--source={}", "--dest=x", "--resolution=8y8"], 2, "--resolution=8y8 is neither"),
+        (["--source={}", "--dest=x", "--resolution=8", "--crop=left"], 2, "crop"),
+        (["--source={}/absent", "--dest=x", "--resolution=8"], 3, "no folder or zip archive"),
+        (["--source={}", "--dest=x", "--resolution=8", "--labels=a.json"], 3, "no label file"),
+    ],
+)
+def test_errors_are_one_line_with_the_documented_code(tmp_path, arguments, code, message):
+    done = subprocess.run(
+        command(*(argument.format(tmp_path) for argument in arguments)),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+        cwd=_with_an_image(tmp_path),
+    )
+    assert done.returncode == code
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
+
+
+def _with_an_image(folder: pathlib.Path) -> pathlib.Path:
+    (folder / "a.png").write_bytes(png())
+    return folder
+
+
+def test_neither_the_command_nor_its_workers_import_tensorflow():
+    code = "import sys, trainer.convert; sys.exit('tensorflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_command_goes_on_to_the_same_bytes_and_leaves_nobody_behind(tmp_path, kind):
+    source = tmp_path / "source"
+    source.mkdir()
+    large = [png(300) for _ in range(4)]
+    for number in range(300):
+        (source / f"{number:03d}.png").write_bytes(large[number % 4])
+    (tmp_path / "whole").mkdir()
+    dest = tmp_path / "dest"
+    arguments = command(
+        f"--source={source}", f"--dest={dest}", "--resolution=128", "--workers=2", "--shards=16"
+    )
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        first = dest / ".partial" / "dest-00000-of-00016.tfrecord.json"
+        while not first.exists() and process.poll() is None:
+            time.sleep(0.01)
+        workers = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(kind)
+        _, stderr = process.communicate()
+    assert process.returncode == (-9 if kind == signal.SIGKILL else 130)
+    if kind == signal.SIGINT:
+        assert (
+            stderr.decode().splitlines()[-1] == "interrupted; run the same command again to go on"
+        )
+        assert b"Traceback" not in stderr
+    assert len(workers) >= 2
+    assert not psutil.wait_procs(workers, timeout=20)[1], "workers end with their parent"
+    assert not (dest / "dataset.json").exists()
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"\d+ of 300 images were done before; going on", done.stderr)
+    run(source, tmp_path / "whole" / "dest", resolution=(128, 128), shards=16)
+    assert contents(dest) == contents(tmp_path / "whole" / "dest")
+    assert not list(dest.glob(".*")), "neither journal nor temporary files stay"
+
+
+def test_progress_is_plain_lines_without_a_terminal(capsys, monkeypatch):
+    clock = iter([0.0, 1.0, 40.0, 41.0])
+    monkeypatch.setattr(convert.time, "monotonic", lambda: next(clock))
+    progress = convert._Progress()
+    progress(0, 0, 1000)
+    progress(400, 0, 1000)
+    progress(410, 0, 1000)
+    progress.close()
+    assert capsys.readouterr().err == "400 of 1000 images, 10 images/s, 60 s left\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("64", (64, 64)), ("256x128", (128, 256)), ("1x2", (2, 1))]
+)
+def test_resolutions(text, expected):
+    assert convert.parse_resolution(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "x", "64x", "-64", "64X64", "6.4", "999999"])
+def test_wrong_resolutions(text):
+    with pytest.raises(UsageError):
+        convert.parse_resolution(text)
+
+
+def test_json_labels_through_the_whole_conversion(folder, tmp_path):
+    names = sorted(contents(folder))
+    document = {"labels": [[name, number % 5] for number, name in enumerate(names)]}
+    (folder / "dataset.json").write_text(json.dumps(document))
+    data = run(folder, tmp_path / "dest", workers=2)
+    assert data.label_names == list("01234") and data.label_counts == [8] * 5
+    assert {name: label for name, label, _ in parsed(data)} == dict(document["labels"])

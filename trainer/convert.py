@@ -1,0 +1,201 @@
+"""Convert a folder or zip archive of images into a data set for training.
+
+The command behind `python -m trainer.convert`; the work is done in `trainer.data.conversion`.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Sequence
+
+from absl import flags
+from tqdm import tqdm
+
+from trainer import data
+from trainer.core import flags as command
+from trainer.core.errors import UsageError
+from trainer.data import conversion, images, manifest
+
+USAGE = """Convert a folder or zip archive of images into sharded TFRecords with a manifest.
+
+  python -m trainer.convert --source=photos/ --dest=data/photos256 --resolution=256
+  python -m trainer.convert --source=gs://bucket/photos.zip --dest=gs://bucket/photos \\
+      --resolution=256x128 --labels=folders --channels=rgb --background=white
+
+PNG, JPEG, WebP, BMP and TIFF files are found by their names, in folders of any depth; hidden files
+are left out. Images that already are what is asked for keep their own bytes; all others become
+PNGs. Run the same command again after an interruption, and it goes on."""
+
+_CHANNELS = {"auto": 0, "gray": 1, "rgb": 3, "rgba": 4}
+_LINE_SECONDS = 30
+
+_SOURCE = flags.DEFINE_string("source", None, "Folder or zip archive of images; local or a URL.")
+_DEST = flags.DEFINE_string("dest", None, "Directory of the data set to make; local or a URL.")
+_RESOLUTION = flags.DEFINE_string(
+    "resolution", None, "Size of the images: 64, or WIDTHxHEIGHT as 256x128."
+)
+_CROP = flags.DEFINE_enum(
+    "crop",
+    "center",
+    images.CROPS,
+    "'center' cuts the largest centred part of the right shape (an image smaller than "
+    "--resolution is an error); 'none' scales the whole image, up or down, and stretches it "
+    "where the shapes differ.",
+)
+_FILTER = flags.DEFINE_enum("filter", "lanczos", list(images.FILTERS), "How images are scaled.")
+_CHANNEL_MODE = flags.DEFINE_enum(
+    "channels",
+    "auto",
+    list(_CHANNELS),
+    "What the images become. 'auto' takes them as they are; they must all be alike.",
+)
+_BACKGROUND = flags.DEFINE_string(
+    "background", "", "Colour to lay under transparent pixels: a name as white, or '#rrggbb'."
+)
+_LABELS = flags.DEFINE_string(
+    "labels",
+    "auto",
+    "Classes: 'folders' (the folder an image lies in), 'none', or the path of a JSON, "
+    '{"labels": [["a/b.png", 3], ...]}. \'auto\' takes the source\'s dataset.json if there is one.',
+)
+_SHARDS = flags.DEFINE_integer(
+    "shards",
+    0,
+    "Record files to make; the number of hosts must divide it. 0: a power of two, at least 8, for "
+    "100 to 200 MB each.",
+    lower_bound=0,
+)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the shuffle.", 0, 2**63 - 1)
+_MAX_IMAGES = flags.DEFINE_integer(
+    "max_images", 0, "Convert a random part of so many images; 0: all.", lower_bound=0
+)
+_ON_BAD = flags.DEFINE_enum(
+    "on_bad",
+    "stop",
+    ["stop", "skip"],
+    "What to do about an image that cannot be used. The manifest lists those skipped.",
+)
+_MAX_BAD = flags.DEFINE_integer(
+    "max_bad", 100, "With --on_bad=skip: stop when more than so many are bad.", lower_bound=0
+)
+_WORKERS = flags.DEFINE_integer(
+    "workers", 0, "Processes; 0: one for each processor.", lower_bound=0
+)
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the data set at --dest.")
+
+
+def parse_resolution(text: str) -> tuple[int, int]:
+    """(height, width) of '64' or 'WIDTHxHEIGHT'.
+
+    Raises:
+      UsageError: it is neither.
+    """
+    match = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)
+    if not match:
+        raise UsageError(f"--resolution={text} is neither a size, as 64, nor WIDTHxHEIGHT")
+    width = int(match[1])
+    return int(match[2] or width), width
+
+
+class _Progress:
+    """A bar on a terminal, else a line every half minute."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm[None] | None = None
+        self._start = self._last = time.monotonic()
+
+    def __call__(self, done: int, earlier: int, total: int) -> None:
+        if sys.stderr.isatty():
+            if self._bar is None:
+                self._bar = tqdm(total=total, initial=earlier, unit="img", smoothing=0.05)
+            self._bar.update(done + earlier - self._bar.n)
+            return
+        now = time.monotonic()
+        if now - self._last >= _LINE_SECONDS or (done == 0 and earlier):
+            self._last = now
+            self._line(done, earlier, total, now - self._start)
+
+    def _line(self, done: int, earlier: int, total: int, seconds: float) -> None:
+        line = f"{done + earlier} of {total} images"
+        if done:
+            left = (total - earlier - done) * seconds / done
+            line += f", {done / seconds:.0f} images/s, {left:.0f} s left"
+        else:
+            line += " were done before; going on"
+        print(line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _settings() -> conversion.Settings:
+    for flag in (_SOURCE, _DEST, _RESOLUTION):
+        if not flag.value:
+            raise UsageError(f"--{flag.name} is missing; --help shows how to call this")
+    return conversion.Settings(
+        source=_SOURCE.value,
+        dest=_DEST.value,
+        options=images.ImageOptions(
+            resolution=parse_resolution(_RESOLUTION.value),
+            channels=_CHANNELS[_CHANNEL_MODE.value],
+            crop=_CROP.value,
+            filter=_FILTER.value,
+            background=_BACKGROUND.value,
+        ),
+        labels=_LABELS.value,
+        shards=_SHARDS.value,
+        seed=_SEED.value,
+        max_images=_MAX_IMAGES.value,
+        skip_bad=_ON_BAD.value == "skip",
+        max_bad=_MAX_BAD.value,
+        workers=_WORKERS.value or data.processors(),
+        overwrite=_OVERWRITE.value,
+    )
+
+
+def _print_result(result: manifest.Manifest, report: conversion.Report) -> None:
+    height, width = result.resolution
+    print(
+        f"{result.directory}: {result.num_images} images, {width} wide, {height} high, "
+        f"{result.channels} channels, {result.num_classes or 'no'} classes, "
+        f"{len(result.shards)} shards, "
+        f"{sum(shard.bytes for shard in result.shards) / 1e6:.1f} MB"
+    )
+    notes = {
+        "kept their own bytes": report.kept,
+        "were scaled up": report.enlarged,
+        "were stretched": report.stretched,
+        "could not be used and were left out (the manifest lists them)": len(result.skipped),
+    }
+    for note, count in notes.items():
+        if count:
+            print(f"{count} images {note}")
+    if report.ignored:
+        print(f"{report.ignored} files of the source are no images by their names")
+    print(
+        f"train on it: python -m trainer.task --config=configs/auto.yaml --data={result.directory} "
+        f"--workdir=runs/{result.name}"
+    )
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the command; `argv` is the program's name."""
+    del argv
+    progress = _Progress()
+    try:
+        result, report = conversion.convert(_settings(), progress)
+    finally:
+        progress.close()
+    _print_result(result, report)
+
+
+def entry() -> None:
+    """The console script."""
+    command.run(main, usage=USAGE)
+
+
+if __name__ == "__main__":
+    entry()

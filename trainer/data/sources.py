@@ -1,0 +1,336 @@
+"""Where images come from: a folder or a zip archive, local or behind any fsspec URL, with labels.
+
+A listing is plain names and small locators, so that 200,000 images fit in little memory and a
+worker process can read its share without listing anything again. Archives are hostile input.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import posixpath
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO
+
+from trainer.core import storage
+from trainer.core.errors import DataError, StorageError
+from trainer.data import images
+
+LABEL_FILE = "dataset.json"
+MAX_CLASSES = 1_000_000
+
+_LOCAL_HEADER = struct.Struct("<4s22xHH")
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """Where a file lies in a zip archive, and how."""
+
+    offset: int
+    compressed: int
+    size: int
+    crc: int
+    deflated: bool
+
+
+@dataclass(frozen=True)
+class Source:
+    """The images of a folder or archive.
+
+    Attributes:
+      path: the folder or archive.
+      names: sorted paths of the images in it, with '/' between the parts.
+      sizes: bytes of each.
+      members: where each lies in the archive; None for a folder.
+      ignored: files that are no images by their names.
+      labels_member: the label file in the archive, if there is one.
+    """
+
+    path: str
+    names: list[str]
+    sizes: list[int]
+    members: list[Member] | None
+    ignored: int
+    labels_member: Member | None = None
+
+    def fingerprint(self) -> str:
+        """SHA-256 over names, sizes and, in an archive, checksums."""
+        digest = hashlib.sha256()
+        for number, (name, size) in enumerate(zip(self.names, self.sizes, strict=True)):
+            crc = self.members[number].crc if self.members else 0
+            digest.update(f"{name!r} {size} {crc}\n".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
+
+
+def open_source(path: str) -> Source:
+    """Lists the images below `path`, hidden files left out.
+
+    Raises:
+      DataError: there is none, or the archive is damaged, encrypted, escapes its root, or holds a
+        name twice.
+    """
+    path = storage.resolve(path)
+    if not storage.exists(path):
+        raise DataError(f"no folder or zip archive at {path}; check --source")
+    source = _open_folder(path) if storage.isdir(path) else _open_zip(path)
+    if not source.names:
+        raise DataError(
+            f"no image in {path} ({source.ignored} other files); "
+            f"looked for {', '.join(images.EXTENSIONS)}"
+        )
+    return source
+
+
+def _is_hidden(name: str) -> bool:
+    parts = name.split("/")
+    return any(
+        part == "__MACOSX" or (part.startswith(".") and part not in {".", ".."}) for part in parts
+    )
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(images.EXTENSIONS)
+
+
+def _open_folder(path: str) -> Source:
+    found = {}
+    ignored = 0
+    for name, size in _walk_remote(path) if storage.is_remote(path) else _walk(path, "", []):
+        if _is_hidden(name) or not _is_image(name):
+            ignored += 1
+        else:
+            found[name] = size
+    names = sorted(found)
+    return Source(path, names, [found[name] for name in names], None, ignored)
+
+
+def _walk(root: str, prefix: str, above: list[tuple[int, int]]) -> Iterator[tuple[str, int]]:
+    folder = os.path.join(root, prefix)
+    try:
+        entries = list(os.scandir(folder))
+        status = os.stat(folder)
+        here = (status.st_dev, status.st_ino)
+        if here in above:
+            raise DataError(f"{folder} is a link to a folder above itself; remove it")
+        for entry in entries:
+            if entry.is_dir():
+                yield from _walk(root, f"{prefix}{entry.name}/", [*above, here])
+            elif entry.is_file():
+                yield prefix + entry.name, entry.stat().st_size
+    except OSError as error:
+        raise DataError(f"cannot list {folder}: {error.strerror}") from error
+
+
+def _walk_remote(path: str) -> Iterator[tuple[str, int]]:
+    import fsspec
+
+    fs, root = fsspec.core.url_to_fs(path)
+    for name, entry in fs.find(root, detail=True).items():
+        yield posixpath.relpath(name, root), int(entry.get("size") or 0)
+
+
+def _open_zip(path: str) -> Source:
+    with storage.open_read(path) as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                infos = archive.infolist()
+        except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+            raise DataError(f"{path} is neither a folder nor a readable zip: {error}") from error
+    found: dict[str, Member] = {}
+    ignored = 0
+    labels = None
+    for info in infos:
+        if info.is_dir():
+            continue
+        name = _clean(path, info.filename)
+        if name == LABEL_FILE:
+            labels = _member(path, info)
+        elif _is_hidden(name) or not _is_image(name):
+            ignored += 1
+        elif name in found:
+            raise DataError(f"{path} holds {name} twice; remove one")
+        else:
+            found[name] = _member(path, info)
+    names = sorted(found)
+    members = [found[name] for name in names]
+    return Source(path, names, [member.size for member in members], members, ignored, labels)
+
+
+def _clean(path: str, name: str) -> str:
+    """A member's name, checked as if it were to be unpacked."""
+    parts = [part for part in name.replace("\\", "/").split("/") if part != "."]
+    if not parts or ":" in parts[0] or "" in parts or ".." in parts:
+        raise DataError(f"{path} holds {name!r}, which points out of the archive; pack it again")
+    return "/".join(parts)
+
+
+def _member(path: str, info: zipfile.ZipInfo) -> Member:
+    name = info.filename
+    if info.flag_bits & 1:
+        raise DataError(f"{name} in {path} is encrypted; unpack it first")
+    if info.compress_type not in {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
+        raise DataError(
+            f"{name} in {path} is compressed by method {info.compress_type}; only stored and "
+            "deflated files are read: pack it again"
+        )
+    return Member(
+        offset=info.header_offset,
+        compressed=info.compress_size,
+        size=info.file_size,
+        crc=info.CRC,
+        deflated=info.compress_type == zipfile.ZIP_DEFLATED,
+    )
+
+
+class Reader:
+    """Reads the images of one source; each worker process has its own.
+
+    Args:
+      path: `Source.path`.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._archive: IO[bytes] | None = None
+
+    def read(self, name: str, member: Member | None) -> bytes:
+        """The bytes of a file.
+
+        Raises:
+          DataError: with the reason alone; the caller knows the name.
+        """
+        try:
+            if member is None:
+                with storage.open_read(storage.join(self._path, *name.split("/"))) as file:
+                    return file.read(images.MAX_BYTES + 1)  # one more: `images` refuses it then
+            if self._archive is None:
+                self._archive = storage.open_read(self._path)
+            return _read_member(self._archive, member)
+        except (OSError, ValueError, StorageError) as error:
+            raise DataError(f"it cannot be read ({error})") from error
+
+
+def _read_member(archive: IO[bytes], member: Member) -> bytes:
+    """Reads no more than the member says it has, whatever it unpacks to."""
+    if member.size > images.MAX_BYTES or member.compressed > images.MAX_BYTES:
+        raise DataError(f"it has {member.size} bytes; the limit is {images.MAX_BYTES}")
+    archive.seek(member.offset)
+    header = archive.read(_LOCAL_HEADER.size)
+    if len(header) < _LOCAL_HEADER.size or header[:4] != b"PK\x03\x04":
+        raise DataError("its header in the archive is damaged")
+    archive.seek(sum(_LOCAL_HEADER.unpack(header)[1:]), os.SEEK_CUR)
+    data = archive.read(member.compressed)
+    if member.deflated:
+        try:
+            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, member.size + 1)
+        except zlib.error as error:
+            raise DataError(f"it cannot be unpacked: {error}") from error
+    if len(data) != member.size or zlib.crc32(data) != member.crc:
+        raise DataError("its size or checksum in the archive is wrong")
+    return data
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Class numbers for every image of a source, in the order of its names; -1 without labels."""
+
+    numbers: list[int]
+    names: list[str]
+
+
+def read_labels(source: Source, labels: str) -> Labels:
+    """The classes of a source's images.
+
+    Args:
+      source: the images.
+      labels: 'none'; 'folders' (the class is the folder a file lies in); the path of a JSON in
+        NVIDIA's form, {"labels": [["a/b.png", 3], ...]}; or 'auto': the source's own dataset.json
+        if it has one, else none.
+
+    Raises:
+      DataError: the JSON is wrong, names a file that is absent or one twice, or misses one.
+    """
+    if labels == "none":
+        return Labels([-1] * len(source.names), [])
+    if labels == "folders":
+        return _labels_from_folders(source)
+    text, where = _label_text(source, labels)
+    if text is None:
+        return Labels([-1] * len(source.names), [])
+    return _labels_from_json(source, text, where, required=labels != "auto")
+
+
+def _labels_from_folders(source: Source) -> Labels:
+    folders = [posixpath.dirname(name) for name in source.names]
+    if "" in folders:
+        name = source.names[folders.index("")]
+        raise DataError(f"{name} in {source.path} lies in no folder, so it has no class")
+    names = sorted(set(folders))
+    number = {name: index for index, name in enumerate(names)}
+    return Labels([number[folder] for folder in folders], names)
+
+
+def _label_text(source: Source, labels: str) -> tuple[bytes | None, str]:
+    if labels != "auto":
+        where = storage.resolve(labels)
+        if not storage.exists(where):
+            raise DataError(
+                f"no label file at {where}; --labels is auto, none, folders or a JSON's path"
+            )
+        return storage.read_bytes(where), where
+    where = storage.join(source.path, LABEL_FILE)
+    if source.members is not None:
+        if source.labels_member is None:
+            return None, where
+        return Reader(source.path).read(LABEL_FILE, source.labels_member), where
+    return (storage.read_bytes(where) if storage.exists(where) else None), where
+
+
+def _labels_from_json(source: Source, text: bytes, where: str, *, required: bool) -> Labels:
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is not JSON: {error}") from error
+    entries = document.get("labels") if isinstance(document, dict) else None
+    if entries is None and not required:
+        return Labels([-1] * len(source.names), [])
+    if not isinstance(entries, list):
+        raise DataError(f'{where} has no list of labels; write {{"labels": [["a.png", 0], ...]}}')
+    given: dict[str, int] = {}
+    for entry in entries:
+        name, number = _label_entry(entry, where)
+        if name in given:
+            raise DataError(f"{where} names {name} twice")
+        given[name] = number
+    known = set(source.names)
+    absent = [name for name in given if name not in known]
+    if absent:
+        raise DataError(f"{where} names {_few(absent)} absent from {source.path}")
+    missing = [name for name in source.names if name not in given]
+    if missing:
+        raise DataError(f"{where} has no label for {_few(missing)} of {source.path}")
+    numbers = [given[name] for name in source.names]
+    return Labels(numbers, [str(number) for number in range(max(numbers) + 1)])
+
+
+def _label_entry(entry: object, where: str) -> tuple[str, int]:
+    if (
+        not isinstance(entry, list)
+        or len(entry) != 2
+        or not isinstance(entry[0], str)
+        or type(entry[1]) is not int
+        or not 0 <= entry[1] < MAX_CLASSES
+    ):
+        shown = json.dumps(entry)[:100]
+        raise DataError(f"{where}: {shown} is not a file's name and its class number, from 0 on")
+    return entry[0], entry[1]
+
+
+def _few(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return f"{len(names)} files ({shown}{', ...' if len(names) > 3 else ''})"

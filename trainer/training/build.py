@@ -1,0 +1,113 @@
+"""From a resolved config to networks, phases and draws."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trainer.core.config import Config
+from trainer.distribution.strategy import half_dtype
+from trainer.networks.ops import Formulas
+from trainer.networks.stylegan2 import Discriminator, Generator
+from trainer.training.augment import AugmentPipe
+from trainer.training.phases import Phases, Sampler
+
+
+@dataclass(frozen=True)
+class DataShape:
+    """What the networks must know of the data set.
+
+    Attributes:
+      resolution: (height, width).
+      channels: 1 to 4.
+      label_counts: images of each class; empty for unconditional training.
+    """
+
+    resolution: tuple[int, int]
+    channels: int
+    label_counts: tuple[int, ...]
+
+
+def networks(
+    config: Config, data: DataShape, formulas: Formulas = Formulas.GENERIC
+) -> tuple[Generator, Discriminator]:
+    """Both networks.
+
+    Args:
+      config: resolved.
+      data: what they make and judge.
+      formulas: how layers are computed.
+    """
+    model = config.model
+    half = half_dtype(config.run.precision)
+    assert isinstance(model.channel_base, int) and isinstance(model.mbstd_group_size, int)
+    clamp = model.conv_clamp if half is not None else None
+    generator = Generator(
+        z_dim=model.z_dim,
+        c_dim=len(data.label_counts),
+        w_dim=model.w_dim,
+        resolution=data.resolution,
+        img_channels=data.channels,
+        mapping_layers=model.mapping_layers,
+        channel_base=model.channel_base,
+        channel_max=model.channel_max,
+        architecture=model.g_architecture,
+        num_fp16_res=model.num_fp16_res,
+        conv_clamp=clamp,
+        half_dtype=half,
+        formulas=formulas,
+    )
+    discriminator = Discriminator(
+        c_dim=len(data.label_counts),
+        resolution=data.resolution,
+        img_channels=data.channels,
+        channel_base=model.channel_base,
+        channel_max=model.channel_max,
+        architecture=model.d_architecture,
+        mapping_layers=model.d_mapping_layers,
+        mbstd_group_size=model.mbstd_group_size,
+        num_fp16_res=model.num_fp16_res,
+        conv_clamp=clamp,
+        half_dtype=half,
+        formulas=formulas,
+    )
+    return generator, discriminator
+
+
+def phases_and_draws(
+    config: Config,
+    data: DataShape,
+    generator: Generator,
+    discriminator: Discriminator,
+    *,
+    static_shapes: bool,
+) -> tuple[Phases, Sampler]:
+    """What a step computes, and what it draws at random."""
+    model, training = config.model, config.training
+    group_size, gamma = model.mbstd_group_size, training.r1_gamma
+    assert isinstance(group_size, int) and not isinstance(gamma, str)
+    pipe = None if config.augment.mode == "none" else AugmentPipe.preset(config.augment.pipe)
+    phases = Phases(
+        generator=generator,
+        discriminator=discriminator,
+        noise_mode=training.noise_mode,
+        pipe=pipe,
+        group_size=group_size,
+        r1_gamma=gamma,
+        pl_weight=training.pl_weight,
+        pl_decay=training.pl_decay,
+        g_reg_interval=training.g_reg_interval,
+        d_reg_interval=training.d_reg_interval,
+        freeze_d=training.freeze_d,
+        static_shapes=static_shapes,
+    )
+    sampler = Sampler(
+        seed=config.run.seed,
+        generator=generator,
+        group_size=group_size,
+        pl_group_size=group_size // training.pl_batch_shrink,
+        style_mixing_prob=training.style_mixing_prob,
+        noise_mode=training.noise_mode,
+        label_counts=data.label_counts,
+        pipe=pipe,
+    )
+    return phases, sampler

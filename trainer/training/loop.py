@@ -1,0 +1,313 @@
+"""A run from start to end."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+import trainer
+from trainer.core import config as config_lib
+from trainer.core import storage
+from trainer.core.config import Config
+from trainer.core.errors import ConfigError, DataError, DivergedError
+from trainer.data import manifest as manifest_lib
+from trainer.data.manifest import Manifest
+from trainer.data.pipeline import ImageStream
+from trainer.distribution.strategy import choose
+from trainer.networks.ops import Formulas
+from trainer.telemetry import images as telemetry_images
+from trainer.telemetry.statsfile import Stat
+from trainer.telemetry.writers import Telemetry
+from trainer.training import build, checkpoint, cost
+from trainer.training.checkpoint import Checkpoints
+from trainer.training.snapshot import Snapshots
+from trainer.training.state import STATS, TrainState
+from trainer.training.step import TrainStep
+
+
+def train(
+    config: Config, workdir: str, *, dry_run: bool = False, allow_change: Sequence[str] = ()
+) -> None:
+    """Trains until `training.total_kimg`, from where the workdir's newest checkpoint is.
+
+    Args:
+      config: as loaded; 'auto' is resolved here, since that needs the data set.
+      workdir: directory of the run, local or gs://.
+      dry_run: say what would be done, and do nothing.
+      allow_change: keys that may differ from those of the checkpoint.
+
+    Raises:
+      ConfigError: the config doesn't fit itself, the data or the checkpoint.
+      DataError: the data set can't be used.
+      StorageError: the workdir can't be written.
+      DivergedError: a loss or gradient is not finite.
+    """
+    # ------------------------------------------------------------------ set up
+    started = time.monotonic()
+    manifest = manifest_lib.load(storage.resolve(config.data.path))
+    config = config_lib.resolve(config, resolution=manifest.resolution)
+    placement, jit = choose(config.run.strategy, config.run.jit)
+    strategy = placement.strategy
+    arithmetic = config_lib.batch_arithmetic(config, strategy.num_replicas_in_sync)
+    if config.run.deterministic:
+        tf.config.experimental.enable_op_determinism()
+    data = build.DataShape(
+        manifest.resolution,
+        manifest.channels,
+        tuple(manifest.label_counts) if config.data.use_labels else (),
+    )
+    formulas = Formulas.XLA_CPU if jit and not placement.accelerated else Formulas.GENERIC
+    generator, discriminator = build.networks(config, data, formulas)
+    costs = cost.estimate(config, arithmetic, generator, discriminator)
+    for line in _description(config, manifest, arithmetic, placement.description, jit, costs):
+        print(line, flush=True)
+    if dry_run:
+        print(config_lib.to_yaml(config), end="")
+        return
+
+    # ------------------------------------------------------------------ state
+    found, skipped = checkpoint.newest(workdir)
+    for line in skipped:
+        print(line)
+    if found is not None:
+        _check_same_run(found, config, manifest, allow_change)
+    with strategy.scope():
+        state = TrainState(
+            generator,
+            discriminator,
+            seed=config.run.seed,
+            freeze_d=config.training.freeze_d,
+            augment_p=config.augment.p if config.augment.mode != "none" else 0.0,
+        )
+    storage.makedirs(workdir)
+    storage.write_text_atomic(
+        storage.join(workdir, "config.yaml"), _versions() + config_lib.to_yaml(config)
+    )
+    checkpoints = Checkpoints(workdir, config.checkpoint, state.variables())
+    tick, tick_start, previous_sec = 0, 0, 0.0
+    if found is not None:
+        checkpoints.restore(found)
+        tick, tick_start = found.info["tick"], found.info["tick_start"]
+        previous_sec = found.info["total_sec"]
+        print(f"resuming from {found.path}: step {found.step}, kimg {found.info['kimg']:.3f}")
+    elif config.training.init_from:
+        _start_from(config.training.init_from, state)
+
+    # ------------------------------------------------------------------ data
+    images, step = int(state.images.numpy()), int(state.step.numpy())
+    stream = ImageStream(
+        manifest,
+        group_size=arithmetic.group_size,
+        groups_per_batch=arithmetic.groups_per_step,
+        seed=config.run.seed,
+        start_group=images // arithmetic.group_size,
+        use_labels=config.data.use_labels,
+        mirror=config.data.mirror,
+        window=config.data.window,
+    )
+
+    # ------------------------------------------------------------------ step function
+    phases, draw = build.phases_and_draws(
+        config, data, generator, discriminator, static_shapes=jit
+    )
+    train_step = TrainStep(config, arithmetic, strategy, state, phases, draw, jit=jit)
+
+    # ------------------------------------------------------------------ pictures
+    total_images = round(config.training.total_kimg * 1000)
+    telemetry = Telemetry(
+        workdir,
+        tensorboard=config.telemetry.tensorboard,
+        total_kimg=config.training.total_kimg,
+        resume_kimg=images / 1000,
+    )
+    plain, _ = build.networks(config, data)
+    snapshots = Snapshots(
+        plain, manifest, use_labels=config.data.use_labels, seed=config.run.seed
+    )
+
+    def snapshot(name: str, grid: np.ndarray, kimg: float) -> None:
+        telemetry_images.save_image(storage.join(workdir, f"{name}.png"), grid)
+        telemetry.image("Reals" if name == "reals" else "Fakes", grid, kimg)
+
+    if found is None:
+        snapshot("reals", snapshots.reals(), 0)
+        snapshot("fakes_init", snapshots.fakes(state.g_ema), 0)
+        telemetry.line(f"wrote {storage.join(workdir, 'reals.png')} and fakes_init.png")
+
+    def info(total_sec: float) -> dict[str, Any]:
+        return {
+            "step": step,
+            "images": images,
+            "kimg": images / 1000,
+            "tick": tick,
+            "tick_start": tick_start,
+            "total_sec": total_sec,
+            "config": config_lib.to_dict(config),
+            "config_fingerprint": config_lib.fingerprint(config),
+            "data_fingerprint": manifest.fingerprint,
+            "resolution": list(manifest.resolution),
+            "channels": manifest.channels,
+            "label_names": manifest.label_names if config.data.use_labels else [],
+            "label_counts": list(data.label_counts),
+            "versions": {"trainer": trainer.__version__, "tensorflow": tf.__version__},
+        }
+
+    # ------------------------------------------------------------------ run
+    telemetry.line(f"training to {config.training.total_kimg:g} kimg; the first step compiles")
+    tick_began, maintenance = time.monotonic(), 0.0
+    first = True
+    try:
+        while images < total_images:
+            reports = train_step(*next(stream))
+            images, step = images + arithmetic.global_batch, step + 1
+            if first:
+                tf.nest.map_structure(lambda value: value.numpy(), reports)
+                telemetry.line(f"first step after {time.monotonic() - started:.0f} s")
+                first = False
+            telemetry.progress(images)
+            done = images >= total_images
+            at_tick = done or tick == 0 or images >= tick_start + config.telemetry.tick_kimg * 1000
+            at_checkpoint = done or step % config.checkpoint.every_steps == 0
+            if not (at_tick or at_checkpoint) and placement.accelerated:
+                continue
+            _check_finite(state, workdir)
+            total_sec = previous_sec + time.monotonic() - started
+            if at_tick:
+                tick_sec = time.monotonic() - tick_began
+                _check_advanced(state, images, step)
+                telemetry.tick(
+                    _take_stats(state),
+                    tick=tick,
+                    nimg=images,
+                    augment_p=float(state.augment_p.numpy()),
+                    total_sec=total_sec,
+                    tick_sec=tick_sec,
+                    maintenance_sec=maintenance,
+                )
+                maintenance_began = time.monotonic()
+                if done or (tick > 0 and tick % config.telemetry.snap_ticks == 0):
+                    name = f"fakes{images // 1000:06d}"
+                    snapshot(name, snapshots.fakes(state.g_ema), images / 1000)
+                tick, tick_start = tick + 1, images
+                tick_began = time.monotonic()
+                maintenance = tick_began - maintenance_began
+            if at_checkpoint:
+                saving_began = time.monotonic()
+                checkpoints.save(step, info(total_sec))
+                saved_in = time.monotonic() - saving_began
+                maintenance, tick_began = maintenance + saved_in, tick_began + saved_in
+    finally:
+        telemetry.close()
+    print(f"finished: {images / 1000:g} kimg, {step} steps; see {workdir}")
+
+
+def _description(
+    config: Config,
+    manifest: Manifest,
+    arithmetic: config_lib.BatchArithmetic,
+    devices: str,
+    jit: bool,
+    costs: cost.Cost,
+) -> list[str]:
+    """What a run is, for the console."""
+    height, width = manifest.resolution
+    classes = f", {manifest.num_classes} classes" if manifest.num_classes else ""
+    ignored = " (not used: data.use_labels is off)" if classes and not config.data.use_labels else ""
+    a = arithmetic
+    groups = a.per_replica_batch // a.group_size
+    return [
+        f"data      {manifest.directory}: {manifest.num_images} images {height}x{width}x"
+        f"{manifest.channels}{classes}{ignored}",
+        f"devices   {devices}, precision {config.run.precision}, XLA {'on' if jit else 'off'}",
+        f"batch     {a.global_batch} images = {a.num_replicas} replicas x {a.rounds} rounds x "
+        f"{a.per_replica_batch} ({groups} groups of {a.group_size})",
+        f"networks  G {costs.g_params:,} and D {costs.d_params:,} parameters, "
+        f"{costs.gflop_per_image:.3g} GFLOP of convolutions per image, about "
+        f"{1000 * costs.gflop_per_image / 130:.3g} s/kimg at 130 GFLOP/s",
+        f"memory    {costs.state_mib:.0f} MiB of variables and about {costs.activations_mib:.0f} MiB "
+        "of activations on each replica",
+    ]
+
+
+def _versions() -> str:
+    return (
+        f"# trainer {trainer.__version__}, TensorFlow {tf.__version__}, "
+        f"Python {platform.python_version()}\n"
+    )
+
+
+def _check_same_run(
+    found: checkpoint.Found, config: Config, manifest: Manifest, allow_change: Sequence[str]
+) -> None:
+    """Refuses to go on with another config or data set than the checkpoint's."""
+    before = config_lib.from_dict(found.info["config"], where=found.path)
+    changes = [c for c in config_lib.diff(before, config) if c[0] not in allow_change]
+    if changes:
+        text = ", ".join(f"{key}: {old!r} -> {new!r}" for key, old, new in changes)
+        keys = ",".join(key for key, _, _ in changes)
+        raise ConfigError(
+            f"the config differs from that of {found.path}: {text}; use the old values, another "
+            f"workdir, or --allow_change={keys}"
+        )
+    same_data = found.info["data_fingerprint"] == manifest.fingerprint
+    if not same_data and "data.fingerprint" not in allow_change:
+        raise DataError(
+            f"{manifest.directory} is not the data set that {found.path} was trained on (its "
+            "fingerprint differs); use that one, another workdir, or "
+            "--allow_change=data.fingerprint"
+        )
+
+
+def _start_from(path: str, state: TrainState) -> None:
+    """Starts a new run from the networks of another one (transfer learning)."""
+    found = checkpoint.find(storage.resolve(path))
+    tables = {"G": state.g, "D": state.d, "G_ema": state.g_ema}
+    wrong = []
+    for prefix, table in tables.items():
+        stored = checkpoint.read_parameters(found, prefix)
+        for name, variable in table.items():
+            if name not in stored or stored[name].shape != tuple(variable.shape):
+                wrong.append(f"{prefix}/{name}")
+            else:
+                variable.assign(stored[name])
+        print(f"init_from {found.path}: {prefix}, {len(table)} parameters")
+    if wrong:
+        raise ConfigError(
+            f"training.init_from: {found.path} has no fitting {', '.join(wrong[:3])} "
+            f"({len(wrong)} in all); it must be a run with the same networks"
+        )
+
+
+def _take_stats(state: TrainState) -> dict[str, Stat]:
+    """The statistics since the last tick, which start anew."""
+    stats = {}
+    for name, (number, total, squares) in zip(STATS, state.stats.numpy().astype(np.float64)):
+        if number > 0:
+            mean = total / number
+            variance = max(squares / number - mean**2, 0.0)
+            stats[name] = Stat(int(number), float(mean), float(np.sqrt(variance)))
+    state.stats.assign(tf.zeros_like(state.stats))
+    return stats
+
+
+def _check_finite(state: TrainState, workdir: str) -> None:
+    message = state.nonfinite_message()
+    if message is not None:
+        found, _ = checkpoint.newest(workdir)
+        last = f"the last good checkpoint is {found.path}" if found else "there is no checkpoint yet"
+        raise DivergedError(
+            f"{message}; {last}: run again with lower training.g_lr and d_lr, a higher "
+            "training.r1_gamma or run.precision=float32, and --allow_change for these keys"
+        )
+
+
+def _check_advanced(state: TrainState, images: int, step: int) -> None:
+    """The step must have counted as the loop has."""
+    counted = int(state.images.numpy()), int(state.step.numpy())
+    if counted != (images, step):
+        raise AssertionError(f"the state is at {counted} images and steps, not {(images, step)}")

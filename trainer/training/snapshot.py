@@ -1,0 +1,69 @@
+"""What a run shows of itself: a grid of reals, and of fakes that keep their latents."""
+
+from __future__ import annotations
+
+import numpy as np
+import tensorflow as tf
+
+from trainer.core.seeds import Purpose
+from trainer.core.seeds import generator as random_generator
+from trainer.data import pipeline
+from trainer.data.manifest import Manifest
+from trainer.networks.stylegan2 import Generator
+from trainer.telemetry import images
+from trainer.telemetry.images import GridLayout
+
+_BATCH = 16
+# Records are in random order, so this many show which classes there are.
+_LABELLED = 1024
+
+
+class Snapshots:
+    """The grids of one run; the same tiles and latents from its start to its end.
+
+    Args:
+      generator: the network; applied uncompiled, so it should use generic formulas.
+      manifest: the data set.
+      use_labels: give each row a class.
+      seed: of the run.
+    """
+
+    def __init__(
+        self, generator: Generator, manifest: Manifest, *, use_labels: bool, seed: int
+    ) -> None:
+        self._generator, self._manifest = generator, manifest
+        labels = None
+        if use_labels:
+            count = min(manifest.num_images, _LABELLED)
+            labels = pipeline.read_images(manifest, np.arange(count))[1]
+        self.layout: GridLayout = images.grid_layout(
+            manifest.resolution, manifest.num_images, labels, seed=seed
+        )
+        rng = random_generator(seed, Purpose.SNAPSHOT)
+        tiles = len(self.layout.indices)
+        self._z = rng.standard_normal([tiles, generator.z_dim]).astype(np.float32)
+        classes = np.arange(generator.c_dim)
+        self._c = (self.layout.labels[:, np.newaxis] == classes).astype(np.float32)
+        self._draw = tf.function(self._images, autograph=False)
+
+    def _images(
+        self, params: dict[str, tf.Tensor], z: tf.Tensor, c: tf.Tensor
+    ) -> tf.Tensor:
+        ws = self._generator.mapping(params, z, c)
+        return self._generator.synthesis(params, ws)
+
+    def reals(self) -> np.ndarray:
+        """The grid of reals: [rows * H, columns * W, C] uint8."""
+        tiles, _ = pipeline.read_images(self._manifest, self.layout.indices)
+        return images.tile(tiles, self.layout.size)
+
+    def fakes(self, params: dict[str, tf.Variable]) -> np.ndarray:
+        """The grid of fakes, with constant noise: [rows * H, columns * W, C] uint8."""
+        values = {name: tf.convert_to_tensor(value) for name, value in params.items()}
+        tiles = []
+        for start in range(0, len(self._z), _BATCH):
+            # The last batch is filled up, so that one graph serves all.
+            rows = np.resize(np.arange(start, min(start + _BATCH, len(self._z))), _BATCH)
+            drawn = self._draw(values, tf.constant(self._z[rows]), tf.constant(self._c[rows]))
+            tiles.append(images.to_uint8(drawn.numpy()))
+        return images.tile(np.concatenate(tiles)[: len(self._z)], self.layout.size)
