@@ -224,14 +224,23 @@ def conv2d(
 ) -> tf.Tensor:
     """Dense correlation with "same" zero padding: [N, H, W, in] -> [N, H, W, out]."""
     size, _, inputs, outputs = weight.shape
-    even = x.shape[1] % 2 == 0 and x.shape[2] % 2 == 0
-    if formulas is Formulas.XLA_CPU and size == 3 and even and min(inputs, outputs) >= 16:
+    _, height, width, _ = x.shape
+    if (
+        formulas is Formulas.XLA_CPU
+        and size == 3
+        and min(inputs, outputs) >= _WINOGRAD_MIN_CHANNELS
+        and height * width >= _WINOGRAD_MIN_PIXELS
+        and height % 2 == width % 2 == 0
+    ):
         return _winograd(x, weight)
     return tf.nn.conv2d(x, weight, strides=1, padding="SAME")
 
 
 # Winograd's transforms for two outputs of a three-tap filter (Lavin and Gray 2016, section 4.1):
 # y = A^T [(G w) * (B^T x)] along each axis.
+# Below these sizes it saves nothing worth the time to compile it.
+_WINOGRAD_MIN_CHANNELS = 16
+_WINOGRAD_MIN_PIXELS = 16 * 16
 _WINOGRAD_WEIGHT = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
 
 
