@@ -26,7 +26,10 @@ def random_steps(count: int) -> list[dict[str, np.ndarray]]:
     """Gradients over many orders of magnitude, so that epsilon and the corrections show."""
     rng = np.random.default_rng(5)
     return [
-        {name: rng.standard_normal(shape) * 10.0 ** rng.integers(-9, 3) for name, shape in SHAPES.items()}
+        {
+            name: rng.standard_normal(shape) * 10.0 ** rng.integers(-9, 3)
+            for name, shape in SHAPES.items()
+        }
         for _ in range(count)
     ]
 
@@ -46,7 +49,7 @@ def pytorch(adam: Adam, steps: list[dict[str, np.ndarray]]) -> dict[str, np.ndar
     """As documented for torch.optim.Adam: epsilon is added after the bias correction."""
     params = {name: np.ones(shape) for name, shape in SHAPES.items()}
     for name in SHAPES:
-        m = v = 0.0
+        m, v = np.zeros(SHAPES[name]), np.zeros(SHAPES[name])
         for t, grads in enumerate(steps, 1):
             m = adam.beta1 * m + (1 - adam.beta1) * grads[name]
             v = adam.beta2 * v + (1 - adam.beta2) * grads[name] ** 2
@@ -67,11 +70,11 @@ def test_adam_is_pytorchs(beta1: float) -> None:
 @pytest.mark.parametrize("beta1", [0.0, 0.9])
 def test_adam_is_kerass_but_for_epsilon(beta1: float) -> None:
     """Keras adds epsilon before the correction, so there must be none to speak of."""
-    from keras.optimizers import Adam as KerasAdam
+    keras = pytest.importorskip("keras")
 
     adam, steps = Adam(0.01, beta1, 0.99, eps=1e-20), random_steps(8)
     variables = {name: tf.Variable(tf.ones(shape)) for name, shape in SHAPES.items()}
-    keras_adam = KerasAdam(learning_rate=0.01, beta_1=beta1, beta_2=0.99, epsilon=1e-20)
+    keras_adam = keras.optimizers.Adam(learning_rate=0.01, beta_1=beta1, beta_2=0.99, epsilon=1e-20)
     keras_adam.build(list(variables.values()))
     for grads in steps:
         keras_adam.apply(

@@ -53,7 +53,9 @@ class RecordedDraws:
 
     def __call__(self, phase: str, group_index: tf.Tensor) -> Draws:
         count = 2 if phase == "Greg" else 4
-        rows = tf.reshape(4 * (group_index[:, tf.newaxis] % 2) + tf.range(count, dtype=tf.int64), [-1])
+        rows = tf.reshape(
+            4 * (group_index[:, tf.newaxis] % 2) + tf.range(count, dtype=tf.int64), [-1]
+        )
         rows = tf.ensure_shape(rows, [group_index.shape[0] * count])
         if phase == "Dreg":
             return Draws()
@@ -90,7 +92,10 @@ class Trace:
             }
         )
         self.state = TrainState(self.g, self.d, seed=0)
-        for prefix, network, table in (("G0/", self.g, self.state.g), ("D0/", self.d, self.state.d)):
+        for prefix, network, table in (
+            ("G0/", self.g, self.state.g),
+            ("D0/", self.d, self.state.d),
+        ):
             arrays = {k[len(prefix) :]: v for k, v in golden.items() if k.startswith(prefix)}
             for name, value in network.from_nvidia(arrays).items():
                 table[name].assign(value)
@@ -136,15 +141,23 @@ def relative(actual: Any, expected: Any) -> float:
     return float(np.max(np.abs(actual - expected)) / max(np.max(np.abs(expected)), 1e-30))
 
 
-def sums_of_squares(network: Any, table: dict[str, tf.Variable], names: list[str]) -> dict[str, float]:
-    return {name: float(np.sum(np.square(table[name].numpy().astype(np.float64)))) for name in names}
+def sums_of_squares(
+    network: Any, table: dict[str, tf.Variable], names: list[str]
+) -> dict[str, float]:
+    return {
+        name: float(np.sum(np.square(table[name].numpy().astype(np.float64)))) for name in names
+    }
 
 
 @pytest.mark.parametrize(("rounds", "jit"), [(1, False), (2, True)])
 def test_three_iterations(golden: dict[str, np.ndarray], rounds: int, jit: bool) -> None:
     trace = Trace(golden, rounds=rounds, jit=jit)
     names = {
-        "Gmain": {"scores/fake": "Loss/scores/fake", "signs/fake": "Loss/signs/fake", "G/loss": "Loss/G/loss"},
+        "Gmain": {
+            "scores/fake": "Loss/scores/fake",
+            "signs/fake": "Loss/signs/fake",
+            "G/loss": "Loss/G/loss",
+        },
         "Greg": {"pl_penalty": "Loss/pl_penalty", "G/reg": "Loss/G/reg"},
         "Dmain": {
             "scores/fake": "Loss/scores/fake",
@@ -152,7 +165,11 @@ def test_three_iterations(golden: dict[str, np.ndarray], rounds: int, jit: bool)
             "signs/real": "Loss/signs/real",
             "D/loss": "Loss/D/loss",
         },
-        "Dreg": {"scores/real": "Loss/scores/real", "r1_penalty": "Loss/r1_penalty", "D/reg": "Loss/D/reg"},
+        "Dreg": {
+            "scores/real": "Loss/scores/real",
+            "r1_penalty": "Loss/r1_penalty",
+            "D/reg": "Loss/D/reg",
+        },
     }
     for iteration in (1, 2, 3):
         reports = trace.iterate(iteration)
@@ -161,16 +178,31 @@ def test_three_iterations(golden: dict[str, np.ndarray], rounds: int, jit: bool)
                 count, total, _ = reports[phase][ours].numpy()
                 assert count == (4 if phase == "Greg" else 8)
                 expected = golden[f"it{iteration}/{phase}/{theirs}"][0]
-                assert total / count == pytest.approx(expected, rel=1e-4, abs=1e-6), (iteration, phase, ours)
+                assert total / count == pytest.approx(expected, rel=1e-4, abs=1e-6), (
+                    iteration,
+                    phase,
+                    ours,
+                )
             gradients = golden[f"it{iteration}/{phase}/grad_sumsq"]
-            assert reports[phase]["gradients"].numpy() == pytest.approx(gradients, rel=2e-4), (iteration, phase)
+            assert reports[phase]["gradients"].numpy() == pytest.approx(gradients, rel=2e-4), (
+                iteration,
+                phase,
+            )
         state = trace.state
         assert relative(state.pl_mean, golden[f"it{iteration}/pl_mean"]) < 1e-5
         assert relative(state.g["mapping.w_avg"], golden[f"it{iteration}/w_avg"]) < 1e-5
         for key, table in (("G", state.g), ("D", state.d), ("Gema", state.g_ema)):
             prefix = f"it{iteration}/{key}_sumsq/"
-            expected = {k[len(prefix) :]: float(v) for k, v in golden.items() if k.startswith(prefix)}
+            expected = {
+                k[len(prefix) :]: float(v) for k, v in golden.items() if k.startswith(prefix)
+            }
             actual = sums_of_squares(None, table, list(expected))
-            assert sum(actual.values()) == pytest.approx(float(golden[f"it{iteration}/{key}_sumsq_total"]), rel=2e-6)
+            assert sum(actual.values()) == pytest.approx(
+                float(golden[f"it{iteration}/{key}_sumsq_total"]), rel=2e-6
+            )
             for name, value in expected.items():
-                assert actual[name] == pytest.approx(value, rel=3e-4, abs=1e-6), (iteration, key, name)
+                assert actual[name] == pytest.approx(value, rel=3e-4, abs=1e-6), (
+                    iteration,
+                    key,
+                    name,
+                )

@@ -660,7 +660,7 @@ def resolve(config: Config, *, resolution: tuple[int, int]) -> Config:
     Raises:
       ConfigError: the networks cannot make this resolution.
     """
-    base_grid(resolution)
+    grid = base_grid(resolution)
     side = max(resolution)
     model, training = config.model, config.training
     batch: int | Auto = training.batch_size
@@ -679,11 +679,19 @@ def resolve(config: Config, *, resolution: tuple[int, int]) -> Config:
             "ema_kimg": batch * 10 / 32,
         },
     }
-    return dataclasses.replace(
+    resolved = dataclasses.replace(
         config,
         model=_fill(model, values["model"]),
         training=_fill(training, values["training"]),
     )
+    nominal = 4 << grid.doublings
+    channel_base = resolved.model.channel_base
+    if isinstance(channel_base, int) and channel_base < nominal:
+        raise ConfigError(
+            f"model.channel_base = {channel_base} leaves the highest resolution without channels; "
+            f"set it to {nominal} or more"
+        )
+    return resolved
 
 
 _SectionT = typing.TypeVar("_SectionT", bound=_Section)

@@ -9,7 +9,7 @@ import types
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from trainer.core.errors import TrainerError, UsageError, require_tensorflow
 
@@ -50,6 +50,8 @@ def run(
             fail(UsageError(f"{' '.join(str(error).split())}; --help lists the flags"))
 
     def guarded(argv: Sequence[str]) -> int | None:
+        if not _DEBUG.value:
+            logging.set_verbosity(logging.WARNING)  # TensorFlow's own remarks
         try:
             if len(argv) > 1 + max_positional:
                 extra = argv[1 + max_positional]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import re
 from dataclasses import dataclass, field
@@ -243,7 +244,7 @@ def _parse_shard(entry: dict[str, Any], block: int) -> Shard:
         index=_list(entry, "index", int, where),
     )
     ends = [*shard.index, shard.bytes]
-    rising = all(low < high for low, high in zip(ends, ends[1:], strict=False))
+    rising = all(low < high for low, high in itertools.pairwise(ends))
     if len(shard.index) != -(-shard.count // block) or shard.index[0] != 0 or not rising:
         raise _Wrong(f"{where}its index does not fit its count and bytes")
     return shard

@@ -41,6 +41,8 @@ def choose(name: str, jit: str) -> tuple[Placement, bool]:
         raise ConfigError(
             f"run.strategy = {name!r} is not a strategy; choose one of {', '.join(STRATEGIES)}"
         )
+    if name == "cpu":  # before anything starts the GPUs: later they can't be hidden
+        tf.config.set_visible_devices([], "GPU")
     gpus = tf.config.list_logical_devices("GPU")
     if name == "auto":
         name = "mirrored" if len(gpus) > 1 else "one_device"
@@ -49,12 +51,10 @@ def choose(name: str, jit: str) -> tuple[Placement, bool]:
         strategy = tf.distribute.MirroredStrategy([device.name for device in devices])
         kind = "GPUs" if gpus else "logical CPUs"
         placement = Placement(strategy, f"{len(devices)} mirrored {kind}", bool(gpus))
-    elif gpus and name != "cpu":
+    elif gpus:
         strategy = tf.distribute.OneDeviceStrategy(gpus[0].name)
         placement = Placement(strategy, "one GPU", True)
     else:
-        if name == "cpu":
-            tf.config.set_visible_devices([], "GPU")
         placement = Placement(tf.distribute.get_strategy(), "one CPU", False)
     return placement, jit != "off"
 

@@ -133,7 +133,13 @@ def _fir_depthwise(
 
 
 def _fir_axis(
-    x: tf.Tensor, taps: np.ndarray, axis: int, up: int, down: int, pad: tuple[int, int], formulas: Formulas
+    x: tf.Tensor,
+    taps: np.ndarray,
+    axis: int,
+    up: int,
+    down: int,
+    pad: tuple[int, int],
+    formulas: Formulas,
 ) -> tf.Tensor:
     """Upsamples by zero stuffing, pads, correlates with `taps` and keeps every `down`-th sample.
 
@@ -173,7 +179,7 @@ def upfirdn2d(
     padding: tuple[int, int, int, int] = (0, 0, 0, 0),
     gain: float = 1.0,
     flip_filter: bool = False,
-    formulas: Formulas = Formulas.XLA_CPU,
+    formulas: Formulas = Formulas.GENERIC,
 ) -> tf.Tensor:
     """Upsamples, filters and downsamples a batch of images.
 
@@ -201,14 +207,16 @@ def upfirdn2d(
     return tf.add_n(results) if len(results) > 1 else results[0]
 
 
-def upsample2d(x: tf.Tensor, taps: np.ndarray, formulas: Formulas = Formulas.XLA_CPU) -> tf.Tensor:
+def upsample2d(x: tf.Tensor, taps: np.ndarray, formulas: Formulas = Formulas.GENERIC) -> tf.Tensor:
     """[N, H, W, C] -> [N, 2H, 2W, C]; a constant image keeps its value."""
     size = len(taps)
     before, after = (size + 1) // 2, (size - 2) // 2
     return upfirdn2d(x, taps, up=2, padding=(before, after) * 2, gain=4.0, formulas=formulas)
 
 
-def downsample2d(x: tf.Tensor, taps: np.ndarray, formulas: Formulas = Formulas.XLA_CPU) -> tf.Tensor:
+def downsample2d(
+    x: tf.Tensor, taps: np.ndarray, formulas: Formulas = Formulas.GENERIC
+) -> tf.Tensor:
     """[N, H, W, C] -> [N, H/2, W/2, C]; a constant image keeps its value."""
     size = len(taps)
     before, after = (size - 1) // 2, (size - 2) // 2
@@ -219,9 +227,7 @@ def downsample2d(x: tf.Tensor, taps: np.ndarray, formulas: Formulas = Formulas.X
 # Convolution
 
 
-def conv2d(
-    x: tf.Tensor, weight: tf.Tensor, formulas: Formulas = Formulas.XLA_CPU
-) -> tf.Tensor:
+def conv2d(x: tf.Tensor, weight: tf.Tensor, formulas: Formulas = Formulas.GENERIC) -> tf.Tensor:
     """Dense correlation with "same" zero padding: [N, H, W, in] -> [N, H, W, out]."""
     size, _, inputs, outputs = weight.shape
     _, height, width, _ = x.shape
@@ -241,6 +247,8 @@ def conv2d(
 # Below these sizes it saves nothing worth the time to compile it.
 _WINOGRAD_MIN_CHANNELS = 16
 _WINOGRAD_MIN_PIXELS = 16 * 16
+# Most space for a transformed input; about a last-level cache.
+_WINOGRAD_BYTES = 32 << 20
 _WINOGRAD_WEIGHT = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
 
 
@@ -264,9 +272,21 @@ def _winograd(x: tf.Tensor, weight: tf.Tensor) -> tf.Tensor:
         def gradient(dy: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             return _winograd(dy, _reversed(weight)), _weight_gradient(x, dy)
 
-        return _winograd_product(x, weight), gradient
+        return _winograd_in_parts(x, weight), gradient
 
     return apply(x, weight)
+
+
+def _winograd_in_parts(x: tf.Tensor, weight: tf.Tensor) -> tf.Tensor:
+    """A few images at a time, since the transformed ones take four times the space."""
+    num, height, width, inputs = x.shape
+    fitting = max(_WINOGRAD_BYTES // (4 * height * width * inputs * x.dtype.size), 1)
+    if num is None or num <= fitting:
+        return _winograd_product(x, weight)
+    size = max(divisor for divisor in range(1, fitting + 1) if num % divisor == 0)
+    parts = tf.reshape(x, [num // size, size, height, width, inputs])
+    y = tf.map_fn(lambda part: _winograd_product(part, weight), parts)
+    return tf.reshape(y, [num, height, width, weight.shape[3]])
 
 
 def _winograd_product(x: tf.Tensor, weight: tf.Tensor) -> tf.Tensor:
@@ -281,7 +301,7 @@ def _winograd_product(x: tf.Tensor, weight: tf.Tensor) -> tf.Tensor:
         return pairs[:, i // 2 : i // 2 + rows, i % 2, j // 2 : j // 2 + cols, j % 2]
 
     by_column = [_winograd_input([tiles(i, j) for i in range(4)]) for j in range(4)]
-    elements = [e for row in zip(*by_column) for e in _winograd_input(list(row))]
+    elements = [e for row in zip(*by_column, strict=True) for e in _winograd_input(list(row))]
     transformed = tf.stack([tf.reshape(element, [-1, inputs]) for element in elements])
     matrix = tf.constant(_WINOGRAD_WEIGHT, weight.dtype)
     kernels = tf.reshape(
@@ -365,7 +385,7 @@ def conv2d_resample(
     taps: np.ndarray = RESAMPLE_FILTER,
     up: int = 1,
     down: int = 1,
-    formulas: Formulas = Formulas.XLA_CPU,
+    formulas: Formulas = Formulas.GENERIC,
 ) -> tf.Tensor:
     """Convolution with optional 2x up- or downsampling (StyleGAN2, section 4.2 and appendix B).
 
@@ -392,7 +412,9 @@ def conv2d_resample(
         return conv2d(downsample2d(x, taps, formulas), weight, formulas)
     if down == 2:
         before, after = (len(taps) - 1) // 2 + 1, (len(taps) - 2) // 2 + 1
-        return _strided_conv3x3(upfirdn2d(x, taps, padding=(before, after) * 2, formulas=formulas), weight)
+        return _strided_conv3x3(
+            upfirdn2d(x, taps, padding=(before, after) * 2, formulas=formulas), weight
+        )
     return conv2d(x, weight, formulas)
 
 
@@ -404,7 +426,7 @@ def modulated_conv2d(
     up: int = 1,
     demodulate: bool = True,
     taps: np.ndarray = RESAMPLE_FILTER,
-    formulas: Formulas = Formulas.XLA_CPU,
+    formulas: Formulas = Formulas.GENERIC,
 ) -> tf.Tensor:
     """Convolution whose weights are scaled by each sample's style (StyleGAN2, section 2.2).
 
@@ -488,7 +510,6 @@ def _add_bias(x: tf.Tensor, bias: tf.Tensor, formulas: Formulas) -> tf.Tensor:
     return apply(x, bias)
 
 
-
 # The gain of each activation that keeps the variance of its input.
 _ACTIVATION_GAINS = {"linear": 1.0, "lrelu": math.sqrt(2), "sigmoid": 1.0, "swish": math.sqrt(2)}
 
@@ -500,7 +521,7 @@ def bias_act(
     alpha: float = 0.2,
     gain: float | None = None,
     clamp: float | None = None,
-    formulas: Formulas = Formulas.XLA_CPU,
+    formulas: Formulas = Formulas.GENERIC,
 ) -> tf.Tensor:
     """Adds a bias, applies an activation, scales, and limits.
 

@@ -191,9 +191,7 @@ def _mapping_layers(params: Params, z: tf.Tensor | None, c: tf.Tensor, layers: i
         inputs.append(ops.normalize_2nd_moment(_dense(params, "mapping.embed", c)))
     x = tf.concat(inputs, 1)
     for layer in range(layers):
-        x = _dense(
-            params, f"mapping.fc{layer}", x, activation="lrelu", lr_multiplier=_MAPPING_LR
-        )
+        x = _dense(params, f"mapping.fc{layer}", x, activation="lrelu", lr_multiplier=_MAPPING_LR)
     return x
 
 
@@ -261,7 +259,7 @@ class Generator(Network):
         num_fp16_res: int = 0,
         conv_clamp: float | None = None,
         half_dtype: tf.DType | None = None,
-        formulas: ops.Formulas = ops.Formulas.XLA_CPU,
+        formulas: ops.Formulas = ops.Formulas.GENERIC,
     ) -> None:
         super().__init__()
         self.z_dim, self.c_dim, self.w_dim = z_dim, c_dim, w_dim
@@ -284,7 +282,9 @@ class Generator(Network):
         # Every convolution takes one w, and so does the last conversion to RGB.
         self.num_ws = sum(self._num_convs(block) for block in self.blocks) + 1
         self.noise_shapes = [
-            (block.height, block.width) for block in self.blocks for _ in range(self._num_convs(block))
+            (block.height, block.width)
+            for block in self.blocks
+            for _ in range(self._num_convs(block))
         ]
 
     @staticmethod
@@ -357,7 +357,7 @@ class Generator(Network):
         ws = self.broadcast(self.map(params, z, c))
         cutoff = self.num_ws if truncation_cutoff is None else truncation_cutoff
         average = params["mapping.w_avg"]
-        truncated = average + (ws - average) * tf.cast(truncation_psi, ws.dtype)
+        truncated = average + (ws - average) * tf.convert_to_tensor(truncation_psi, ws.dtype)
         layer = tf.range(self.num_ws)[tf.newaxis, :, tf.newaxis]
         return tf.where(layer < cutoff, truncated, ws)
 
@@ -382,7 +382,7 @@ class Generator(Network):
         parts = tf.split(random, sizes, axis=1)
         return [
             tf.reshape(part, [-1, height, width])
-            for part, (height, width) in zip(parts, self.noise_shapes)
+            for part, (height, width) in zip(parts, self.noise_shapes, strict=True)
         ]
 
     def synthesis(
@@ -424,13 +424,19 @@ class Generator(Network):
         if x is None:
             w = next(styles)
             const = tf.cast(params[f"{name}.const"], dtype)
-            x = tf.tile(const[tf.newaxis], [tf.shape(w)[0] if w.shape[0] is None else w.shape[0], 1, 1, 1])
+            x = tf.tile(
+                const[tf.newaxis], [tf.shape(w)[0] if w.shape[0] is None else w.shape[0], 1, 1, 1]
+            )
             x = layer(params, f"{name}.conv1", x, w, noise)
         else:
             x = tf.cast(x, dtype)
             residual = self.architecture == "resnet"
             gain = _SQRT_HALF if residual else 1.0
-            y = _conv(params, f"{name}.skip", x, up=2, gain=gain, formulas=self.formulas) if residual else None
+            y = (
+                _conv(params, f"{name}.skip", x, up=2, gain=gain, formulas=self.formulas)
+                if residual
+                else None
+            )
             x = layer(params, f"{name}.conv0", x, next(styles), noise, up=2)
             x = layer(params, f"{name}.conv1", x, next(styles), noise, gain=gain)
             x = x if y is None else x + y
@@ -506,12 +512,16 @@ class Discriminator(Network):
         num_fp16_res: int = 0,
         conv_clamp: float | None = None,
         half_dtype: tf.DType | None = None,
-        formulas: ops.Formulas = ops.Formulas.XLA_CPU,
+        formulas: ops.Formulas = ops.Formulas.GENERIC,
     ) -> None:
         super().__init__()
         self.c_dim, self.resolution, self.img_channels = c_dim, resolution, img_channels
         self.architecture, self.mapping_layers = architecture, mapping_layers
-        self.mbstd_group_size, self.conv_clamp, self.formulas = mbstd_group_size, conv_clamp, formulas
+        self.mbstd_group_size, self.conv_clamp, self.formulas = (
+            mbstd_group_size,
+            conv_clamp,
+            formulas,
+        )
         height, width, doublings = base_grid(resolution)
         self.blocks: list[Block] = []
         for level in range(doublings, 0, -1):
@@ -553,7 +563,11 @@ class Discriminator(Network):
 
         Mo et al. 2020, "Freeze the discriminator"; layers count from the image inwards.
         """
-        frozen = {f"{layer}.{kind}" for layer in self._layers[:freeze_layers] for kind in ("weight", "bias")}
+        frozen = {
+            f"{layer}.{kind}"
+            for layer in self._layers[:freeze_layers]
+            for kind in ("weight", "bias")
+        }
         return [name for name in super().trainable_names() if name not in frozen]
 
     def __call__(self, params: Params, images: tf.Tensor, c: tf.Tensor) -> tf.Tensor:
@@ -581,7 +595,9 @@ class Discriminator(Network):
         return tf.reduce_sum(x * cmap, 1, keepdims=True) / math.sqrt(self.cmap_dim)
 
     def _fromrgb(self, params: Params, name: str, img: tf.Tensor) -> tf.Tensor:
-        return _conv(params, name, img, activation="lrelu", clamp=self.conv_clamp, formulas=self.formulas)
+        return _conv(
+            params, name, img, activation="lrelu", clamp=self.conv_clamp, formulas=self.formulas
+        )
 
     def _block(
         self, params: Params, block: Block, x: tf.Tensor | None, img: tf.Tensor
@@ -598,10 +614,21 @@ class Discriminator(Network):
         assert x is not None
         residual = self.architecture == "resnet"
         gain = _SQRT_HALF if residual else 1.0
-        y = _conv(params, f"{name}.skip", x, down=2, gain=gain, formulas=formulas) if residual else None
+        y = (
+            _conv(params, f"{name}.skip", x, down=2, gain=gain, formulas=formulas)
+            if residual
+            else None
+        )
         x = _conv(params, f"{name}.conv0", x, activation="lrelu", clamp=clamp, formulas=formulas)
         x = _conv(
-            params, f"{name}.conv1", x, activation="lrelu", down=2, gain=gain, clamp=clamp, formulas=formulas
+            params,
+            f"{name}.conv1",
+            x,
+            activation="lrelu",
+            down=2,
+            gain=gain,
+            clamp=clamp,
+            formulas=formulas,
         )
         return (x if y is None else x + y), img
 

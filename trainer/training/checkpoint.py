@@ -46,6 +46,14 @@ class Found:
     info: dict[str, Any]
 
 
+def _kimg(path: str) -> float:
+    """Where a checkpoint was written; 0 if its `state.json` is damaged."""
+    try:
+        return float(json.loads(storage.read_bytes(storage.join(path, _INFO)))["kimg"])
+    except (StorageError, ValueError, KeyError, TypeError):
+        return 0.0
+
+
 def _step_of(name: str) -> int | None:
     match = _NAME.fullmatch(name)
     return int(match.group(1)) if match else None
@@ -66,8 +74,8 @@ def _check(path: str) -> str | None:
     if not storage.exists(marker):
         return "it was never completed"
     try:
-        files = json.loads(storage.read_text(marker))["files"]
-        for name, expected in files.items():
+        files = json.loads(storage.read_bytes(marker))["files"]
+        for name, expected in {_INFO: None, **files}.items():
             if "/" in name or not storage.exists(storage.join(path, name)):
                 return f"{name} is missing"
             if _digest(storage.join(path, name)) != expected:
@@ -100,7 +108,7 @@ def newest(workdir: str) -> tuple[Found | None, list[str]]:
 
 def _read_info(path: str, step: int) -> Found:
     try:
-        return Found(path, step, json.loads(storage.read_text(storage.join(path, _INFO))))
+        return Found(path, step, json.loads(storage.read_bytes(storage.join(path, _INFO))))
     except ValueError as error:
         raise CheckpointError(f"{path}/{_INFO} is not JSON ({error})") from error
 
@@ -144,7 +152,7 @@ class Checkpoints:
             files = {name: _digest(storage.join(path, name)) for name in storage.listdir(path)}
             marker = {"step": step, "files": files}
             storage.write_text_atomic(storage.join(path, _MARKER), json.dumps(marker, indent=1))
-        except (tf.errors.OpError, StorageError) as error:
+        except (tf.errors.OpError, OSError, StorageError) as error:
             reason = str(error).splitlines()[0]
             with contextlib.suppress(StorageError):
                 storage.remove_tree(path)
@@ -161,7 +169,7 @@ class Checkpoints:
         period = self._settings.keep_every_kimg
         if period:
             seen: set[int] = set()
-            for step, path in reversed(numbered):
+            for _step, path in reversed(numbered):
                 info = storage.join(path, _INFO)
                 kimg = json.loads(storage.read_text(info))["kimg"] if storage.exists(info) else 0
                 mark = int(kimg // period)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainer.core.config import BatchArithmetic, Config
+from trainer.core.config import BatchArithmetic, Config, base_grid
 from trainer.networks.stylegan2 import Block, Discriminator, Generator, Network
 
 _MIB = 1 << 20
@@ -35,7 +35,7 @@ def estimate(
     config: Config, arithmetic: BatchArithmetic, generator: Generator, discriminator: Discriminator
 ) -> Cost:
     """Counts what can be counted without running anything."""
-    g, d = _generator_flop(generator), _discriminator_flop(discriminator)
+    g, d = _flop(generator, {"conv0", "skip"}), _flop(discriminator, {"conv1", "skip"})
     training = config.training
     # In units of one forward pass: a gradient in the inputs and one in the weights cost as much
     # each, and differentiating a gradient doubles what it cost.
@@ -62,24 +62,19 @@ def _feature_values(blocks: list[Block]) -> int:
     return sum(b.height * b.width * (2 * b.inputs + b.outputs) for b in blocks)
 
 
-def _generator_flop(network: Generator) -> float:
+def _flop(network: Generator | Discriminator, resampled: set[str]) -> float:
+    """Of all convolutions in a forward pass of one image.
+
+    Args:
+      network: whose variables tell its convolutions.
+      resampled: layers that multiply once for each pixel of the smaller of their two sizes.
+    """
+    height, width, _ = base_grid(network.resolution)
+    # The discriminator's epilogue is no block.
+    pixels = {"b4": height * width} | {b.name: b.height * b.width for b in network.blocks}
     total = 0.0
-    for block in network.blocks:
-        pixels = block.height * block.width
-        # A transposed 3x3 convolution multiplies once for each input pixel.
-        total += 2 * 9 * block.inputs * block.outputs * pixels / 4
-        total += 2 * 9 * block.outputs**2 * pixels
-        total += 2 * block.outputs * network.img_channels * pixels
+    for name, spec in network.specs.items():
+        if len(spec.shape) == 4:
+            block, layer = name.split(".")[-3:-1]
+            total += 2 * np.prod(spec.shape) * pixels[block] / (4 if layer in resampled else 1)
     return total
-
-
-def _discriminator_flop(network: Discriminator) -> float:
-    total = 0.0
-    for block in network.blocks:
-        pixels = block.height * block.width
-        total += 2 * 9 * block.inputs**2 * pixels
-        total += 2 * 9 * block.inputs * block.outputs * pixels / 4
-        if network.architecture == "resnet":
-            total += 2 * block.inputs * block.outputs * pixels / 4
-    last = network.blocks[-1]
-    return total + 2 * 9 * last.outputs**2 * last.height * last.width / 4

@@ -85,9 +85,6 @@ def train(
             augment_p=config.augment.p if config.augment.mode != "none" else 0.0,
         )
     storage.makedirs(workdir)
-    storage.write_text_atomic(
-        storage.join(workdir, "config.yaml"), _versions() + config_lib.to_yaml(config)
-    )
     checkpoints = Checkpoints(workdir, config.checkpoint, state.variables())
     tick, tick_start, previous_sec = 0, 0, 0.0
     if found is not None:
@@ -97,6 +94,9 @@ def train(
         print(f"resuming from {found.path}: step {found.step}, kimg {found.info['kimg']:.3f}")
     elif config.training.init_from:
         _start_from(config.training.init_from, state)
+    storage.write_text_atomic(
+        storage.join(workdir, "config.yaml"), _versions() + config_lib.to_yaml(config)
+    )
 
     # ------------------------------------------------------------------ data
     images, step = int(state.images.numpy()), int(state.step.numpy())
@@ -112,9 +112,7 @@ def train(
     )
 
     # ------------------------------------------------------------------ step function
-    phases, draw = build.phases_and_draws(
-        config, data, generator, discriminator, static_shapes=jit
-    )
+    phases, draw = build.phases_and_draws(config, data, generator, discriminator, static_shapes=jit)
     train_step = TrainStep(config, arithmetic, strategy, state, phases, draw, jit=jit)
 
     # ------------------------------------------------------------------ pictures
@@ -126,9 +124,7 @@ def train(
         resume_kimg=images / 1000,
     )
     plain, _ = build.networks(config, data)
-    snapshots = Snapshots(
-        plain, manifest, use_labels=config.data.use_labels, seed=config.run.seed
-    )
+    snapshots = Snapshots(plain, manifest, use_labels=config.data.use_labels, seed=config.run.seed)
 
     def snapshot(name: str, grid: np.ndarray, kimg: float) -> None:
         telemetry_images.save_image(storage.join(workdir, f"{name}.png"), grid)
@@ -163,10 +159,10 @@ def train(
     first = True
     try:
         while images < total_images:
-            reports = train_step(*next(stream))
+            train_step(*next(stream))
             images, step = images + arithmetic.global_batch, step + 1
             if first:
-                tf.nest.map_structure(lambda value: value.numpy(), reports)
+                state.step.numpy()  # waits for the step
                 telemetry.line(f"first step after {time.monotonic() - started:.0f} s")
                 first = False
             telemetry.progress(images)
@@ -217,7 +213,9 @@ def _description(
     """What a run is, for the console."""
     height, width = manifest.resolution
     classes = f", {manifest.num_classes} classes" if manifest.num_classes else ""
-    ignored = " (not used: data.use_labels is off)" if classes and not config.data.use_labels else ""
+    ignored = (
+        " (not used: data.use_labels is off)" if classes and not config.data.use_labels else ""
+    )
     a = arithmetic
     groups = a.per_replica_batch // a.group_size
     return [
@@ -286,7 +284,9 @@ def _start_from(path: str, state: TrainState) -> None:
 def _take_stats(state: TrainState) -> dict[str, Stat]:
     """The statistics since the last tick, which start anew."""
     stats = {}
-    for name, (number, total, squares) in zip(STATS, state.stats.numpy().astype(np.float64)):
+    for name, (number, total, squares) in zip(
+        STATS, state.stats.numpy().astype(np.float64), strict=True
+    ):
         if number > 0:
             mean = total / number
             variance = max(squares / number - mean**2, 0.0)
@@ -299,7 +299,9 @@ def _check_finite(state: TrainState, workdir: str) -> None:
     message = state.nonfinite_message()
     if message is not None:
         found, _ = checkpoint.newest(workdir)
-        last = f"the last good checkpoint is {found.path}" if found else "there is no checkpoint yet"
+        last = (
+            f"the last good checkpoint is {found.path}" if found else "there is no checkpoint yet"
+        )
         raise DivergedError(
             f"{message}; {last}: run again with lower training.g_lr and d_lr, a higher "
             "training.r1_gamma or run.precision=float32, and --allow_change for these keys"

@@ -62,7 +62,7 @@ def path_length_coefficients(
     Returns:
       The penalties [N], the coefficients [N], and the new moving mean [].
     """
-    mean = moving_mean + tf.cast(decay, lengths.dtype) * (batch_mean - moving_mean)
+    mean = moving_mean + decay * (batch_mean - moving_mean)
     difference = lengths - mean
-    coefficients = 2 * (difference - tf.cast(decay, lengths.dtype) * (batch_mean - mean))
+    coefficients = 2 * (difference - decay * (batch_mean - mean))
     return tf.square(difference), tf.stop_gradient(coefficients), mean

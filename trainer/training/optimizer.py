@@ -64,7 +64,9 @@ class Adam:
         return new_params, new_first, new_second
 
 
-def ema_beta(batch_size: int, images: tf.Tensor, ema_kimg: float, rampup: float | None) -> tf.Tensor:
+def ema_beta(
+    batch_size: int, images: tf.Tensor, ema_kimg: float, rampup: float | None
+) -> tf.Tensor:
     """Decay of the generator's moving average in one step.
 
     Args:

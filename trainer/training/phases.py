@@ -18,6 +18,7 @@ from trainer.core.seeds import Purpose, fold_in_groups
 from trainer.networks.stylegan2 import Discriminator, Generator, Params
 from trainer.training import losses
 from trainer.training.augment import AugmentPipe
+from trainer.training.augment import Draws as AugmentDraws
 
 Grads = dict[str, tf.Tensor]
 # For each reported quantity: how many values, their sum, the sum of their squares.
@@ -51,10 +52,10 @@ class Draws(NamedTuple):
       augment_fake, augment_real: for `AugmentPipe.apply`.
     """
 
-    latents: Latents | tuple[()] = ()
-    pl_noise: tf.Tensor | tuple[()] = ()
-    augment_fake: dict[str, tf.Tensor] | tuple[()] = ()
-    augment_real: dict[str, tf.Tensor] | tuple[()] = ()
+    latents: Latents = ()  # type: ignore[assignment]
+    pl_noise: tf.Tensor = ()
+    augment_fake: AugmentDraws = {}  # noqa: RUF012 (never changed)
+    augment_real: AugmentDraws = {}  # noqa: RUF012
 
 
 # (phase, group_index [groups] int64) -> the draws of these groups.
@@ -88,9 +89,9 @@ class Sampler:
     def __call__(self, phase: str, group_index: tf.Tensor) -> Draws:
         shape = (*self.generator.resolution, self.generator.img_channels)
 
-        def augment(purpose: Purpose) -> dict[str, tf.Tensor] | tuple[()]:
+        def augment(purpose: Purpose) -> AugmentDraws:
             if self.pipe is None:
-                return ()
+                return {}
             seeds = fold_in_groups(self.seed, purpose, group_index)
             return self.pipe.draw(seeds, self.group_size, shape)
 
@@ -115,7 +116,7 @@ class Sampler:
         """Draws the latents of `group_size` fakes for each group."""
         seeds = fold_in_groups(self.seed, purpose, group_index)
         parts = [self._group_latents(seed, group_size) for seed in tf.unstack(seeds)]
-        return Latents(*(tf.concat(field, 0) for field in zip(*parts)))
+        return Latents(*(tf.concat(field, 0) for field in zip(*parts, strict=True)))
 
     def _group_latents(self, seed: tf.Tensor, size: int) -> Latents:
         generator = self.generator
@@ -129,7 +130,9 @@ class Sampler:
         uniform = tf.random.stateless_uniform([size + 2], tf.bitwise.invert(seed))
         num_ws = generator.num_ws
         cutoff = 1 + tf.cast(uniform[1] * (num_ws - 1), tf.int32)
-        cutoff = tf.where(uniform[0] < self.style_mixing_prob, tf.minimum(cutoff, num_ws - 1), num_ws)
+        cutoff = tf.where(
+            uniform[0] < self.style_mixing_prob, tf.minimum(cutoff, num_ws - 1), num_ws
+        )
         return Latents(z, self._classes(uniform[2:]), mix_z, tf.repeat(cutoff, size), noise)
 
     def _classes(self, uniform: tf.Tensor) -> tf.Tensor:
@@ -349,7 +352,7 @@ class Phases:
             total = tf.reduce_sum(images * draws.pl_noise) / tf.sqrt(tf.cast(pixels, images.dtype))
         return losses.path_lengths(tape.gradient(total, ws)), w
 
-    def _augment(self, images: tf.Tensor, draws: dict[str, tf.Tensor], p: tf.Tensor) -> tf.Tensor:
+    def _augment(self, images: tf.Tensor, draws: AugmentDraws, p: tf.Tensor) -> tf.Tensor:
         if self.pipe is None:
             return images
         return self.pipe.apply(
@@ -357,6 +360,6 @@ class Phases:
         )
 
     def _score(
-        self, d: Params, images: tf.Tensor, c: tf.Tensor, draws: dict[str, tf.Tensor], p: tf.Tensor
+        self, d: Params, images: tf.Tensor, c: tf.Tensor, draws: AugmentDraws, p: tf.Tensor
     ) -> tf.Tensor:
         return self.discriminator(d, self._augment(images, draws, p), c)

@@ -46,9 +46,7 @@ class Snapshots:
         self._c = (self.layout.labels[:, np.newaxis] == classes).astype(np.float32)
         self._draw = tf.function(self._images, autograph=False)
 
-    def _images(
-        self, params: dict[str, tf.Tensor], z: tf.Tensor, c: tf.Tensor
-    ) -> tf.Tensor:
+    def _images(self, params: dict[str, tf.Tensor], z: tf.Tensor, c: tf.Tensor) -> tf.Tensor:
         ws = self._generator.mapping(params, z, c)
         return self._generator.synthesis(params, ws)
 

@@ -76,6 +76,7 @@ class TrainStep:
         self._config, self._arithmetic, self._strategy = config, arithmetic, strategy
         self._state, self._phases, self._draw = state, phases, draw
         training = config.training
+        self._r1 = training.r1_gamma != "auto" and training.r1_gamma > 0
         # The interval corrects rate and decay also where a weight of 0 leaves the phase out.
         self._g_adam = Adam.lazy(
             float(training.g_lr), training.beta1, training.beta2, training.g_reg_interval
@@ -140,7 +141,7 @@ class TrainStep:
         if training.pl_weight > 0:
             reports["Greg"] = every(training.g_reg_interval, "Greg", self._run_greg)
         reports |= {"Dmain": run(self._run_dmain), "Dreg": self._empty("Dreg")}
-        if training.r1_gamma != "auto" and training.r1_gamma > 0:
+        if self._r1:
             reports["Dreg"] = every(training.d_reg_interval, "Dreg", self._run_dreg)
         self._strategy.run(self._finish, args=(reports,))
         return reports
@@ -150,71 +151,70 @@ class TrainStep:
         report = {name: tf.zeros([3], dtype) for name in _PHASE_REPORTS[phase]}
         return report | {"gradients": tf.zeros([], dtype)}
 
+    def _arguments(self, phase: str, groups: _Batch) -> dict[str, Any]:
+        """What a phase's gradients take for a round's groups."""
+        state, arguments = self._state, {"draws": self._draw(phase, groups.group_index)}
+        batch = self._arithmetic.global_batch
+        if phase == "Greg":
+            moving_mean = tf.convert_to_tensor(state.pl_mean)
+            batch //= self._config.training.pl_batch_shrink
+            return arguments | {"g": _read(state.g), "moving_mean": moving_mean, "batch": batch}
+        arguments |= {"d": _read(state.d), "p": tf.convert_to_tensor(state.augment_p)}
+        if phase != "Dreg":
+            arguments["g"] = _read(state.g)
+        if phase != "Gmain":
+            arguments["images"], arguments["c"] = self._reals(groups)
+        return arguments | {"batch": batch}
+
     def _run_gmain(self, *args: tf.Tensor) -> Report:
-        batch, state = _Batch(*args), self._state
-        g, d, p = _read(state.g), _read(state.d), tf.convert_to_tensor(state.augment_p)
-
         def part(groups: _Batch) -> tuple[Grads, Report, tf.Tensor]:
-            draws = self._draw("Gmain", groups.group_index)
-            return self._gmain(g, d, draws, p, self._arithmetic.global_batch)
+            return self._gmain(**self._arguments("Gmain", groups))
 
-        grads, report, w_sum = _sum_over_replicas(self._sum_over_rounds(part, batch))
+        grads, report, w_sum = _sum_over_replicas(self._sum_over_rounds(part, _Batch(*args)))
         self._update_g(grads)
         self._move_w_avg(w_sum / self._arithmetic.global_batch)
         return report | {"gradients": _sum_of_squares(grads)}
 
     def _run_greg(self, *args: tf.Tensor) -> Report:
         batch, state = _Batch(*args), self._state
-        g, moving_mean = _read(state.g), tf.convert_to_tensor(state.pl_mean)
         images = self._arithmetic.global_batch // self._config.training.pl_batch_shrink
-        whole = self._arithmetic.rounds * self._arithmetic.num_replicas == 1
         batch_mean = None
-        if not whole:
+        if self._arithmetic.rounds * self._arithmetic.num_replicas > 1:
             # The penalty needs the mean length of the whole batch before any gradient: one cheap
             # pass of first derivatives for it.
             def lengths(groups: _Batch) -> tf.Tensor:
-                return tf.reduce_sum(self._path_lengths(g, self._draw("Greg", groups.group_index)))
+                draws = self._draw("Greg", groups.group_index)
+                return tf.reduce_sum(self._path_lengths(_read(state.g), draws))
 
             batch_mean = _sum_over_replicas(self._sum_over_rounds(lengths, batch)) / images
 
         def part(groups: _Batch) -> tuple[Grads, Report, tf.Tensor, tf.Tensor]:
-            draws = self._draw("Greg", groups.group_index)
-            return self._greg(g, draws, batch_mean, moving_mean, images)
+            return self._greg(**self._arguments("Greg", groups), batch_mean=batch_mean)
 
-        grads, report, w_sum, mean = self._sum_over_rounds(part, batch)
-        if not whole:
-            # Every round and replica found the same new mean; it isn't to be summed.
-            mean = moving_mean + self._config.training.pl_decay * (batch_mean - moving_mean)
-        grads, report, w_sum = _sum_over_replicas((grads, report, w_sum))
+        *sums, moving_mean = self._sum_over_rounds(part, batch)
+        grads, report, w_sum = _sum_over_replicas(sums)
+        if batch_mean is not None:
+            # Every round found the same new mean, and they were added up.
+            moving_mean /= self._arithmetic.rounds
         self._update_g(grads)
         self._move_w_avg(w_sum / images)
-        _assign([state.pl_mean], [mean])
+        _assign([state.pl_mean], [moving_mean])
         return report | {"gradients": _sum_of_squares(grads)}
 
     def _run_dmain(self, *args: tf.Tensor) -> Report:
-        batch, state = _Batch(*args), self._state
-        g, d, p = _read(state.g), _read(state.d), tf.convert_to_tensor(state.augment_p)
-
         def part(groups: _Batch) -> tuple[Grads, Report, tf.Tensor]:
-            images, c = self._reals(groups)
-            draws = self._draw("Dmain", groups.group_index)
-            return self._dmain(g, d, images, c, draws, p, self._arithmetic.global_batch)
+            return self._dmain(**self._arguments("Dmain", groups))
 
-        grads, report, w_sum = _sum_over_replicas(self._sum_over_rounds(part, batch))
+        grads, report, w_sum = _sum_over_replicas(self._sum_over_rounds(part, _Batch(*args)))
         self._update_d(grads)
         self._move_w_avg(w_sum / self._arithmetic.global_batch)
         return report | {"gradients": _sum_of_squares(grads)}
 
     def _run_dreg(self, *args: tf.Tensor) -> Report:
-        batch, state = _Batch(*args), self._state
-        d, p = _read(state.d), tf.convert_to_tensor(state.augment_p)
-
         def part(groups: _Batch) -> tuple[Grads, Report]:
-            images, c = self._reals(groups)
-            draws = self._draw("Dreg", groups.group_index)
-            return self._dreg(d, images, c, draws, p, self._arithmetic.global_batch)
+            return self._dreg(**self._arguments("Dreg", groups))
 
-        grads, report = _sum_over_replicas(self._sum_over_rounds(part, batch))
+        grads, report = _sum_over_replicas(self._sum_over_rounds(part, _Batch(*args)))
         self._update_d(grads)
         return report | {"gradients": _sum_of_squares(grads)}
 
@@ -255,7 +255,9 @@ class TrainStep:
             config.adjust_kimg,
         )
         p = tf.where(due, adjusted, state.augment_p)
-        _assign([state.augment_p, state.augment_signs], [p, tf.where(due, tf.zeros_like(signs), signs)])
+        _assign(
+            [state.augment_p, state.augment_signs], [p, tf.where(due, tf.zeros_like(signs), signs)]
+        )
 
     def _watch(self, reports: Reports) -> None:
         """Remembers the first quantity that isn't finite."""
@@ -278,7 +280,7 @@ class TrainStep:
         def groups(index: tf.Tensor) -> _Batch:
             values = (batch.images, batch.labels, batch.group_index)
             cut = [value[index * size : (index + 1) * size] for value in values]
-            for value, whole in zip(cut, values):
+            for value, whole in zip(cut, values, strict=True):
                 value.set_shape([size, *whole.shape[1:]])
             return _Batch(*cut)
 
@@ -286,7 +288,7 @@ class TrainStep:
 
         def body(index: tf.Tensor, *sums: tf.Tensor) -> tuple[tf.Tensor, ...]:
             flat = tf.nest.flatten(part(groups(index)))
-            return (index + 1, *(a + b for a, b in zip(sums, flat)))
+            return (index + 1, *(a + b for a, b in zip(sums, flat, strict=True)))
 
         _, *sums = tf.while_loop(
             lambda index, *_: index < rounds, body, [tf.constant(1), *tf.nest.flatten(total)]
@@ -340,7 +342,7 @@ def _read(
 def _store(
     tables: tuple[Mapping[str, tf.Variable], ...], values: tuple[Mapping[str, tf.Tensor], ...]
 ) -> None:
-    for table, new in zip(tables, values):
+    for table, new in zip(tables, values, strict=True):
         _assign([table[name] for name in new], list(new.values()))
 
 
@@ -348,7 +350,7 @@ def _assign(variables: list[tf.Variable], values: list[Any]) -> None:
     """Stores in each replica's copy that replica's value, which all replicas have computed alike."""
 
     def update(strategy: tf.distribute.Strategy, values: list[Any]) -> None:
-        for variable, value in zip(variables, values):
+        for variable, value in zip(variables, values, strict=True):
             strategy.extended.update(variable, _assign_one, args=(value,), group=False)
 
     values = [tf.convert_to_tensor(value) for value in values]

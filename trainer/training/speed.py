@@ -1,0 +1,349 @@
+"""How long a training step takes, phase by phase, against a bare convolution on the same machine.
+
+What counts is whole steps: the compiled step of a real run, with its draws, updates and moving
+averages, is called at step numbers at which each of the combinations of phases that its schedule
+has is due. The regularisers are differences of such steps. Gmain and Dmain are also timed alone, as
+the step's own compiled functions, and what a step takes beyond the two is its rest.
+
+Everything is timed in turns, so that other load on the machine hits all of it alike.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import tensorflow as tf
+
+from trainer.core import config as config_lib
+from trainer.core.config import BatchArithmetic, Config
+from trainer.distribution.strategy import Placement, choose, half_dtype
+from trainer.networks.ops import Formulas
+from trainer.networks.stylegan2 import Discriminator, Generator
+from trainer.telemetry import resources
+from trainer.training import build, cost
+from trainer.training.cost import Cost
+from trainer.training.phases import Phases, Sampler
+from trainer.training.state import TrainState
+from trainer.training.step import TrainStep
+
+_CHANNELS = 128
+_MAX_SIDE, _MAX_IMAGES = 64, 16  # of the bare convolution: enough to fill a machine, not its memory
+
+Due = frozenset[str]  # the regularisers of one step
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of something done several times."""
+
+    median: float
+    fastest: float
+
+    @classmethod
+    def of(cls, seconds: Iterable[float]) -> Timing:
+        """Sums up single times."""
+        values = list(seconds)
+        return cls(statistics.median(values), min(values))
+
+    def __add__(self, other: Timing) -> Timing:
+        return Timing(self.median + other.median, self.fastest + other.fastest)
+
+    def __sub__(self, other: Timing) -> Timing:
+        return Timing(self.median - other.median, self.fastest - other.fastest)
+
+    def __mul__(self, factor: float) -> Timing:
+        return Timing(self.median * factor, self.fastest * factor)
+
+    def rate(self, work: float) -> Timing:
+        """`work` a second; what was fastest has the highest rate."""
+        return Timing(work / self.median, work / self.fastest)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One part of a step: its name, its seconds when due, and in which share of steps it is."""
+
+    name: str
+    seconds: Timing
+    share: float
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """The bare convolution.
+
+    Attributes:
+      shape: [N, H, W, C] of its input and output.
+      formula: "XLA" or "TensorFlow", whichever was faster.
+      seconds: of the result and both gradients.
+    """
+
+    shape: tuple[int, int, int, int]
+    formula: str
+    seconds: Timing
+
+    @property
+    def gflops(self) -> Timing:
+        """1e9 multiplications and additions a second."""
+        images, height, width, channels = self.shape
+        return self.seconds.rate(3 * 2 * 9 * channels**2 * images * height * width / 1e9)
+
+
+@dataclass(frozen=True)
+class StepSpeed:
+    """What was measured of one config.
+
+    Attributes:
+      first_step: seconds of the first step, which compiles.
+      rows: the parts of a step.
+      sec_per_kimg: over one period of the schedule.
+      host_gb, gpu_gb: peak memory after the steps and before the bare convolution.
+      convolution: on one device.
+    """
+
+    first_step: float
+    rows: list[Row]
+    sec_per_kimg: Timing
+    host_gb: float
+    gpu_gb: float | None
+    convolution: Convolution
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `training.loop` trains with, from a config and the shape of the data."""
+
+    config: Config
+    data: build.DataShape
+    placement: Placement
+    jit: bool
+    arithmetic: BatchArithmetic
+    generator: Generator
+    discriminator: Discriminator
+
+    @classmethod
+    def create(cls, config: Config, data: build.DataShape) -> Run:
+        """Takes the decisions of a run.
+
+        Args:
+          config: as loaded.
+          data: what the networks must know of it.
+
+        Raises:
+          ConfigError: the config doesn't fit itself, the data or the devices.
+        """
+        config = config_lib.resolve(config, resolution=data.resolution)
+        placement, jit = choose(config.run.strategy, config.run.jit)
+        arithmetic = config_lib.batch_arithmetic(config, placement.strategy.num_replicas_in_sync)
+        if config.run.deterministic:
+            tf.config.experimental.enable_op_determinism()
+        formulas = Formulas.XLA_CPU if jit and not placement.accelerated else Formulas.GENERIC
+        networks = build.networks(config, data, formulas)
+        return cls(config, data, placement, jit, arithmetic, *networks)
+
+    def cost(self) -> Cost:
+        """What can be told without running anything."""
+        return cost.estimate(self.config, self.arithmetic, self.generator, self.discriminator)
+
+    @property
+    def devices(self) -> int:
+        """How many times the bare convolution's speed there is: replicas on one CPU share it."""
+        return self.arithmetic.num_replicas if self.placement.accelerated else 1
+
+
+def schedule(config: Config) -> dict[Due, tuple[int, float]]:
+    """Which regularisers are due together: the first such step, and the share of such steps.
+
+    Args:
+      config: resolved.
+    """
+    training = config.training
+    intervals = {}
+    if training.pl_weight > 0:
+        intervals["Greg"] = training.g_reg_interval
+    if training.r1_gamma != "auto" and training.r1_gamma > 0:
+        intervals["Dreg"] = training.d_reg_interval
+    period = math.lcm(*intervals.values())
+    due = [
+        frozenset(name for name, interval in intervals.items() if step % interval == 0)
+        for step in range(period)
+    ]
+    return {each: (due.index(each), count / period) for each, count in Counter(due).items()}
+
+
+def parts(plan: dict[Due, tuple[int, float]], steps: dict[Due, Timing], main: Timing) -> list[Row]:
+    """Tells from whole steps what the parts of one take.
+
+    Args:
+      plan: from `schedule`.
+      steps: seconds of each combination's step.
+      main: seconds of Gmain and Dmain together.
+
+    Returns:
+      The rest of the step with the fewest phases (named with what is due in every step), and what
+      each larger combination adds.
+    """
+    ordered = sorted(plan, key=lambda due: (len(due), sorted(due, reverse=True)))
+    least = ordered[0]
+    rows = [Row(" + ".join(["rest", *sorted(least)]), steps[least] - main, 1.0)]
+    for place, due in enumerate(ordered[1:], 1):
+        smaller = [each for each in ordered[:place] if each < due][-1]
+        name = " + ".join(sorted(due - smaller))
+        if name not in [row.name for row in rows]:
+            share = sum(plan[each][1] for each in plan if each >= due - smaller)
+            rows.append(Row(name, steps[due] - steps[smaller], share))
+    return rows
+
+
+def measure(run: Run, repeats: int) -> StepSpeed:
+    """Times the training step on random images.
+
+    Args:
+      run: from `Run.create`.
+      repeats: how often everything is timed.
+    """
+    strategy, arithmetic, config = run.placement.strategy, run.arithmetic, run.config
+    with strategy.scope():
+        state = TrainState(
+            run.generator,
+            run.discriminator,
+            seed=config.run.seed,
+            freeze_d=config.training.freeze_d,
+            augment_p=config.augment.p if config.augment.mode != "none" else 0.0,
+        )
+    phases, draw = build.phases_and_draws(
+        config, run.data, run.generator, run.discriminator, static_shapes=run.jit
+    )
+    train_step = TrainStep(config, arithmetic, strategy, state, phases, draw, jit=run.jit)
+    batch = _random_batch(run)
+    plan = schedule(config)
+    # A GPU is given several steps at a time, as in a run, where nothing waits for each of them.
+    burst = 8 if run.placement.accelerated else 1
+
+    def at(step: int) -> Callable[[], None]:
+        def call() -> None:
+            state.step.assign(step)
+            train_step(*batch)
+
+        return call
+
+    timed = {due: at(step) for due, (step, _) in plan.items()}
+    first_step = _seconds(at(0))
+    for call in timed.values():
+        _seconds(call)
+    host, gpu = resources.peak_host_memory_gb(), resources.peak_gpu_memory_gb()
+    main = _main_phases(run, train_step, phases, draw, state, batch)
+    convolutions = _convolutions(run)
+    contenders: list[Callable[[], None]] = [*timed.values(), *main, *convolutions.values()]
+    for call in contenders:
+        _seconds(call)
+    times: list[list[float]] = [[] for _ in contenders]
+    for _ in range(repeats):
+        for call, seconds in zip(contenders, times, strict=True):
+            seconds.append(_seconds(call, burst))
+    timings = [Timing.of(seconds) for seconds in times]
+    steps = dict(zip(timed, timings, strict=True))
+    g, d = (seconds * arithmetic.rounds for seconds in timings[len(timed) : len(timed) + 2])
+    total = sum((steps[due] * plan[due][1] for due in plan), Timing(0.0, 0.0))
+    return StepSpeed(
+        first_step=first_step,
+        rows=[Row("Gmain", g, 1.0), Row("Dmain", d, 1.0), *parts(plan, steps, g + d)],
+        sec_per_kimg=total * (1000 / arithmetic.global_batch),
+        host_gb=host,
+        gpu_gb=gpu,
+        convolution=_faster(run, dict(zip(convolutions, timings[len(timed) + 2 :], strict=True))),
+    )
+
+
+def measure_convolution(run: Run, repeats: int) -> Convolution:
+    """Times the bare convolution alone."""
+    convolutions = _convolutions(run)
+    for call in convolutions.values():
+        _seconds(call)
+    times = {name: [_seconds(call) for _ in range(repeats)] for name, call in convolutions.items()}
+    return _faster(run, {name: Timing.of(seconds) for name, seconds in times.items()})
+
+
+def _seconds(call: Callable[[], None], times: int = 1) -> float:
+    start = time.perf_counter()
+    for _ in range(times):
+        call()
+    tf.test.experimental.sync_devices()
+    return (time.perf_counter() - start) / times
+
+
+def _random_batch(run: Run) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Images, labels and group numbers as a pipeline gives them."""
+    random = np.random.default_rng(run.config.run.seed)
+    groups = [run.arithmetic.groups_per_step, run.arithmetic.group_size]
+    images = random.integers(0, 256, [*groups, *run.data.resolution, run.data.channels], np.uint8)
+    classes = len(run.data.label_counts)
+    labels = random.integers(0, classes, groups) if classes else np.full(groups, -1, np.int64)
+    return tf.constant(images), tf.constant(labels), tf.range(groups[0], dtype=tf.int64)
+
+
+def _main_phases(
+    run: Run,
+    train_step: TrainStep,
+    phases: Phases,
+    draw: Sampler,
+    state: TrainState,
+    batch: tuple[tf.Tensor, tf.Tensor, tf.Tensor],
+) -> list[Callable[[], None]]:
+    """Gmain and Dmain of one round on one replica."""
+    groups = run.arithmetic.per_replica_batch // run.arithmetic.group_size
+    images, labels, group_index = (value[:groups] for value in batch)
+    images = tf.reshape(images, [-1, *images.shape[2:]])
+    images = tf.cast(images, tf.float32) / 127.5 - 1
+    c = tf.one_hot(tf.reshape(labels, [-1]), phases.discriminator.c_dim)
+    whole, p = run.arithmetic.global_batch, tf.convert_to_tensor(state.augment_p)
+    g, d = (
+        {name: tf.convert_to_tensor(value) for name, value in table.items()}
+        for table in (state.g, state.d)
+    )
+    g_draws, d_draws = draw("Gmain", group_index), draw("Dmain", group_index)
+    # The step's own functions: compiling them again would take as long as its first step.
+    gmain, dmain = train_step._gmain, train_step._dmain
+    return [
+        lambda: gmain(g, d, g_draws, p, whole),
+        lambda: dmain(g, d, images, c, d_draws, p, whole),
+    ]
+
+
+def _convolution_shape(run: Run) -> tuple[int, int, int, int]:
+    height, width = (min(side, _MAX_SIDE) for side in run.data.resolution)
+    return min(run.arithmetic.per_replica_batch, _MAX_IMAGES), height, width, _CHANNELS
+
+
+def _convolutions(run: Run) -> dict[str, Callable[[], None]]:
+    """A 3x3 convolution with the gradients in its input and weights, by who compiles it."""
+    shape, dtype = _convolution_shape(run), half_dtype(run.config.run.precision) or tf.float32
+    kernel = [3, 3, _CHANNELS, _CHANNELS]
+    x, dy, weight = (
+        tf.random.stateless_normal(size, [0, seed], dtype=dtype)
+        for seed, size in enumerate((shape, shape, kernel))
+    )
+
+    def forward_and_backward(x: tf.Tensor, dy: tf.Tensor, weight: tf.Tensor) -> list[tf.Tensor]:
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch([x, weight])
+            y = tf.nn.conv2d(x, weight, strides=1, padding="SAME")
+        return [y, *tape.gradient(y, [x, weight], dy)]
+
+    plain = tf.function(forward_and_backward, autograph=False)
+    compiled = tf.function(forward_and_backward, autograph=False, jit_compile=True)
+    return {
+        "TensorFlow": lambda: plain(x, dy, weight),
+        "XLA": lambda: compiled(x, dy, weight),
+    }
+
+
+def _faster(run: Run, timings: dict[str, Timing]) -> Convolution:
+    formula = min(timings, key=lambda name: timings[name].median)
+    return Convolution(_convolution_shape(run), formula, timings[formula])
