@@ -56,7 +56,7 @@ def test_values_may_be_numpy_scalars(tmp_path: Path) -> None:
     import numpy as np
 
     path = tmp_path / "stats.jsonl"
-    stat = Stat(np.int64(4), np.float32(0.5), np.float32(0.25))  # type: ignore[arg-type]
+    stat = Stat(np.int64(4), np.float32(0.5), np.float32(0.25))
     statsfile.append(str(path), {"a": stat}, tick=0, nimg=1)
     assert _read(path)[0]["a"] == {"num": 4, "mean": 0.5, "std": 0.25}
 

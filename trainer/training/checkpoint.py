@@ -97,7 +97,7 @@ def _numbered(workdir: str) -> list[tuple[int, str]]:
 
 def newest(workdir: str) -> tuple[Found | None, list[str]]:
     """The newest checkpoint that is whole, and a line for each newer one on why it isn't."""
-    skipped = []
+    skipped: list[str] = []
     for step, path in _numbered(workdir):
         reason = _check(path)
         if reason is None:
@@ -160,22 +160,24 @@ class Checkpoints:
                 f"checkpoint {path} could not be written ({reason}); free space or fix the path "
                 "and run the same command again: it goes on from the checkpoint before"
             ) from error
-        self._drop_old()
+        self._drop_old(step)
         return path
 
-    def _drop_old(self) -> None:
+    def _drop_old(self, written: int) -> None:
         numbered = _numbered(self._workdir)
-        keep = {path for _, path in numbered[: self._settings.keep_last]}
+        # A run goes on from its newest whole checkpoint, so what is newer than the one just written
+        # is damaged: it must not take the place of a good one.
+        whole = [
+            path
+            for step, path in numbered
+            if step <= written and storage.exists(storage.join(path, _MARKER))
+        ]
+        keep = set(whole[: self._settings.keep_last])
         period = self._settings.keep_every_kimg
         if period:
-            seen: set[int] = set()
-            for _step, path in reversed(numbered):
-                info = storage.join(path, _INFO)
-                kimg = json.loads(storage.read_text(info))["kimg"] if storage.exists(info) else 0
-                mark = int(kimg // period)
-                if mark > 0 and mark not in seen:
-                    seen.add(mark)
-                    keep.add(path)
+            # The oldest of each period comes last, and stays.
+            firsts = {int(_kimg(path) // period): path for path in whole}
+            keep |= {path for mark, path in firsts.items() if mark > 0}
         for _, path in numbered:
             if path not in keep:
                 storage.remove_tree(path)

@@ -14,8 +14,9 @@ import math
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import tensorflow as tf
@@ -35,7 +36,10 @@ from trainer.training.step import TrainStep
 _CHANNELS = 128
 _MAX_SIDE, _MAX_IMAGES = 64, 16  # of the bare convolution: enough to fill a machine, not its memory
 
+_FORMULAS = {"TensorFlow": False, "XLA": True}  # of the bare convolution: whether it is compiled
+
 Due = frozenset[str]  # the regularisers of one step
+_Key = TypeVar("_Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -189,7 +193,7 @@ def parts(plan: dict[Due, tuple[int, float]], steps: dict[Due, Timing], main: Ti
       The rest of the step with the fewest phases (named with what is due in every step), and what
       each larger combination adds.
     """
-    ordered = sorted(plan, key=lambda due: (len(due), sorted(due, reverse=True)))
+    ordered = sorted(plan, key=lambda due: (len(due), "Greg" not in due))
     least = ordered[0]
     rows = [Row(" + ".join(["rest", *sorted(least)]), steps[least] - main, 1.0)]
     for place, due in enumerate(ordered[1:], 1):
@@ -233,41 +237,42 @@ def measure(run: Run, repeats: int) -> StepSpeed:
 
         return call
 
-    timed = {due: at(step) for due, (step, _) in plan.items()}
+    whole: dict[Due, Callable[[], None]] = {due: at(step) for due, (step, _) in plan.items()}
     first_step = _seconds(at(0))
-    for call in timed.values():
+    for call in whole.values():
         _seconds(call)
     host, gpu = resources.peak_host_memory_gb(), resources.peak_gpu_memory_gb()
     main = _main_phases(run, train_step, phases, draw, state, batch)
-    convolutions = _convolutions(run)
-    contenders: list[Callable[[], None]] = [*timed.values(), *main, *convolutions.values()]
-    for call in contenders:
-        _seconds(call)
-    times: list[list[float]] = [[] for _ in contenders]
-    for _ in range(repeats):
-        for call, seconds in zip(contenders, times, strict=True):
-            seconds.append(_seconds(call, burst))
-    timings = [Timing.of(seconds) for seconds in times]
-    steps = dict(zip(timed, timings, strict=True))
-    g, d = (seconds * arithmetic.rounds for seconds in timings[len(timed) : len(timed) + 2])
-    total = sum((steps[due] * plan[due][1] for due in plan), Timing(0.0, 0.0))
+    timings = _in_turns({**whole, **main, **_convolutions(run)}, repeats, burst)
+    g, d = (timings[name] * arithmetic.rounds for name in main)
+    steps = {due: timings[due] for due in plan}
+    total = sum((steps[due] * share for due, (_, share) in plan.items()), Timing(0.0, 0.0))
     return StepSpeed(
         first_step=first_step,
         rows=[Row("Gmain", g, 1.0), Row("Dmain", d, 1.0), *parts(plan, steps, g + d)],
         sec_per_kimg=total * (1000 / arithmetic.global_batch),
         host_gb=host,
         gpu_gb=gpu,
-        convolution=_faster(run, dict(zip(convolutions, timings[len(timed) + 2 :], strict=True))),
+        convolution=_faster(run, timings),
     )
 
 
 def measure_convolution(run: Run, repeats: int) -> Convolution:
     """Times the bare convolution alone."""
-    convolutions = _convolutions(run)
-    for call in convolutions.values():
+    return _faster(run, _in_turns(_convolutions(run), repeats))
+
+
+def _in_turns(
+    calls: Mapping[_Key, Callable[[], None]], repeats: int, burst: int = 1
+) -> dict[_Key, Timing]:
+    """Times each call `repeats` times, `burst` at once, after one that doesn't count."""
+    for call in calls.values():
         _seconds(call)
-    times = {name: [_seconds(call) for _ in range(repeats)] for name, call in convolutions.items()}
-    return _faster(run, {name: Timing.of(seconds) for name, seconds in times.items()})
+    times: dict[_Key, list[float]] = {key: [] for key in calls}
+    for _ in range(repeats):
+        for key, call in calls.items():
+            times[key].append(_seconds(call, burst))
+    return {key: Timing.of(seconds) for key, seconds in times.items()}
 
 
 def _seconds(call: Callable[[], None], times: int = 1) -> float:
@@ -295,7 +300,7 @@ def _main_phases(
     draw: Sampler,
     state: TrainState,
     batch: tuple[tf.Tensor, tf.Tensor, tf.Tensor],
-) -> list[Callable[[], None]]:
+) -> dict[str, Callable[[], None]]:
     """Gmain and Dmain of one round on one replica."""
     groups = run.arithmetic.per_replica_batch // run.arithmetic.group_size
     images, labels, group_index = (value[:groups] for value in batch)
@@ -308,12 +313,16 @@ def _main_phases(
         for table in (state.g, state.d)
     )
     g_draws, d_draws = draw("Gmain", group_index), draw("Dmain", group_index)
-    # The step's own functions: compiling them again would take as long as its first step.
-    gmain, dmain = train_step._gmain, train_step._dmain
-    return [
-        lambda: gmain(g, d, g_draws, p, whole),
-        lambda: dmain(g, d, images, c, d_draws, p, whole),
-    ]
+
+    def again(function: Callable[..., object], *values: Any) -> Callable[[], None]:
+        # Called from a graph, as the step does, the step's own function isn't compiled once more.
+        call = tf.function(lambda *values: function(*values, whole), autograph=False)
+        return lambda: call(*values)
+
+    return {
+        "Gmain": again(train_step._gmain, g, d, g_draws, p),
+        "Dmain": again(train_step._dmain, g, d, images, c, d_draws, p),
+    }
 
 
 def _convolution_shape(run: Run) -> tuple[int, int, int, int]:
@@ -336,14 +345,13 @@ def _convolutions(run: Run) -> dict[str, Callable[[], None]]:
             y = tf.nn.conv2d(x, weight, strides=1, padding="SAME")
         return [y, *tape.gradient(y, [x, weight], dy)]
 
-    plain = tf.function(forward_and_backward, autograph=False)
-    compiled = tf.function(forward_and_backward, autograph=False, jit_compile=True)
-    return {
-        "TensorFlow": lambda: plain(x, dy, weight),
-        "XLA": lambda: compiled(x, dy, weight),
-    }
+    def timed(jit: bool) -> Callable[[], None]:
+        function = tf.function(forward_and_backward, autograph=False, jit_compile=jit)
+        return lambda: function(x, dy, weight)
+
+    return {name: timed(jit) for name, jit in _FORMULAS.items()}
 
 
-def _faster(run: Run, timings: dict[str, Timing]) -> Convolution:
-    formula = min(timings, key=lambda name: timings[name].median)
+def _faster(run: Run, timings: Mapping[Any, Timing]) -> Convolution:
+    formula = min(_FORMULAS, key=lambda name: timings[name].median)
     return Convolution(_convolution_shape(run), formula, timings[formula])

@@ -153,7 +153,8 @@ class TrainStep:
 
     def _arguments(self, phase: str, groups: _Batch) -> dict[str, Any]:
         """What a phase's gradients take for a round's groups."""
-        state, arguments = self._state, {"draws": self._draw(phase, groups.group_index)}
+        state = self._state
+        arguments: dict[str, Any] = {"draws": self._draw(phase, groups.group_index)}
         batch = self._arithmetic.global_batch
         if phase == "Greg":
             moving_mean = tf.convert_to_tensor(state.pl_mean)

@@ -1,0 +1,254 @@
+"""What a config costs on this machine.
+
+  python -m trainer.probe step --config=configs/emoji64.yaml --resolution=64
+  python -m trainer.probe data --config=configs/smoke.yaml --step_sec_per_kimg=20
+
+`step` times the training step of a run on random images: the first step, each phase, s/kimg with
+the lazy regularisers and the moving average as often as they are due, peak memory without pipeline
+and pictures, and the share of a bare 3x3 convolution with 128 channels, forward and backward, in
+operations a second. A step's operations are those of plain convolutions, so a step that needs fewer
+of them (Winograd) can have more than 100%.
+
+`data` times the input pipeline and bare decoding, and sets it against what the step takes.
+
+Stop other programs first: what is timed in turns gives a fair share, but no fair seconds.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from absl import flags as absl_flags
+
+from trainer.core import config as config_lib
+from trainer.core import flags, storage
+from trainer.core.config import Config
+from trainer.core.errors import ConfigError, UsageError
+
+# TensorFlow takes seconds to import; mistakes in the call are told before.
+if TYPE_CHECKING:
+    from trainer.data.manifest import Manifest
+    from trainer.training.build import DataShape
+    from trainer.training.speed import Row, Run, StepSpeed
+
+FLAGS = absl_flags.FLAGS
+
+
+def define_flags() -> None:
+    """The command's flags."""
+    text, several = absl_flags.DEFINE_string, absl_flags.DEFINE_multi_string
+    whole, real = absl_flags.DEFINE_integer, absl_flags.DEFINE_float
+    text("config", None, "YAML preset or config, local or gs://.")
+    text("data", None, "Directory of the converted data set; overrides data.path.")
+    several("set", [], "section.key=value, overrides the config; may be repeated.")
+    text("resolution", None, "step: needs no data set then; 64, or WIDTHxHEIGHT as 256x128.")
+    whole("channels", 3, "step, with --resolution: of the images.", 1, 4)
+    whole("num_classes", 0, "step, with --resolution: of the images.", lower_bound=0)
+    whole("steps", 8, "step: how often everything is timed.", lower_bound=1)
+    real("seconds", 10.0, "data: how long to measure.", lower_bound=0.1)
+    purpose = "data: seconds the step needs for 1000 images; else estimated by a convolution."
+    real("step_sec_per_kimg", None, purpose, lower_bound=1e-6)
+
+
+def parse_resolution(text: str) -> tuple[int, int]:
+    """(height, width) of '64' or 'WIDTHxHEIGHT'.
+
+    Raises:
+      UsageError: it is neither.
+    """
+    match = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)
+    if not match:
+        raise UsageError(f"--resolution={text} is neither a size, as 64, nor WIDTHxHEIGHT")
+    width = int(match[1])
+    return int(match[2] or width), width
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measures what the command line names."""
+    probes = {"step": probe_step, "data": probe_data}
+    name = argv[1] if len(argv) > 1 else ""
+    if name not in probes:
+        close = difflib.get_close_matches(name, probes, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"give one of {', '.join(probes)}"
+        raise UsageError(f"{repr(name) + ' is no probe' if name else 'probe what'}; {hint}")
+    if not FLAGS.config:
+        raise UsageError("--config is needed; --help lists the flags")
+    overrides = list(FLAGS.set)
+    if FLAGS.data:
+        overrides.append(f"data.path={FLAGS.data}")
+    probes[name](config_lib.load(FLAGS.config, overrides))
+
+
+# ------------------------------------------------------------------------------------- step
+
+
+def probe_step(config: Config) -> None:
+    """Times a training step and prints the table."""
+    size = parse_resolution(FLAGS.resolution) if FLAGS.resolution else None
+    if size is None and not config.data.path:
+        raise UsageError("no data set: give --data, or --resolution to do without one")
+    if size and config.data.use_labels and not FLAGS.num_classes:
+        raise ConfigError("data.use_labels is on: give --num_classes, or the data set by --data")
+    from trainer.training import build, speed
+
+    if size:
+        counts = (1,) * FLAGS.num_classes
+        data = build.DataShape(size, FLAGS.channels, counts if config.data.use_labels else ())
+    else:
+        data = _shape(_manifest(config), config)
+    run = speed.Run.create(config, data)
+    _print_rows(_run_lines(run))
+    measured = speed.measure(run, FLAGS.steps)
+    _print_rows([("first step", f"{measured.first_step:.1f} s, compilation included")])
+    print(phase_table(measured.rows, run.arithmetic.global_batch))
+    _print_rows(verdict_lines(run, measured))
+
+
+def _run_lines(run: Run) -> list[tuple[str, str]]:
+    a, costs = run.arithmetic, run.cost()
+    height, width = run.data.resolution
+    augment = run.config.augment
+    return [
+        (
+            "run",
+            f"{run.placement.description}, {run.config.run.precision}, "
+            f"XLA {'on' if run.jit else 'off'}, augmentation {augment.mode}"
+            + (f" ({augment.pipe})" if augment.mode != "none" else ""),
+        ),
+        (
+            "batch",
+            f"{a.global_batch} images {height}x{width}x{run.data.channels} = {a.num_replicas} "
+            f"replicas x {a.rounds} rounds x {a.per_replica_batch}",
+        ),
+        ("networks", f"G {costs.g_params:,} and D {costs.d_params:,} parameters"),
+    ]
+
+
+def phase_table(rows: Sequence[Row], batch: int) -> str:
+    """The parts of a step, which add up to the s/kimg below them."""
+    lines = ["", f"{'':<14}{'median s':>10}{'fastest s':>11}{'in steps':>10}{'s/kimg':>9}"]
+    for row in rows:
+        part = row.seconds.median * row.share * 1000 / batch
+        lines.append(
+            f"{row.name:<14}{row.seconds.median:>10.4f}{row.seconds.fastest:>11.4f}"
+            f"{_one_in(row.share):>10}{part:>9.2f}"
+        )
+    return "\n".join(lines)
+
+
+def _one_in(share: float) -> str:
+    return "all" if share == 1 else f"1 in {1 / share:g}"
+
+
+def verdict_lines(run: Run, measured: StepSpeed) -> list[tuple[str, str]]:
+    """Speed, share of the bare convolution, and memory, each with its name."""
+    gflop, per_kimg = run.cost().gflop_per_image, measured.sec_per_kimg
+    step, bare = per_kimg.rate(1000 * gflop), measured.convolution.gflops
+    images, height, width, channels = measured.convolution.shape
+    memory = f"{measured.host_gb:.2f} GiB of the process"
+    if measured.gpu_gb is not None:
+        memory += f", {measured.gpu_gb:.2f} GiB on a GPU"
+    return [
+        ("s/kimg", f"{per_kimg.median:.2f} (fastest {per_kimg.fastest:.2f})"),
+        (
+            "step",
+            f"{step.median:.1f} GFLOP/s (fastest {step.fastest:.1f}), {gflop:.2f} GFLOP per image",
+        ),
+        (
+            "convolution",
+            f"{bare.median:.1f} GFLOP/s (fastest {bare.fastest:.1f}), 3x3, {channels} channels, "
+            f"{images} x {height}x{width}, by {measured.convolution.formula}",
+        ),
+        (
+            "share",
+            f"{step.median / bare.median / run.devices:.0%} of the bare convolution "
+            f"(fastest {step.fastest / bare.fastest / run.devices:.0%})",
+        ),
+        ("peak memory", memory),
+    ]
+
+
+# ------------------------------------------------------------------------------------- data
+
+
+def probe_data(config: Config) -> None:
+    """Times the input pipeline and says whether it keeps up with the step."""
+    if not config.data.path:
+        raise UsageError("no data set: give --data, the directory that trainer.convert wrote")
+    from trainer.data import speed as data_speed
+    from trainer.data.pipeline import ImageStream
+    from trainer.training import speed
+
+    manifest = _manifest(config)
+    run = speed.Run.create(config, _shape(manifest, config))
+    config = run.config
+    stream = ImageStream(
+        manifest,
+        group_size=run.arithmetic.group_size,
+        groups_per_batch=run.arithmetic.groups_per_step,
+        seed=config.run.seed,
+        use_labels=config.data.use_labels,
+        mirror=config.data.mirror,
+        window=config.data.window,
+    )
+    found = data_speed.measure(stream, manifest, seconds=FLAGS.seconds)
+    need, source = _need(run)
+    _print_rows(
+        [
+            ("data", f"{manifest.directory}: {manifest.num_images} images"),
+            ("decode alone", f"{found.decode:,.0f} images/s"),
+            ("pipeline", f"{found.pipeline:,.0f} images/s, {found.share:.0%} of decoding alone"),
+            ("step", f"{need:,.1f} images/s, {source}"),
+        ]
+    )
+    times = found.pipeline / need
+    verdict = "the step never waits" if times >= 1 else "the step waits for its data"
+    print(
+        f"the step needs {need:,.1f} images/s, the pipeline gives {found.pipeline:,.0f}: "
+        f"{times:.3g} times, {verdict}"
+    )
+
+
+def _need(run: Run) -> tuple[float, str]:
+    """Images per second that the step takes, and where that is from."""
+    if FLAGS.step_sec_per_kimg:
+        return 1000 / FLAGS.step_sec_per_kimg, "from --step_sec_per_kimg"
+    from trainer.training import speed
+
+    bare = speed.measure_convolution(run, FLAGS.steps).gflops.median
+    gflop = run.cost().gflop_per_image
+    return run.devices * bare / gflop, (
+        f"estimated: {gflop:.2f} GFLOP per image at the {bare:.0f} GFLOP/s of a bare convolution"
+    )
+
+
+# ----------------------------------------------------------------------------------- pieces
+
+
+def _manifest(config: Config) -> Manifest:
+    from trainer.data import manifest
+
+    return manifest.load(storage.resolve(config.data.path))
+
+
+def _shape(manifest: Manifest, config: Config) -> DataShape:
+    from trainer.training.build import DataShape
+
+    counts = tuple(manifest.label_counts) if config.data.use_labels else ()
+    return DataShape(manifest.resolution, manifest.channels, counts)
+
+
+def _print_rows(rows: Sequence[tuple[str, str]]) -> None:
+    for name, text in rows:
+        print(f"{name:<14}{text}", flush=True)
+
+
+if __name__ == "__main__":
+    from trainer.distribution import host
+
+    host.prepare()
+    define_flags()
+    flags.run(main, usage=__doc__ or "", max_positional=1)
