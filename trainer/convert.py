@@ -31,59 +31,60 @@ PNGs. Run the same command again after an interruption, and it goes on."""
 _CHANNELS = {"auto": 0, "gray": 1, "rgb": 3, "rgba": 4}
 _LINE_SECONDS = 30
 
-_SOURCE = flags.DEFINE_string("source", None, "Folder or zip archive of images; local or a URL.")
-_DEST = flags.DEFINE_string("dest", None, "Directory of the data set to make; local or a URL.")
-_RESOLUTION = flags.DEFINE_string(
-    "resolution", None, "Size of the images: 64, or WIDTHxHEIGHT as 256x128."
-)
-_CROP = flags.DEFINE_enum(
-    "crop",
-    "center",
-    images.CROPS,
-    "'center' cuts the largest centred part of the right shape (an image smaller than "
-    "--resolution is an error); 'none' scales the whole image, up or down, and stretches it "
-    "where the shapes differ.",
-)
-_FILTER = flags.DEFINE_enum("filter", "lanczos", list(images.FILTERS), "How images are scaled.")
-_CHANNEL_MODE = flags.DEFINE_enum(
-    "channels",
-    "auto",
-    list(_CHANNELS),
-    "What the images become. 'auto' takes them as they are; they must all be alike.",
-)
-_BACKGROUND = flags.DEFINE_string(
-    "background", "", "Colour to lay under transparent pixels: a name as white, or '#rrggbb'."
-)
-_LABELS = flags.DEFINE_string(
-    "labels",
-    "auto",
-    "Classes: 'folders' (the folder an image lies in), 'none', or the path of a JSON, "
-    '{"labels": [["a/b.png", 3], ...]}. \'auto\' takes the source\'s dataset.json if there is one.',
-)
-_SHARDS = flags.DEFINE_integer(
-    "shards",
-    0,
-    "Record files to make; the number of hosts must divide it. 0: a power of two, at least 8, for "
-    "100 to 200 MB each.",
-    lower_bound=0,
-)
-_SEED = flags.DEFINE_integer("seed", 0, "Of the shuffle.", 0, 2**63 - 1)
-_MAX_IMAGES = flags.DEFINE_integer(
-    "max_images", 0, "Convert a random part of so many images; 0: all.", lower_bound=0
-)
-_ON_BAD = flags.DEFINE_enum(
-    "on_bad",
-    "stop",
-    ["stop", "skip"],
-    "What to do about an image that cannot be used. The manifest lists those skipped.",
-)
-_MAX_BAD = flags.DEFINE_integer(
-    "max_bad", 100, "With --on_bad=skip: stop when more than so many are bad.", lower_bound=0
-)
-_WORKERS = flags.DEFINE_integer(
-    "workers", 0, "Processes; 0: one for each processor.", lower_bound=0
-)
-_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace the data set at --dest.")
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """The command's flags."""
+    flags.DEFINE_string("source", None, "Folder or zip archive of images; local or a URL.")
+    flags.DEFINE_string("dest", None, "Directory of the data set to make; local or a URL.")
+    flags.DEFINE_string("resolution", None, "Size of the images: 64, or WIDTHxHEIGHT as 256x128.")
+    flags.DEFINE_enum(
+        "crop",
+        "center",
+        images.CROPS,
+        "'center' cuts the largest centred part of the right shape (an image smaller than "
+        "--resolution is an error); 'none' scales the whole image, up or down, and stretches it "
+        "where the shapes differ.",
+    )
+    flags.DEFINE_enum("filter", "lanczos", list(images.FILTERS), "How images are scaled.")
+    flags.DEFINE_enum(
+        "channels",
+        "auto",
+        list(_CHANNELS),
+        "What the images become. 'auto' takes them as they are; they must all be alike.",
+    )
+    flags.DEFINE_string(
+        "background", "", "Colour to lay under transparent pixels: a name as white, or '#rrggbb'."
+    )
+    flags.DEFINE_string(
+        "labels",
+        "auto",
+        "Classes: 'folders' (the folder an image lies in), 'none', or the path of a JSON, "
+        '{"labels": [["a/b.png", 3], ...]}. \'auto\' takes the source\'s dataset.json if there is one.',
+    )
+    flags.DEFINE_integer(
+        "shards",
+        0,
+        "Record files to make; the number of hosts must divide it. 0: a power of two, at least 8, for "
+        "100 to 200 MB each.",
+        lower_bound=0,
+    )
+    flags.DEFINE_integer("seed", 0, "Of the shuffle.", 0, 2**63 - 1)
+    flags.DEFINE_integer(
+        "max_images", 0, "Convert a random part of so many images; 0: all.", lower_bound=0
+    )
+    flags.DEFINE_enum(
+        "on_bad",
+        "stop",
+        ["stop", "skip"],
+        "What to do about an image that cannot be used. The manifest lists those skipped.",
+    )
+    flags.DEFINE_integer(
+        "max_bad", 100, "With --on_bad=skip: stop when more than so many are bad.", lower_bound=0
+    )
+    flags.DEFINE_integer("workers", 0, "Processes; 0: one for each processor.", lower_bound=0)
+    flags.DEFINE_bool("overwrite", False, "Replace the data set at --dest.")
 
 
 def parse_resolution(text: str) -> tuple[int, int]:
@@ -132,27 +133,27 @@ class _Progress:
 
 
 def _settings() -> conversion.Settings:
-    for flag in (_SOURCE, _DEST, _RESOLUTION):
-        if not flag.value:
-            raise UsageError(f"--{flag.name} is missing; --help shows how to call this")
+    for name in ("source", "dest", "resolution"):
+        if not FLAGS[name].value:
+            raise UsageError(f"--{name} is missing; --help shows how to call this")
     return conversion.Settings(
-        source=_SOURCE.value,
-        dest=_DEST.value,
+        source=FLAGS.source,
+        dest=FLAGS.dest,
         options=images.ImageOptions(
-            resolution=parse_resolution(_RESOLUTION.value),
-            channels=_CHANNELS[_CHANNEL_MODE.value],
-            crop=_CROP.value,
-            filter=_FILTER.value,
-            background=_BACKGROUND.value,
+            resolution=parse_resolution(FLAGS.resolution),
+            channels=_CHANNELS[FLAGS.channels],
+            crop=FLAGS.crop,
+            filter=FLAGS.filter,
+            background=FLAGS.background,
         ),
-        labels=_LABELS.value,
-        shards=_SHARDS.value,
-        seed=_SEED.value,
-        max_images=_MAX_IMAGES.value,
-        skip_bad=_ON_BAD.value == "skip",
-        max_bad=_MAX_BAD.value,
-        workers=_WORKERS.value or data.processors(),
-        overwrite=_OVERWRITE.value,
+        labels=FLAGS.labels,
+        shards=FLAGS.shards,
+        seed=FLAGS.seed,
+        max_images=FLAGS.max_images,
+        skip_bad=FLAGS.on_bad == "skip",
+        max_bad=FLAGS.max_bad,
+        workers=FLAGS.workers or data.processors(),
+        overwrite=FLAGS.overwrite,
     )
 
 
@@ -194,6 +195,7 @@ def main(argv: Sequence[str]) -> None:
 
 def entry() -> None:
     """The console script."""
+    define_flags()
     command.run(main, usage=USAGE)
 
 

@@ -109,18 +109,16 @@ def probe_step(config: Config) -> None:
 
 def _run_lines(run: Run) -> list[tuple[str, str]]:
     a, costs = run.arithmetic, run.cost()
-    height, width = run.data.resolution
-    augment = run.config.augment
+    size = "x".join(map(str, (*run.data.resolution, run.data.channels)))
     return [
         (
             "run",
             f"{run.placement.description}, {run.config.run.precision}, "
-            f"XLA {'on' if run.jit else 'off'}, augmentation {augment.mode}"
-            + (f" ({augment.pipe})" if augment.mode != "none" else ""),
+            f"XLA {'on' if run.jit else 'off'}, augmentation {run.config.augment.mode}",
         ),
         (
             "batch",
-            f"{a.global_batch} images {height}x{width}x{run.data.channels} = {a.num_replicas} "
+            f"{a.global_batch} images {size} = {a.num_replicas} "
             f"replicas x {a.rounds} rounds x {a.per_replica_batch}",
         ),
         ("networks", f"G {costs.g_params:,} and D {costs.d_params:,} parameters"),
@@ -184,12 +182,11 @@ def probe_data(config: Config) -> None:
 
     manifest = _manifest(config)
     run = speed.Run.create(config, _shape(manifest, config))
-    config = run.config
     stream = ImageStream(
         manifest,
         group_size=run.arithmetic.group_size,
         groups_per_batch=run.arithmetic.groups_per_step,
-        seed=config.run.seed,
+        seed=run.config.run.seed,
         use_labels=config.data.use_labels,
         mirror=config.data.mirror,
         window=config.data.window,
@@ -223,9 +220,6 @@ def _need(run: Run) -> tuple[float, str]:
     return run.devices * bare / gflop, (
         f"estimated: {gflop:.2f} GFLOP per image at the {bare:.0f} GFLOP/s of a bare convolution"
     )
-
-
-# ----------------------------------------------------------------------------------- pieces
 
 
 def _manifest(config: Config) -> Manifest:

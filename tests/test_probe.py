@@ -1,0 +1,231 @@
+"""What the probes measure and print, and what they say to a wrong call."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from absl import flags as absl_flags
+from absl.testing import flagsaver
+
+from trainer import probe
+from trainer.core import config as config_lib
+from trainer.core.config import Config
+from trainer.core.errors import ConfigError, UsageError
+from trainer.training import speed
+from trainer.training.speed import Convolution, Row, Timing
+
+TINY = """
+data: {path: "package:data/fluent_emoji_32"}
+model: {z_dim: 8, w_dim: 8, mapping_layers: 1, channel_base: 64, channel_max: 8}
+training: {batch_size: 8, r1_gamma: 1}
+augment: {mode: none}
+"""
+GREG, DREG = frozenset({"Greg"}), frozenset({"Dreg"})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _parsed() -> None:
+    probe.define_flags()
+    absl_flags.FLAGS(["probe"])
+
+
+@pytest.fixture
+def _restored() -> Iterator[None]:
+    with flagsaver.flagsaver():
+        yield
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> str:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    return str(path)
+
+
+def config(**training: float) -> Config:
+    return config_lib.from_dict({"training": {"r1_gamma": 1.0} | training})
+
+
+# The schedule -------------------------------------------------------------------------------
+
+
+def test_schedule_of_the_usual_intervals() -> None:
+    assert speed.schedule(config()) == {
+        GREG | DREG: (0, 1 / 16),
+        frozenset(): (1, 12 / 16),
+        GREG: (4, 3 / 16),
+    }
+
+
+@pytest.mark.parametrize(
+    ("training", "expected"),
+    [
+        ({"pl_weight": 0}, {DREG: (0, 1 / 16), frozenset(): (1, 15 / 16)}),
+        ({"pl_weight": 0, "r1_gamma": 0}, {frozenset(): (0, 1.0)}),
+        ({"g_reg_interval": 1, "d_reg_interval": 2}, {GREG | DREG: (0, 0.5), GREG: (1, 0.5)}),
+    ],
+)
+def test_schedule_without_a_regulariser(
+    training: dict[str, float], expected: dict[frozenset[str], tuple[int, float]]
+) -> None:
+    assert speed.schedule(config(**training)) == expected
+
+
+@pytest.mark.parametrize(
+    ("g_interval", "d_interval", "names"),
+    [
+        (4, 16, ["rest", "Greg", "Dreg"]),
+        (2, 3, ["rest", "Greg", "Dreg"]),
+        (4, 4, ["rest", "Dreg + Greg"]),
+        (1, 4, ["rest + Greg", "Dreg"]),
+        (1, 1, ["rest + Dreg + Greg"]),
+    ],
+)
+def test_parts_give_back_the_seconds_they_were_made_of(
+    g_interval: int, d_interval: int, names: list[str]
+) -> None:
+    """With known costs of each phase, every row and their weighted sum are known, too."""
+    costs = {"Greg": 3.0, "Dreg": 5.0}
+    plan = speed.schedule(config(g_reg_interval=g_interval, d_reg_interval=d_interval))
+    totals = {due: 10.0 + sum(costs[name] for name in due) for due in plan}
+    steps = {due: Timing(total, total / 2) for due, total in totals.items()}
+    rows = speed.parts(plan, steps, Timing(8.0, 4.0))
+    assert [row.name for row in rows] == names
+    for row in rows:
+        expected = sum({"rest": 2.0, **costs}[name] for name in row.name.split(" + "))
+        assert row.seconds.median == pytest.approx(expected)
+        assert row.seconds.fastest == pytest.approx(expected / 2)
+    average = sum(share * totals[due] for due, (_, share) in plan.items())
+    assert 8 + sum(row.share * row.seconds.median for row in rows) == pytest.approx(average)
+
+
+def test_timings() -> None:
+    timing = Timing.of([4.0, 1.0, 2.0])
+    assert timing == Timing(2.0, 1.0)
+    assert timing.rate(8.0) == Timing(4.0, 8.0)
+
+
+def test_speed_of_a_convolution_counts_the_result_and_both_gradients() -> None:
+    convolution = Convolution((2, 4, 8, 128), "XLA", Timing(2e-3, 1e-3))
+    flop = 3 * 2 * (2 * 4 * 8) * (3 * 3 * 128 * 128)
+    assert convolution.gflops.median == pytest.approx(flop / 2e-3 / 1e9)
+    assert convolution.gflops.fastest == pytest.approx(flop / 1e-3 / 1e9)
+
+
+# The probes ---------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("_restored")
+def test_step_prints_a_table_that_adds_up(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
+    absl_flags.FLAGS.config, absl_flags.FLAGS.resolution = tiny, "16x8"
+    absl_flags.FLAGS.set = ["run.jit=off", "training.rounds=2"]
+    absl_flags.FLAGS.steps, absl_flags.FLAGS.channels = 2, 1
+    probe.main(["probe", "step"])
+    out = capsys.readouterr().out
+    assert "8 images 8x16x1 = 1 replicas x 2 rounds x 4" in out
+    rows = re.findall(r"^(\w+) +(-?[\d.]+) +(-?[\d.]+) +(all|1 in \d+) +(-?[\d.]+)$", out, re.M)
+    assert [(row[0], row[3]) for row in rows] == [
+        ("Gmain", "all"),
+        ("Dmain", "all"),
+        ("rest", "all"),
+        ("Greg", "1 in 4"),
+        ("Dreg", "1 in 16"),
+    ]
+    total = re.search(r"^s/kimg +([\d.]+) \(fastest ([\d.]+)\)$", out, re.M)
+    assert total
+    assert sum(float(row[4]) for row in rows) == pytest.approx(float(total[1]), abs=0.05)
+    assert 0 < float(total[2]) <= float(total[1])
+    assert re.search(r"^share +\d+% of the bare convolution", out, re.M)
+    assert re.search(r"^convolution +[\d.]+ GFLOP/s .* 4 x 8x16, by (XLA|TensorFlow)$", out, re.M)
+
+
+def test_the_share_is_of_operations_per_second() -> None:
+    """A step of 10 GFLOP per image at 0.5 s/image runs at 20 GFLOP/s."""
+    from trainer.training import build
+
+    run = speed.Run.create(config(batch_size=8), build.DataShape((8, 8), 3, ()))
+    gflop = run.cost().gflop_per_image
+    convolution = Convolution((1, 8, 8, 128), "XLA", Timing(1e-3, 1e-3))
+    per_kimg = Timing(2 * 1000 * gflop / convolution.gflops.median, 1.0)
+    measured = speed.StepSpeed(1.0, [], per_kimg, 0.5, None, convolution)
+    lines = dict(probe.verdict_lines(run, measured))
+    assert lines["share"].startswith("50% of the bare convolution")
+    assert lines["peak memory"] == "0.50 GiB of the process"
+
+
+def test_the_table_weighs_rows_by_how_often_they_are_due() -> None:
+    text = probe.phase_table([Row("Greg", Timing(0.8, 0.4), 0.25)], batch=8)
+    assert text.splitlines()[-1].split() == ["Greg", "0.8000", "0.4000", "1", "in", "4", "25.00"]
+
+
+@pytest.mark.usefixtures("_restored")
+@pytest.mark.parametrize(
+    ("need", "verdict"), [(1e6, "the step never waits"), (1e-6, "the step waits for its data")]
+)
+def test_data_sets_the_pipeline_against_the_step(
+    tiny: str, capsys: pytest.CaptureFixture[str], need: float, verdict: str
+) -> None:
+    absl_flags.FLAGS.config, absl_flags.FLAGS.seconds = tiny, 0.3
+    absl_flags.FLAGS.step_sec_per_kimg = need
+    probe.main(["probe", "data"])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.endswith(verdict)
+    numbers = re.search(r"needs ([\d,.]+) images/s, the pipeline gives ([\d,]+): (\S+) times", last)
+    assert numbers
+    assert float(numbers[1].replace(",", "")) == pytest.approx(1000 / need, abs=0.05)
+
+
+# Wrong calls --------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("_restored")
+@pytest.mark.parametrize(
+    ("arguments", "settings", "error", "message"),
+    [
+        (["stpe"], {}, UsageError, "'stpe' is no probe; did you mean step?"),
+        ([], {}, UsageError, "give one of step, data"),
+        (["step"], {"config": None}, UsageError, "--config is needed"),
+        (["step"], {"set": ["data.path="]}, UsageError, "--resolution to do without"),
+        (["data"], {"set": ["data.path="]}, UsageError, "give --data"),
+        (["step"], {"resolution": "64x"}, UsageError, "--resolution=64x is neither"),
+        (
+            ["step"],
+            {"resolution": "8", "set": ["data.use_labels=true"]},
+            ConfigError,
+            "--num_classes",
+        ),
+        (
+            ["step"],
+            {"resolution": "8", "set": ["training.batch_size=6"]},
+            ConfigError,
+            "training.batch_size = 6",
+        ),
+    ],
+)
+def test_wrong_calls(
+    tiny: str,
+    arguments: list[str],
+    settings: dict[str, object],
+    error: type[Exception],
+    message: str,
+) -> None:
+    for name, value in ({"config": tiny} | settings).items():
+        setattr(absl_flags.FLAGS, name, value)
+    with pytest.raises(error, match=re.escape(message)):
+        probe.main(["probe", *arguments])
+
+
+def test_ends_in_one_line_and_the_exit_code_of_usage_errors() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "trainer.probe", "memory", "--config=x.yaml"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: 'memory' is no probe; give one of step, data\n"
