@@ -1,0 +1,77 @@
+"""The restart with another allocator: once, and with the same command."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+SETTINGS = ("GLIBC_TUNABLES", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_ARENA_MAX")
+
+PROGRAM = """
+import json, os, sys
+print("started", flush=True)
+from trainer.distribution import host
+host.prepare()
+print(json.dumps({"argv": sys.argv, "flags": sys.flags.optimize, "environ": dict(os.environ)}))
+"""
+
+glibc = pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="only glibc has these settings"
+)
+
+
+def run(*command: str, **environ: str) -> tuple[int, dict]:
+    """How often the program started, and what it saw at last."""
+    clean = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env={**clean, "PYTHONPATH": str(ROOT), **environ},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    return lines.count("started"), json.loads(lines[-1])
+
+
+@glibc
+def test_a_script_restarts_once_with_its_arguments(tmp_path: pathlib.Path) -> None:
+    script = tmp_path / "program.py"
+    script.write_text(PROGRAM)
+    arguments = ["--set", "a.b=c d", "", "--", "*"]
+    starts, seen = run("-O", str(script), *arguments)
+    assert starts == 2
+    assert seen["argv"] == [str(script), *arguments]
+    assert seen["flags"] == 1  # the interpreter's own options too
+    assert set(SETTINGS) <= set(seen["environ"])
+    assert seen["environ"]["TF_CPP_MIN_LOG_LEVEL"] == "2"
+
+
+@glibc
+def test_a_module_restarts_as_a_module(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "program.py").write_text(PROGRAM)
+    path = os.pathsep.join([str(ROOT), str(tmp_path)])
+    starts, seen = run("-m", "program", "--x=1", PYTHONPATH=path)
+    assert starts == 2
+    assert seen["argv"] == [str(tmp_path / "program.py"), "--x=1"]
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_what_the_user_has_set_stays(tmp_path: pathlib.Path, name: str) -> None:
+    script = tmp_path / "program.py"
+    script.write_text(PROGRAM)
+    value = "glibc.malloc.check=0" if name == "GLIBC_TUNABLES" else "65536"
+    starts, seen = run(str(script), TF_CPP_MIN_LOG_LEVEL="0", **{name: value})
+    assert starts == 1
+    assert seen["environ"][name] == value
+    assert not (set(SETTINGS) - {name}) & set(seen["environ"])
+    assert seen["environ"]["TF_CPP_MIN_LOG_LEVEL"] == "0"

@@ -1,0 +1,121 @@
+"""The training command: its flags, its exit codes, and one short run from images to a grid."""
+
+from __future__ import annotations
+
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIG = """
+run: {jit: "off"}
+model: {z_dim: 8, w_dim: 8, mapping_layers: 1, channel_base: 64, channel_max: 8}
+training: {batch_size: 8, total_kimg: 0.008, pl_weight: 0}
+augment: {mode: none}
+telemetry: {tensorboard: false}
+"""
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+
+
+def failed(code: int, *arguments: str) -> str:
+    """The one line on stderr of a command that ends with this code."""
+    done = run("trainer.task", *arguments)
+    lines = done.stderr.splitlines()
+    assert done.returncode == code, done.stderr
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(CONFIG)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Converted from a folder of PNGs."""
+    source, dest = tmp_path_factory.mktemp("images"), tmp_path_factory.mktemp("data") / "set"
+    rng = np.random.default_rng(0)
+    for number in range(32):
+        pixels = rng.integers(0, 256, [8, 8, 3]).astype(np.uint8)
+        Image.fromarray(pixels).save(source / f"{number}.png")
+    done = run(
+        "trainer.convert", f"--source={source}", f"--dest={dest}", "--resolution=8", "--workers=1"
+    )
+    assert done.returncode == 0, done.stderr
+    return str(dest)
+
+
+def test_without_a_config() -> None:
+    assert "--config and --workdir are needed" in failed(2)
+
+
+def test_without_a_workdir(config: str) -> None:
+    assert "--config and --workdir are needed" in failed(2, f"--config={config}", "--data=x")
+
+
+def test_without_data(config: str) -> None:
+    assert "give --data" in failed(2, f"--config={config}", "--workdir=unused")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("training.batchsize=8", "did you mean training.batch_size?"),
+        ("trainin.batch_size=8", "did you mean training?"),
+        ("training.batch_size=many", "training.batch_size = 'many' (str): expected a whole number"),
+        ("training.g_lr=-1", "training.g_lr = -1"),
+        ("run.strategy", "expected --set section.key=value"),
+    ],
+)
+def test_a_wrong_override(config: str, override: str, expected: str) -> None:
+    message = failed(2, f"--config={config}", "--data=x", "--workdir=unused", "--set", override)
+    assert expected in message
+
+
+def test_a_config_that_is_not_there() -> None:
+    assert "missing.yaml" in failed(4, "--config=missing.yaml", "--data=x", "--workdir=unused")
+
+
+def test_an_unknown_flag() -> None:
+    assert "worksdir" in failed(2, "--worksdir=x")
+
+
+def test_no_data_set(config: str, tmp_path: pathlib.Path) -> None:
+    message = failed(3, f"--config={config}", f"--data={tmp_path}", f"--workdir={tmp_path / 'run'}")
+    assert f"python -m trainer.convert --source=IMAGES --dest={tmp_path}" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_needs_no_workdir(config: str, dataset: str) -> None:
+    done = run("trainer.task", f"--config={config}", f"--data={dataset}", "--dry_run")
+    assert done.returncode == 0, done.stderr
+    assert "32 images 8x8x3" in done.stdout
+    assert f"path: {dataset}" in done.stdout
+
+
+def test_images_to_a_grid(config: str, dataset: str, tmp_path: pathlib.Path) -> None:
+    """Converted, trained, and refused when the config has changed."""
+    workdir = tmp_path / "run"
+    flags = (f"--config={config}", f"--data={dataset}", f"--workdir={workdir}")
+    done = run("trainer.task", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "finished: 0.008 kimg, 1 steps" in done.stdout
+    assert {"config.yaml", "stats.jsonl", "reals.png", "fakes_init.png", "fakes000000.png"} <= {
+        path.name for path in workdir.iterdir()
+    }
+    message = failed(2, *flags, "--set=training.r1_gamma=1", "--set=training.beta2=0.9")
+    assert "training.beta2: 0.99 -> 0.9, training.r1_gamma: 10.0 -> 1.0" in message
+    assert message.endswith("--allow_change=training.beta2,training.r1_gamma")

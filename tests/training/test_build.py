@@ -1,0 +1,112 @@
+"""The config reaches the networks, the phases and the draws."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tensorflow as tf
+
+from trainer.core import config as config_lib
+from trainer.training import build
+from trainer.training.augment import AugmentPipe
+
+SHAPE = build.DataShape((16, 32), 4, (5, 3))
+
+
+def make(**sections: dict[str, Any]) -> config_lib.Config:
+    return config_lib.resolve(config_lib.from_dict(sections), resolution=SHAPE.resolution)
+
+
+MODEL: dict[str, Any] = {
+    "z_dim": 6,
+    "w_dim": 10,
+    "mapping_layers": 3,
+    "d_mapping_layers": 2,
+    "channel_base": 128,
+    "channel_max": 12,
+    "g_architecture": "resnet",
+    "d_architecture": "skip",
+    "num_fp16_res": 1,
+    "conv_clamp": 100.0,
+    "mbstd_group_size": 2,
+}
+
+
+def test_networks_are_those_of_the_config() -> None:
+    g, d = build.networks(make(model=MODEL), SHAPE)
+    assert (g.z_dim, g.c_dim, g.resolution, g.img_channels) == (6, 2, (16, 32), 4)
+    assert (d.c_dim, d.resolution, d.img_channels) == (2, (16, 32), 4)
+    assert (g.architecture, d.architecture) == ("resnet", "skip")
+    g_shapes = {name: spec.shape for name, spec in g.specs.items()}
+    d_shapes = {name: spec.shape for name, spec in d.specs.items()}
+    assert g_shapes["mapping.embed.weight"] == (2, 10)
+    assert g_shapes["mapping.fc0.weight"] == (16, 10)
+    assert "mapping.fc2.weight" in g_shapes
+    assert "mapping.fc3.weight" not in g_shapes
+    assert g_shapes["synthesis.b4.const"][-1] == 12
+    assert "mapping.fc1.weight" in d_shapes
+    assert "mapping.fc2.weight" not in d_shapes
+
+
+def test_no_classes_without_label_counts() -> None:
+    g, d = build.networks(make(model=MODEL), build.DataShape((16, 32), 3, ()))
+    assert (g.c_dim, d.c_dim) == (0, 0)
+    assert not any("embed" in name for name in [*g.specs, *d.specs])
+
+
+@pytest.mark.parametrize(
+    ("precision", "half"),
+    [("float32", None), ("bfloat16", tf.bfloat16), ("float16", tf.float16)],
+)
+def test_full_precision_turns_the_clamp_off(precision: str, half: tf.DType | None) -> None:
+    for network in build.networks(make(model=MODEL, run={"precision": precision}), SHAPE):
+        assert network.conv_clamp == (None if half is None else 100.0)
+        assert {block.dtype for block in network.blocks} == {half, None}
+
+
+def phases_and_draws(**sections: dict[str, Any]) -> Any:
+    config = make(model=MODEL, **sections)
+    return build.phases_and_draws(
+        config, SHAPE, *build.networks(config, SHAPE), static_shapes=False
+    )
+
+
+def test_phases_are_those_of_the_config() -> None:
+    training: dict[str, Any] = {
+        "r1_gamma": 3.0,
+        "pl_weight": 1.5,
+        "pl_decay": 0.05,
+        "pl_batch_shrink": 2,
+        "g_reg_interval": 5,
+        "d_reg_interval": 7,
+        "freeze_d": 3,
+        "style_mixing_prob": 0.25,
+        "noise_mode": "const",
+    }
+    phases, draw = phases_and_draws(training=training, run={"seed": 11})
+    for name in (
+        "r1_gamma",
+        "pl_weight",
+        "pl_decay",
+        "g_reg_interval",
+        "d_reg_interval",
+        "freeze_d",
+    ):
+        assert getattr(phases, name) == training[name]
+    assert (phases.group_size, draw.group_size, draw.pl_group_size) == (2, 2, 1)
+    assert (phases.noise_mode, draw.noise_mode) == ("const", "const")
+    assert (draw.seed, draw.style_mixing_prob, draw.label_counts) == (11, 0.25, (5, 3))
+
+
+def test_the_auto_gamma_reaches_the_phases() -> None:
+    phases, _ = phases_and_draws(training={"r1_gamma": "auto", "batch_size": 16})
+    assert phases.r1_gamma == pytest.approx(0.0002 * 32**2 / 16)
+
+
+def test_augmentation_is_one_for_both() -> None:
+    phases, draw = phases_and_draws(augment={"mode": "fixed", "p": 0.5, "pipe": "bg"})
+    assert phases.pipe == draw.pipe == AugmentPipe.preset("bg")
+    phases, draw = phases_and_draws(augment={"mode": "none"})
+    assert phases.pipe is None
+    assert draw.pipe is None

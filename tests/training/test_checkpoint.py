@@ -1,0 +1,367 @@
+"""Checkpoints are there whole or not at all, and a run never loses its last good one."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from trainer.core import config as config_lib
+from trainer.core import storage
+from trainer.core.config import CheckpointConfig
+from trainer.core.errors import CheckpointError, StorageError
+from trainer.training import build, checkpoint
+from trainer.training.checkpoint import Checkpoints
+from trainer.training.state import TrainState
+
+ROOT = pathlib.Path(__file__).parents[2]
+SHAPE = build.DataShape((8, 8), 3, (5, 3))
+MODEL = {
+    "z_dim": 8,
+    "w_dim": 8,
+    "mapping_layers": 1,
+    "d_mapping_layers": 1,
+    "channel_base": 64,
+    "channel_max": 8,
+}
+
+
+def make_config(**model: int) -> config_lib.Config:
+    config = config_lib.from_dict({"model": {**MODEL, **model}, "data": {"use_labels": True}})
+    return config_lib.resolve(config, resolution=SHAPE.resolution)
+
+
+def make_state(seed: int = 0, **model: int) -> TrainState:
+    return TrainState(*build.networks(make_config(**model), SHAPE), seed=seed)
+
+
+def scrambled(seed: int = 7) -> TrainState:
+    """A state in which no two variables hold the same."""
+    state, rng = make_state(), np.random.default_rng(seed)
+    for variable in state.variables().values():
+        value = rng.standard_normal(variable.shape) * 100
+        variable.assign(tf.cast(value, variable.dtype))
+    return state
+
+
+def info(kimg: float = 0.0) -> dict[str, Any]:
+    return {
+        "kimg": kimg,
+        "config": config_lib.to_dict(make_config()),
+        "resolution": list(SHAPE.resolution),
+        "channels": SHAPE.channels,
+        "label_counts": list(SHAPE.label_counts),
+        "label_names": ["cat", "dog"],
+    }
+
+
+def small(workdir: pathlib.Path, **settings: int) -> Checkpoints:
+    """Checkpoints of one number."""
+    number = tf.Variable(1.5)
+    return Checkpoints(str(workdir), CheckpointConfig(**settings), {"number": number})
+
+
+def names(workdir: pathlib.Path) -> list[str]:
+    return sorted(path.name for path in (workdir / "checkpoints").iterdir())
+
+
+def steps(workdir: pathlib.Path) -> list[int]:
+    return [int(name.removeprefix("step-")) for name in names(workdir)]
+
+
+# ------------------------------------------------------------------------------ round trip
+
+
+def test_what_was_saved_comes_back_bit_for_bit(tmp_path: pathlib.Path) -> None:
+    state = scrambled()
+    wanted = {name: variable.numpy() for name, variable in state.variables().items()}
+    path = Checkpoints(str(tmp_path), CheckpointConfig(), state.variables()).save(12, info(0.192))
+    assert names(tmp_path) == ["step-000000012"]
+    found, skipped = checkpoint.newest(str(tmp_path))
+    assert found is not None
+    assert (found.path, found.step, found.info["kimg"], skipped) == (path, 12, 0.192, [])
+    other = make_state(seed=1)
+    Checkpoints(str(tmp_path), CheckpointConfig(), other.variables()).restore(found)
+    for name, variable in other.variables().items():
+        assert variable.numpy().tobytes() == wanted[name].tobytes(), name
+
+
+def test_parameters_can_be_read_without_the_rest(tmp_path: pathlib.Path) -> None:
+    state = scrambled()
+    Checkpoints(str(tmp_path), CheckpointConfig(), state.variables()).save(3, info())
+    found = checkpoint.find(str(tmp_path))
+    for prefix, table in (("G", state.g), ("D", state.d), ("G_ema", state.g_ema)):
+        read = checkpoint.read_parameters(found, prefix)
+        assert set(read) == set(table)
+        for name, value in read.items():
+            np.testing.assert_array_equal(value, table[name].numpy())
+
+
+@pytest.mark.parametrize("name", ["", "checkpoints/step-000000003", "checkpoints/step-000000003/"])
+def test_the_generator_of_a_run_or_a_checkpoint(tmp_path: pathlib.Path, name: str) -> None:
+    state = scrambled()
+    Checkpoints(str(tmp_path), CheckpointConfig(), state.variables()).save(3, info(0.096))
+    where = storage.join(str(tmp_path), name) if name else str(tmp_path)
+    generator, params, config, found = checkpoint.load_generator(where)
+    assert (generator.resolution, generator.c_dim, generator.z_dim) == ((8, 8), 2, 8)
+    assert set(params) == set(state.g_ema)
+    np.testing.assert_array_equal(params["mapping.w_avg"], state.g_ema["mapping.w_avg"].numpy())
+    assert config == make_config()
+    assert (found["kimg"], found["label_names"]) == (0.096, ["cat", "dog"])
+
+
+# ------------------------------------------------------------------------------ damage
+
+
+def shorten(path: pathlib.Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def corrupt(path: pathlib.Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x80  # in text: no longer UTF-8
+    path.write_bytes(bytes(content))
+
+
+DAMAGE: dict[str, tuple[str, Callable[[pathlib.Path], object], str]] = {
+    "killed before the marker": ("COMMITTED", pathlib.Path.unlink, "never completed"),
+    "a shard of values cut": ("state.data-00000-of-00001", shorten, "is not what was written"),
+    "a flipped bit": ("state.data-00000-of-00001", corrupt, "is not what was written"),
+    "an index lost": ("state.index", pathlib.Path.unlink, "state.index is missing"),
+    "counters cut": ("state.json", shorten, "state.json is not what was written"),
+    "counters lost": ("state.json", pathlib.Path.unlink, "state.json is missing"),
+    "a marker cut": ("COMMITTED", shorten, "COMMITTED is damaged"),
+    "a flipped bit in the marker": ("COMMITTED", corrupt, "COMMITTED is damaged"),
+    "an empty marker": ("COMMITTED", lambda p: p.write_bytes(b""), "COMMITTED is damaged"),
+    "a marker of nothing": (
+        "COMMITTED",
+        lambda p: p.write_text('{"files": {}}'),
+        "state.json is not",
+    ),
+    "a marker of another kind": ("COMMITTED", lambda p: p.write_text('{"files": 3}'), "is damaged"),
+    "a marker that is a list": ("COMMITTED", lambda p: p.write_text("[1]"), "is damaged"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_checkpoint_does_not_exist(tmp_path: pathlib.Path, kind: str) -> None:
+    checkpoints = small(tmp_path)
+    good, bad = checkpoints.save(10, info()), checkpoints.save(20, info())
+    name, damage, reason = DAMAGE[kind]
+    damage(pathlib.Path(bad, name))
+    found, skipped = checkpoint.newest(str(tmp_path))
+    assert found is not None
+    assert found.path == good
+    assert len(skipped) == 1
+    assert bad in skipped[0]
+    assert reason in skipped[0]
+    with pytest.raises(CheckpointError, match=reason) as caught:
+        checkpoint.find(bad)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_too_many_is_no_damage(tmp_path: pathlib.Path) -> None:
+    path = small(tmp_path).save(10, info())
+    pathlib.Path(path, "notes.txt").write_text("the good one")
+    found, skipped = checkpoint.newest(str(tmp_path))
+    assert found is not None
+    assert skipped == []
+
+
+def test_strangers_beside_the_checkpoints(tmp_path: pathlib.Path) -> None:
+    small(tmp_path).save(10, info())
+    for name in ("step-20", "best", "step-000000030.tmp"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    found, skipped = checkpoint.newest(str(tmp_path))
+    assert found is not None
+    assert (found.step, skipped) == (10, [])
+
+
+def test_steps_are_ordered_as_numbers(tmp_path: pathlib.Path) -> None:
+    checkpoints = small(tmp_path, keep_last=5)
+    for step in (999_999_999, 1_000_000_000, 5):
+        checkpoints.save(step, info())
+    # 5 was written last: what is newer was not restored, so it doesn't count.
+    assert steps(tmp_path) == [5]
+    checkpoints.save(999_999_999, info())
+    checkpoints.save(1_000_000_000, info())
+    found, _ = checkpoint.newest(str(tmp_path))
+    assert found is not None
+    assert found.step == 1_000_000_000
+
+
+def test_the_remains_of_a_save_give_way(tmp_path: pathlib.Path) -> None:
+    remains = tmp_path / "checkpoints" / "step-000000010"
+    remains.mkdir(parents=True)
+    (remains / "state.data-00000-of-00001").write_bytes(b"half")
+    (remains / "leftover").write_bytes(b"")
+    path = small(tmp_path).save(10, info())
+    assert checkpoint.find(path).step == 10
+    assert not (remains / "leftover").exists()
+
+
+# ------------------------------------------------------------------------------ which are kept
+
+
+def test_the_last_few_are_kept(tmp_path: pathlib.Path) -> None:
+    checkpoints = small(tmp_path, keep_last=2)
+    for step in (10, 20, 30):
+        checkpoints.save(step, info())
+    assert steps(tmp_path) == [20, 30]
+
+
+def test_one_for_each_period_is_kept(tmp_path: pathlib.Path) -> None:
+    checkpoints = small(tmp_path, keep_last=1, keep_every_kimg=10)
+    for step, kimg in ((1, 4), (2, 8), (3, 12), (4, 16), (5, 20), (6, 24), (7, 36)):
+        checkpoints.save(step, info(kimg))
+    # The first at or after 10, 20 and 30 thousand; the last is also the newest.
+    assert steps(tmp_path) == [3, 5, 7]
+
+
+@pytest.mark.parametrize("damage", [("COMMITTED", pathlib.Path.unlink), ("state.json", corrupt)])
+def test_damaged_ones_do_not_displace_good_ones(
+    tmp_path: pathlib.Path, damage: tuple[str, Callable[[pathlib.Path], object]]
+) -> None:
+    checkpoints = small(tmp_path, keep_last=1, keep_every_kimg=100)
+    checkpoints.save(10, info())
+    shutil.copytree(tmp_path / "checkpoints", tmp_path / "kept")
+    bad = checkpoints.save(30, info())
+    shutil.copytree(tmp_path / "kept", tmp_path / "checkpoints", dirs_exist_ok=True)
+    damage[1](pathlib.Path(bad, damage[0]))
+    found, _ = checkpoint.newest(str(tmp_path))
+    assert found is not None
+    assert found.step == 10
+    # The run goes on from 10 and comes to 25, before where the damaged one is.
+    checkpoints.save(25, info())
+    assert steps(tmp_path) == [25]
+    assert checkpoint.find(str(tmp_path)).step == 25
+
+
+def test_damaged_counters_do_not_stop_a_run(tmp_path: pathlib.Path) -> None:
+    checkpoints = small(tmp_path, keep_last=2, keep_every_kimg=1)
+    corrupt(pathlib.Path(checkpoints.save(10, info(5)), "state.json"))
+    checkpoints.save(20, info(6))
+    assert steps(tmp_path) == [10, 20]
+
+
+# ------------------------------------------------------------------------------ failures
+
+
+def test_of_other_networks(tmp_path: pathlib.Path) -> None:
+    Checkpoints(str(tmp_path), CheckpointConfig(), make_state().variables()).save(1, info())
+    other = make_state(channel_max=4)
+    before = {name: variable.numpy() for name, variable in other.variables().items()}
+    checkpoints = Checkpoints(str(tmp_path), CheckpointConfig(), other.variables())
+    with pytest.raises(CheckpointError, match="is of other networks") as caught:
+        checkpoints.restore(checkpoint.find(str(tmp_path)))
+    message = str(caught.value)
+    assert caught.value.exit_code == 4
+    assert "G/synthesis.b4.const is [4, 4, 8], not [4, 4, 4]" in message
+    assert "more" in message
+    for name, variable in other.variables().items():
+        np.testing.assert_array_equal(variable.numpy(), before[name])
+
+
+def test_with_variables_missing(tmp_path: pathlib.Path) -> None:
+    small(tmp_path).save(1, info())
+    checkpoints = Checkpoints(
+        str(tmp_path), CheckpointConfig(), {"number": tf.Variable(0.0), "G/x.y": tf.Variable(0.0)}
+    )
+    with pytest.raises(CheckpointError, match="G/x.y is not in it"):
+        checkpoints.restore(checkpoint.find(str(tmp_path)))
+
+
+def test_find_says_what_is_missing(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(CheckpointError, match="it holds none; give the --workdir"):
+        checkpoint.find(str(tmp_path))
+    with pytest.raises(CheckpointError, match="no such directory"):
+        checkpoint.find(str(tmp_path / "checkpoints" / "step-000000007"))
+    bad = small(tmp_path).save(9, info())
+    pathlib.Path(bad, "COMMITTED").unlink()
+    with pytest.raises(CheckpointError, match="step-000000009: it was never completed"):
+        checkpoint.find(str(tmp_path))
+
+
+@pytest.mark.parametrize("file", ["state.json", "COMMITTED"])
+def test_a_failed_save_leaves_nothing_of_itself(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    checkpoints = small(tmp_path, keep_last=1)
+    good = checkpoints.save(10, info())
+    write = storage.write_text_atomic
+
+    def full(path: str, text: str) -> None:
+        if path.endswith(f"step-000000020/{file}"):
+            raise StorageError(f"cannot write {path}: the disk is full")
+        write(path, text)
+
+    monkeypatch.setattr(storage, "write_text_atomic", full)
+    with pytest.raises(CheckpointError, match="disk is full.*goes on from the checkpoint before"):
+        checkpoints.save(20, info())
+    assert names(tmp_path) == ["step-000000010"]
+    assert checkpoint.find(str(tmp_path)).path == good
+
+
+# Files may not grow past this, as on a full disk; TensorFlow writes, so it is a real one.
+LIMITED = """
+import resource, sys
+import tensorflow as tf
+from trainer.core.config import CheckpointConfig
+from trainer.core.errors import CheckpointError
+from trainer.training.checkpoint import Checkpoints
+
+values = tf.Variable(tf.random.stateless_uniform([1 << 16], [1, 2]))
+checkpoints = Checkpoints(sys.argv[1], CheckpointConfig(keep_last=1), {"values": values})
+checkpoints.save(10, {"kimg": 1.0})
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))
+try:
+    checkpoints.save(20, {"kimg": 2.0})
+except CheckpointError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_while_values_are_written(tmp_path: pathlib.Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 1
+    assert "step-000000020 could not be written" in lines[0]
+    assert names(tmp_path) == ["step-000000010"]
+    assert checkpoint.find(str(tmp_path)).step == 10
+
+
+def test_a_workdir_below_a_file(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="a part of the path is a file"):
+        small(tmp_path / "file").save(1, info())
+
+
+def test_the_marker_is_written_last(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, seen = storage.write_text_atomic, {}
+
+    def spy(path: str, text: str) -> None:
+        if path.endswith("COMMITTED"):
+            seen.update(json.loads(text)["files"])
+            assert set(seen) == {p.name for p in pathlib.Path(path).parent.iterdir()}
+        write(path, text)
+
+    monkeypatch.setattr(storage, "write_text_atomic", spy)
+    small(tmp_path).save(1, info())
+    assert {"state.json", "state.index", "state.data-00000-of-00001"} <= set(seen)

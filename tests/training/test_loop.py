@@ -1,0 +1,371 @@
+"""A run from start to end: what it writes, how it goes on, and when it refuses to."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import yaml
+from PIL import Image
+
+from trainer.core import config as config_lib
+from trainer.core.config import Config
+from trainer.core.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DivergedError,
+    StorageError,
+)
+from trainer.data.manifest import Manifest
+from trainer.training import checkpoint, loop
+
+ROOT = pathlib.Path(__file__).parents[2]
+pytestmark = pytest.mark.filterwarnings("ignore:Even though the `tf.config.experimental_run")
+
+STEPS = 7
+TINY: dict[str, dict[str, Any]] = {
+    "run": {"jit": "off"},
+    "data": {"window": 8},
+    "model": {
+        "z_dim": 8,
+        "w_dim": 8,
+        "mapping_layers": 1,
+        "d_mapping_layers": 1,
+        "channel_base": 64,
+        "channel_max": 8,
+    },
+    "training": {"batch_size": 8, "total_kimg": 0.056, "g_reg_interval": 2, "d_reg_interval": 3},
+    "augment": {"mode": "ada", "pipe": "b", "p": 0.3, "interval": 2, "adjust_kimg": 0.16},
+    "checkpoint": {"every_steps": 2, "keep_last": 2},
+    "telemetry": {"tick_kimg": 0.016, "snap_ticks": 2, "tensorboard": False},
+}
+
+
+def make(manifest: Manifest, **sections: dict[str, Any]) -> Config:
+    settings = {name: {**keys, **sections.get(name, {})} for name, keys in TINY.items()}
+    settings["data"] = {"path": manifest.directory, **settings["data"]}
+    return config_lib.from_dict(settings)
+
+
+def stats(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (workdir / "stats.jsonl").read_text().splitlines()]
+
+
+def parameters(workdir: pathlib.Path) -> dict[str, np.ndarray]:
+    """All variables of the newest checkpoint."""
+    found = checkpoint.find(str(workdir))
+    reader = tf.train.load_checkpoint(f"{found.path}/state")
+    names = [name for name in reader.get_variable_to_shape_map() if name.endswith("_VALUE")]
+    return {name: reader.get_tensor(name) for name in names}
+
+
+def files(workdir: pathlib.Path) -> dict[str, bytes]:
+    return {str(p.relative_to(workdir)): p.read_bytes() for p in workdir.rglob("*") if p.is_file()}
+
+
+# ------------------------------------------------------------------------------ killed runs
+
+# Trains, and kills itself at the n-th write to a path that ends so. Op by op: for seven steps,
+# tracing would take longest.
+PROGRAM = """
+import os, signal, sys
+import tensorflow as tf
+from trainer.core import config, storage
+from trainer.training import loop
+
+path, workdir, suffix, count = sys.argv[1:]
+left = int(count)
+
+def deadly(write):
+    def wrapped(path, text):
+        global left
+        if suffix and path.endswith(suffix):
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+        write(path, text)
+    return wrapped
+
+storage.write_text_atomic = deadly(storage.write_text_atomic)
+storage.append_text = deadly(storage.append_text)
+tf.config.run_functions_eagerly(True)
+loop.train(config.load(path), workdir)
+"""
+
+
+def train_in_a_process(
+    config: Config, workdir: pathlib.Path, suffix: str = "", count: int = 1
+) -> str:
+    """Trains, to the end or until it kills itself, and returns what it printed."""
+    path = workdir.with_suffix(".yaml")
+    path.write_text(config_lib.to_yaml(config))
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(path), str(workdir), suffix, str(count)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == (-9 if suffix else 0), done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    squares: Manifest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[pathlib.Path, str]:
+    """A finished run and what it printed."""
+    workdir = tmp_path_factory.mktemp("runs") / "undisturbed"
+    return workdir, train_in_a_process(deterministic(squares), workdir)
+
+
+def deterministic(manifest: Manifest) -> Config:
+    return make(
+        manifest, run={"jit": "off", "deterministic": True}, data={"use_labels": True, "window": 8}
+    )
+
+
+def test_what_a_run_writes(undisturbed: tuple[pathlib.Path, str], squares: Manifest) -> None:
+    workdir, printed = undisturbed
+    assert {path.name for path in workdir.iterdir()} == {
+        "checkpoints",
+        "config.yaml",
+        "fakes000000.png",  # named by whole thousands of images
+        "fakes_init.png",
+        "reals.png",
+        "stats.jsonl",
+    }
+    written = config_lib.load(str(workdir / "config.yaml"))
+    assert written == config_lib.resolve(deterministic(squares), resolution=(8, 8))
+    assert (workdir / "config.yaml").read_text().startswith("# trainer ")
+    sizes = {Image.open(path).size for path in workdir.glob("*.png")}
+    assert len(sizes) == 1  # the same tiles
+    init, last = (np.array(Image.open(workdir / f"fakes{n}.png")) for n in ("_init", "000000"))
+    assert np.any(init != last)
+    assert checkpoint.find(str(workdir)).step == STEPS
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == [
+        "step-000000006",
+        "step-000000007",
+    ]
+    assert "64 images 8x8x3, 3 classes" in printed
+    assert f"finished: 0.056 kimg, {STEPS} steps" in printed
+
+
+def test_ticks(undisturbed: tuple[pathlib.Path, str]) -> None:
+    """One after the first step, then every two, and one at the end."""
+    lines = stats(undisturbed[0])
+    assert [line["nimg"] for line in lines] == [8, 24, 40, 56]
+    assert [line["tick"] for line in lines] == [0, 1, 2, 3]
+    for line, images, path_lengths in zip(lines, (8, 16, 16, 16), (4, 4, 4, 4), strict=True):
+        assert line["Progress/kimg"]["mean"] == line["nimg"] / 1000
+        assert line["Loss/G/loss"]["num"] == line["Loss/D/loss"]["num"] == images
+        assert line["Loss/pl_penalty"]["num"] == path_lengths
+        assert abs(line["Loss/signs/real"]["mean"]) <= 1
+    # R1 runs at steps 0, 3 and 6.
+    assert ["Loss/r1_penalty" in line for line in lines] == [True, False, True, True]
+
+
+@pytest.fixture(scope="module")
+def killed(
+    squares: Manifest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[pathlib.Path, list[str]]:
+    """A run killed at the worst moments, and what each start printed."""
+    workdir = tmp_path_factory.mktemp("runs") / "killed"
+    config = deterministic(squares)
+    printed = [
+        train_in_a_process(config, workdir, "step-000000004/COMMITTED"),
+        train_in_a_process(config, workdir, "stats.jsonl", 2),
+        train_in_a_process(config, workdir),
+    ]
+    return workdir, printed
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_been(
+    undisturbed: tuple[pathlib.Path, str], killed: tuple[pathlib.Path, list[str]]
+) -> None:
+    """Bit for bit, and no tick is written twice."""
+    workdir, printed = killed
+    assert "resuming" not in printed[0]
+    # Nothing but the marker of step 4 was missing.
+    assert "step-000000004: it was never completed" in printed[1]
+    assert "step-000000002: step 2, kimg 0.016" in printed[1]
+    assert "resuming from" in printed[2]
+    wanted, found = parameters(undisturbed[0]), parameters(workdir)
+    assert set(found) == set(wanted)
+    for name, value in wanted.items():
+        assert found[name].tobytes() == value.tobytes(), name
+
+    def measured(workdir: pathlib.Path) -> list[dict[str, Any]]:
+        names = ("tick", "nimg", "Progress/kimg", "Progress/augment")
+        return [
+            {k: v for k, v in line.items() if k.startswith("Loss/") or k in names}
+            for line in stats(workdir)
+        ]
+
+    assert measured(workdir) == measured(undisturbed[0])
+    for path in undisturbed[0].glob("*.png"):
+        assert (workdir / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+# ------------------------------------------------------------------------------ in this process
+
+
+@pytest.fixture
+def eagerly() -> Iterator[None]:
+    """Steps that run op by op: for one or two, tracing would take longest."""
+    tf.config.run_functions_eagerly(True)
+    yield
+    tf.config.run_functions_eagerly(False)
+
+
+@pytest.fixture
+def finished(undisturbed: tuple[pathlib.Path, str], tmp_path: pathlib.Path) -> pathlib.Path:
+    """A copy of the finished run."""
+    return pathlib.Path(shutil.copytree(undisturbed[0], tmp_path / "run"))
+
+
+def labelled(manifest: Manifest, **sections: dict[str, Any]) -> Config:
+    return make(manifest, **{"data": {"use_labels": True, "window": 8}, **sections})
+
+
+def test_started_again_when_finished(
+    finished: pathlib.Path, squares: Manifest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = files(finished)
+    loop.train(labelled(squares, run={"jit": "off", "deterministic": False}), str(finished))
+    after = files(finished)
+    assert set(after) == set(before)
+    changed = {name for name in before if after[name] != before[name]}
+    assert changed <= {"config.yaml"}  # run.deterministic was changed, which is free
+    assert "finished: 0.056 kimg" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("allowed", [(), ("training.r1_gamma",)])
+def test_a_changed_config_is_refused(
+    finished: pathlib.Path, squares: Manifest, allowed: Sequence[str]
+) -> None:
+    before = files(finished)
+    config = labelled(squares, training={**TINY["training"], "r1_gamma": 5.0, "pl_weight": 1.0})
+    with pytest.raises(ConfigError) as caught:
+        loop.train(config, str(finished), allow_change=allowed)
+    message = str(caught.value)
+    assert caught.value.exit_code == 2
+    assert ("training.r1_gamma: 10.0 -> 5.0" in message) == (not allowed)
+    assert "training.pl_weight: 2.0 -> 1.0" in message
+    keys = "training.pl_weight" if allowed else "training.r1_gamma,training.pl_weight"
+    assert message.endswith(f"--allow_change={keys}")
+    assert files(finished) == before
+
+
+def test_an_allowed_change_goes_on(
+    finished: pathlib.Path, squares: Manifest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = labelled(squares, training={**TINY["training"], "r1_gamma": 5.0})
+    loop.train(config, str(finished), allow_change=["training.r1_gamma"])
+    assert "resuming from" in capsys.readouterr().out
+    assert yaml.safe_load((finished / "config.yaml").read_text())["training"]["r1_gamma"] == 5.0
+
+
+def test_other_networks_are_refused_even_if_allowed(
+    finished: pathlib.Path, squares: Manifest
+) -> None:
+    before = files(finished)
+    config = labelled(squares, model={**TINY["model"], "channel_max": 4})
+    with pytest.raises(CheckpointError, match="G/.*is \\[.*more") as caught:
+        loop.train(config, str(finished), allow_change=["model.channel_max"])
+    assert caught.value.exit_code == 4
+    assert files(finished) == before
+
+
+def test_another_data_set_is_refused(
+    finished: pathlib.Path,
+    other_squares: Manifest,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(DataError, match="fingerprint differs.*--allow_change=data.fingerprint"):
+        loop.train(labelled(other_squares), str(finished))
+    loop.train(labelled(other_squares), str(finished), allow_change=["data.fingerprint"])
+    assert "resuming from" in capsys.readouterr().out
+
+
+def test_a_dry_run_starts_nothing(
+    tmp_path: pathlib.Path, squares: Manifest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = labelled(squares, training={"batch_size": 16, "rounds": 2, "r1_gamma": "auto"})
+    loop.train(config, str(tmp_path / "run"), dry_run=True)
+    assert list(tmp_path.iterdir()) == []
+    out = capsys.readouterr().out
+    assert "16 images = 1 replicas x 2 rounds x 8 (2 groups of 4)" in out
+    assert "parameters" in out
+    assert "MiB of variables" in out
+    (tmp_path / "printed.yaml").write_text(out[out.index("run:\n") :])
+    printed = config_lib.load(str(tmp_path / "printed.yaml"))
+    assert printed == config_lib.resolve(config, resolution=(8, 8))
+
+
+def test_labels_wanted_but_absent(unlabelled: Manifest, tmp_path: pathlib.Path) -> None:
+    with pytest.raises(DataError, match="data.use_labels is on, but .* has no labels"):
+        loop.train(labelled(unlabelled), str(tmp_path / "run"))
+
+
+def test_a_batch_that_does_not_divide(squares: Manifest, tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ConfigError, match="set it to 8 or 16"):
+        loop.train(make(squares, training={"batch_size": 12, "rounds": 2}), str(tmp_path / "run"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_workdir_that_cannot_be(squares: Manifest, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(StorageError, match="a part of the path is a file"):
+        loop.train(make(squares), str(tmp_path / "file" / "run"))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.usefixtures("eagerly")
+def test_a_diverged_run_keeps_its_last_good_checkpoint(
+    finished: pathlib.Path, squares: Manifest
+) -> None:
+    """Resumed with a rate that explodes: the step and the quantity are named."""
+    training = {**TINY["training"], "g_lr": 1e30, "total_kimg": 1}
+    with pytest.raises(DivergedError) as caught:
+        loop.train(
+            labelled(squares, training=training), str(finished), allow_change=["training.g_lr"]
+        )
+    message = str(caught.value)
+    assert caught.value.exit_code == 5
+    assert "is not finite at step 7" in message
+    assert "the last good checkpoint is" in message
+    assert "step-000000007" in message
+    assert checkpoint.find(str(finished)).step == STEPS
+
+
+@pytest.mark.usefixtures("eagerly")
+def test_a_run_starts_from_the_networks_of_another(
+    finished: pathlib.Path, squares: Manifest, tmp_path: pathlib.Path
+) -> None:
+    """With moments and counters of its own."""
+    training = {
+        **TINY["training"],
+        "init_from": str(finished),
+        "g_lr": 1e-30,
+        "d_lr": 1e-30,
+        "total_kimg": 0.008,
+    }
+    loop.train(labelled(squares, training=training), str(tmp_path / "new"))
+    old, new = parameters(finished), parameters(tmp_path / "new")
+    for name, value in new.items():
+        if name.startswith(("G.S", "D.S")) and "w_avg" not in name:
+            np.testing.assert_array_equal(value, old[name], err_msg=name)
+    assert checkpoint.find(str(tmp_path / "new")).step == 1
+    misfit = labelled(squares, training=training, model={**TINY["model"], "channel_max": 4})
+    with pytest.raises(ConfigError, match="has no fitting .* in all"):
+        loop.train(misfit, str(tmp_path / "misfit"))

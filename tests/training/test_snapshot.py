@@ -1,0 +1,111 @@
+"""The grids of a run: the same tiles from its start to its end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from trainer.data import pipeline
+from trainer.data.manifest import Manifest
+from trainer.networks.stylegan2 import Generator
+from trainer.telemetry import images
+from trainer.telemetry.images import GridLayout
+from trainer.training import snapshot
+from trainer.training.snapshot import Snapshots
+
+COLUMNS, ROWS = 3, 6  # 18 tiles: a whole batch of 16 and a part of one
+
+
+@pytest.fixture(autouse=True)
+def _small_grids(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A grid of 256 tiles shows no more than one of 18."""
+    monkeypatch.setattr(images, "grid_size", lambda resolution: (COLUMNS, ROWS))
+
+
+def generator(c_dim: int = 0) -> tuple[Generator, dict[str, Any]]:
+    network = Generator(
+        z_dim=8,
+        c_dim=c_dim,
+        w_dim=8,
+        resolution=(8, 8),
+        mapping_layers=1,
+        channel_base=64,
+        channel_max=8,
+    )
+    return network, {name: tf.Variable(value) for name, value in network.init(seed=1).items()}
+
+
+def tiles(grid: np.ndarray) -> np.ndarray:
+    """[rows * H, columns * W, C] -> [tiles, H, W, C]."""
+    parts = grid.reshape(ROWS, 8, COLUMNS, 8, 3).transpose(0, 2, 1, 3, 4)
+    return parts.reshape(-1, 8, 8, 3)
+
+
+def test_fakes_are_those_of_their_latents(squares: Manifest) -> None:
+    """Every tile, those of the last and partial batch too."""
+    network, params = generator()
+    shots = Snapshots(network, squares, use_labels=False, seed=3)
+    grid = shots.fakes(params)
+    assert (grid.shape, grid.dtype) == ((ROWS * 8, COLUMNS * 8, 3), np.uint8)
+    z = tf.constant(shots._z)
+    assert z.shape == [COLUMNS * ROWS, 8]
+    values = {name: tf.convert_to_tensor(value) for name, value in params.items()}
+    wanted = network.synthesis(values, network.mapping(values, z, tf.zeros([len(z), 0])))
+    difference = tiles(grid).astype(int) - images.to_uint8(wanted.numpy()).astype(int)
+    assert np.abs(difference).max() <= 1
+    assert len(np.unique(tiles(grid), axis=0)) == COLUMNS * ROWS
+
+
+def test_latents_are_fixed_by_the_seed(squares: Manifest) -> None:
+    network, params = generator()
+    first, again = (Snapshots(network, squares, use_labels=False, seed=3) for _ in range(2))
+    np.testing.assert_array_equal(first.fakes(params), again.fakes(params))
+    np.testing.assert_array_equal(first.fakes(params), first.fakes(params))
+    other = Snapshots(network, squares, use_labels=False, seed=4)
+    assert np.any(other.fakes(params) != first.fakes(params))
+
+
+def test_fakes_show_the_parameters_as_they_are_now(squares: Manifest) -> None:
+    network, params = generator()
+    shots = Snapshots(network, squares, use_labels=False, seed=3)
+    before = shots.fakes(params)
+    params["synthesis.b8.torgb.bias"].assign([5.0, 5.0, 5.0])
+    assert np.mean(shots.fakes(params)) > np.mean(before) + 50
+
+
+def test_a_row_for_each_class(squares: Manifest) -> None:
+    network, params = generator(c_dim=3)
+    shots = Snapshots(network, squares, use_labels=True, seed=3)
+    np.testing.assert_array_equal(shots.layout.labels, np.repeat([0, 1, 2, 0, 1, 2], COLUMNS))
+    np.testing.assert_array_equal(np.argmax(shots._c, axis=1), shots.layout.labels)
+    assert shots._c.sum() == COLUMNS * ROWS
+    # The class is the brightest colour of these reals.
+    peaks = tiles(shots.reals()).reshape(COLUMNS * ROWS, -1, 3).max(axis=1)
+    np.testing.assert_array_equal(np.argmax(peaks, axis=1), shots.layout.labels)
+    shots.fakes(params)
+
+
+def test_reals_are_those_of_the_layout(squares: Manifest) -> None:
+    shots = Snapshots(generator()[0], squares, use_labels=False, seed=3)
+    assert isinstance(shots.layout, GridLayout)
+    wanted, _ = pipeline.read_images(squares, shots.layout.indices)
+    np.testing.assert_array_equal(tiles(shots.reals()), wanted)
+
+
+def test_batches_are_all_of_one_size(squares: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the graph is traced once, whatever the number of tiles."""
+    network, params = generator()
+    shots = Snapshots(network, squares, use_labels=False, seed=3)
+    sizes = []
+    draw = shots._draw
+
+    def spy(values: Any, z: tf.Tensor, c: tf.Tensor) -> tf.Tensor:
+        sizes.append(len(z))
+        return draw(values, z, c)
+
+    monkeypatch.setattr(shots, "_draw", spy)
+    shots.fakes(params)
+    assert sizes == [snapshot._BATCH] * 2

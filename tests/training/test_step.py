@@ -1,0 +1,443 @@
+"""The training step: the same numbers wherever it runs, and what it does at which step."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pathlib
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from trainer.core import config as config_lib
+from trainer.data.manifest import Manifest
+from trainer.data.pipeline import ImageStream
+from trainer.training import build
+from trainer.training.state import STATS, TrainState
+from trainer.training.step import TrainStep
+
+pytestmark = pytest.mark.filterwarnings("ignore:Even though the `tf.config.experimental_run")
+
+BATCH, GROUP = 8, 4
+
+TINY: dict[str, dict[str, Any]] = {
+    "data": {"use_labels": True, "window": 8},
+    "model": {
+        "z_dim": 8,
+        "w_dim": 8,
+        "mapping_layers": 1,
+        "d_mapping_layers": 1,
+        "channel_base": 64,
+        "channel_max": 8,
+    },
+    "training": {
+        "batch_size": BATCH,
+        "g_reg_interval": 2,
+        "d_reg_interval": 3,
+        "ema_kimg": 0.05,
+        "ema_rampup": 0.5,
+    },
+    # p moves by 0.1 at each adjustment.
+    "augment": {"mode": "ada", "p": 0.3, "interval": 2, "adjust_kimg": 0.16},
+}
+PLAIN: dict[str, dict[str, Any]] = {
+    "data": {"use_labels": False},
+    "training": {"batch_size": 4},
+    "augment": {"mode": "none", "p": 0.0},
+}
+
+Reports = list[dict[str, dict[str, np.ndarray]]]
+
+
+class Run:
+    """A run set up as the loop does it, on `replicas` mirrored logical CPUs (0: no strategy)."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        *layers: dict[str, dict[str, Any]],
+        replicas: int = 0,
+        jit: bool = False,
+    ) -> None:
+        settings: dict[str, dict[str, Any]] = {}
+        for layer in (TINY, *layers):
+            settings = {k: {**settings.get(k, {}), **layer.get(k, {})} for k in TINY}
+        config = config_lib.from_dict(settings)
+        self.config = config_lib.resolve(config, resolution=manifest.resolution)
+        strategy = tf.distribute.get_strategy()
+        if replicas:
+            names = [f"CPU:{index}" for index in range(replicas)]
+            strategy = tf.distribute.MirroredStrategy(names)
+        arithmetic = config_lib.batch_arithmetic(self.config, max(replicas, 1))
+        counts = tuple(manifest.label_counts) if self.config.data.use_labels else ()
+        shape = build.DataShape(manifest.resolution, manifest.channels, counts)
+        generator, discriminator = build.networks(self.config, shape)
+        with strategy.scope():
+            self.state = TrainState(
+                generator,
+                discriminator,
+                seed=0,
+                freeze_d=self.config.training.freeze_d,
+                augment_p=self.config.augment.p,
+            )
+        phases, draw = build.phases_and_draws(
+            self.config, shape, generator, discriminator, static_shapes=jit
+        )
+        self.traced = 0
+
+        def counted(phase: str, group_index: tf.Tensor) -> Any:
+            self.traced += 1
+            return draw(phase, group_index)
+
+        self.step = TrainStep(
+            self.config, arithmetic, strategy, self.state, phases, counted, jit=jit
+        )
+        self.stream = ImageStream(
+            manifest,
+            group_size=arithmetic.group_size,
+            groups_per_batch=arithmetic.groups_per_step,
+            seed=0,
+            use_labels=self.config.data.use_labels,
+            window=8,
+        )
+
+    def steps(self, count: int) -> Reports:
+        """Makes steps and returns their reports."""
+        reports = []
+        for _ in range(count):
+            report = self.step(*next(self.stream))
+            reports.append(tf.nest.map_structure(lambda value: value.numpy(), report))
+        return reports
+
+    def values(self) -> dict[str, np.ndarray]:
+        return {name: variable.numpy() for name, variable in self.state.variables().items()}
+
+
+@pytest.fixture
+def eagerly() -> Iterator[None]:
+    """Steps that run op by op: right for a few steps, where tracing would take longest."""
+    tf.config.run_functions_eagerly(True)
+    yield
+    tf.config.run_functions_eagerly(False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_graph_optimizer() -> Iterator[None]:
+    """Rewriting graphs takes longer than the few steps made with them."""
+    before = tf.config.optimizer.get_experimental_options()
+    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
+    yield
+    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": False, **before})
+
+
+# ------------------------------------------------------------------------------ placement
+
+STEPS = 4
+
+
+class Outcome:
+    """What a few steps of the whole thing gave: ADA, both regularisers, mixing, labels."""
+
+    def __init__(
+        self, manifest: Manifest, *, replicas: int = 0, rounds: int = 1, batch: int = BATCH
+    ) -> None:
+        run = Run(
+            manifest, {"training": {"rounds": rounds, "batch_size": batch}}, replicas=replicas
+        )
+        self.start = run.values()
+        self.reports = run.steps(STEPS)
+        self.values = run.values()
+        self.config = run.config
+
+
+@pytest.fixture(scope="module")
+def in_one_piece(squares: Manifest) -> Outcome:
+    """Made op by op."""
+    tf.config.run_functions_eagerly(True)
+    outcome = Outcome(squares)
+    tf.config.run_functions_eagerly(False)
+    return outcome
+
+
+@pytest.fixture(scope="module")
+def large_in_one_piece(squares: Manifest) -> Outcome:
+    """Made in a graph, as a real run."""
+    return Outcome(squares, batch=2 * BATCH)
+
+
+def distance(actual: Any, wanted: Any) -> float:
+    """Relative L2."""
+    actual, wanted = np.asarray(actual, np.float64), np.asarray(wanted, np.float64)
+    return float(np.linalg.norm(actual - wanted) / max(np.linalg.norm(wanted), 1e-12))
+
+
+def joined(values: dict[str, np.ndarray], prefix: str) -> np.ndarray:
+    """All variables of a table as one vector."""
+    parts = [values[name].ravel() for name in sorted(values) if name.startswith(prefix)]
+    return np.concatenate(parts)
+
+
+def assert_same(found: Outcome, wanted: Outcome, tolerance: float = 1e-4) -> None:
+    for table in ("G/", "D/", "G_ema/", "G_opt/first/", "G_opt/second/", "D_opt/first/"):
+        assert distance(joined(found.values, table), joined(wanted.values, table)) < tolerance
+    for name in ("D_opt/second/", "pl_mean", "G/mapping.w_avg", "G_ema/mapping.w_avg"):
+        assert distance(joined(found.values, name), joined(wanted.values, name)) < tolerance
+    # Hits of the controller and the counters are whole numbers, or one more of a fixed step.
+    for name in ("augment/p", "counters/images", "counters/step", "G_opt/count", "D_opt/count"):
+        np.testing.assert_allclose(found.values[name], wanted.values[name], rtol=1e-6)
+    for step, (report, expected) in enumerate(zip(found.reports, wanted.reports, strict=True)):
+        for phase, stats in expected.items():
+            for name, value in stats.items():
+                np.testing.assert_allclose(
+                    report[phase][name],
+                    value,
+                    rtol=1e-3,
+                    atol=1e-3,
+                    err_msg=f"{step} {phase} {name}",
+                )
+
+
+@pytest.mark.usefixtures("eagerly")
+@pytest.mark.parametrize(("replicas", "rounds"), [(0, 2), (2, 1)])
+def test_two_halves_are_the_whole(
+    squares: Manifest, in_one_piece: Outcome, replicas: int, rounds: int
+) -> None:
+    assert_same(Outcome(squares, replicas=replicas, rounds=rounds), in_one_piece)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("replicas", "rounds"), [(0, 2), (0, 4), (1, 1), (2, 1), (2, 2)])
+def test_the_placement_does_not_matter(
+    squares: Manifest, large_in_one_piece: Outcome, replicas: int, rounds: int
+) -> None:
+    found = Outcome(squares, replicas=replicas, rounds=rounds, batch=2 * BATCH)
+    assert_same(found, large_in_one_piece)
+
+
+# TensorFlow numbers the groups of its collectives in each process alike, so that mirrored strategies
+# of two sizes can't both run in one.
+FOUR_REPLICAS = """
+import importlib.util, pickle, sys
+import tensorflow as tf
+from trainer.data import manifest
+
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 4)
+tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
+spec = importlib.util.spec_from_file_location("steps", sys.argv[1])
+steps = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(steps)
+found = steps.Outcome(manifest.load(sys.argv[2]), replicas=4, batch=2 * steps.BATCH)
+with open(sys.argv[3], "wb") as file:
+    pickle.dump((found.reports, found.values), file)
+"""
+
+
+@pytest.mark.slow
+def test_four_replicas(
+    squares: Manifest, large_in_one_piece: Outcome, tmp_path: pathlib.Path
+) -> None:
+    path = tmp_path / "outcome"
+    done = subprocess.run(
+        [sys.executable, "-c", FOUR_REPLICAS, __file__, squares.directory, str(path)],
+        cwd=pathlib.Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    found = copy.copy(large_in_one_piece)
+    found.reports, found.values = pickle.loads(path.read_bytes())
+    assert_same(found, large_in_one_piece)
+
+
+def test_all_variables_move(in_one_piece: Outcome) -> None:
+    """So that the comparison above is one: nothing stands still but what should."""
+    values = in_one_piece.values
+    still = {n for n, v in values.items() if np.array_equal(v, in_one_piece.start[n])}
+    # First moments are the last gradients, beta1 being 0, and R1 has none for these biases.
+    moments = {f"D_opt/first/b4.{layer}.bias" for layer in ("conv", "fc", "out")}
+    still = {name for name in still if "noise_const" not in name}
+    assert still <= moments | {"nonfinite", "augment/signs"}
+
+
+def test_nothing_is_traced_again(squares: Manifest) -> None:
+    run = Run(squares, PLAIN, {"training": {"pl_weight": 0, "r1_gamma": 0}})
+    run.steps(1)
+    traced = run.traced
+    assert traced > 0
+    run.steps(2)
+    assert run.traced == traced
+
+
+# ------------------------------------------------------------------------------ reports
+
+
+def test_reports_are_sums_over_the_batch(in_one_piece: Outcome) -> None:
+    for index, report in enumerate(in_one_piece.reports):
+        for phase, due, images in (
+            ("Gmain", True, BATCH),
+            ("Greg", index % 2 == 0, BATCH // 2),
+            ("Dmain", True, BATCH),
+            ("Dreg", index % 3 == 0, BATCH),
+        ):
+            for name, value in report[phase].items():
+                if name == "gradients":
+                    assert (value > 0) == due, (index, phase)
+                    continue
+                number, total, squares = value
+                assert number == (images if due else 0), (index, phase, name)
+                # Cauchy-Schwarz: of the right number, sum and sum of squares.
+                assert total**2 <= number * squares * (1 + 1e-5), (index, phase, name)
+                if "signs" in name and due:
+                    assert squares == number
+    total = {
+        name: sum(
+            values[name]
+            for report in in_one_piece.reports
+            for values in report.values()
+            if name in values
+        )
+        for name in STATS
+    }
+    for row, name in zip(in_one_piece.values["stats"], STATS, strict=True):
+        np.testing.assert_allclose(row, total[name], rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+def test_p_follows_the_signs_of_both_phases_of_d(in_one_piece: Outcome) -> None:
+    config, p = in_one_piece.config.augment, 0.3
+    signs = np.zeros(2)
+    for index, report in enumerate(in_one_piece.reports):
+        signs += report["Dmain"]["Loss/signs/real"][:2] + report["Dreg"]["Loss/signs/real"][:2]
+        if (index + 1) % 2 == 0:
+            p = max(p + 0.1 * np.sign(signs[1] / signs[0] - config.target), 0)
+            signs[:] = 0
+    np.testing.assert_allclose(in_one_piece.values["augment/p"], p, rtol=1e-5)
+    np.testing.assert_array_equal(in_one_piece.values["augment/signs"], signs)
+
+
+@pytest.mark.usefixtures("eagerly")
+@pytest.mark.parametrize(("dreg_signs", "moved"), [(-40.0, -0.1), (40.0, 0.1)])
+def test_signs_of_dreg_can_turn_p(squares: Manifest, dreg_signs: float, moved: float) -> None:
+    """What was collected before this step, Dreg's included, outweighs the step's own signs."""
+    run = Run(squares, {"training": {"batch_size": 4}, "augment": {"adjust_kimg": 0.08}})
+    run.state.augment_signs.assign([40.0, dreg_signs])
+    run.state.step.assign(1)
+    run.steps(1)
+    assert run.state.augment_p.numpy() == pytest.approx(0.3 + moved)
+    assert run.state.augment_signs.numpy().tolist() == [0, 0]
+
+
+@pytest.mark.usefixtures("eagerly")
+def test_a_weight_of_zero_leaves_its_phase_out(squares: Manifest) -> None:
+    run = Run(squares, PLAIN, {"training": {"pl_weight": 0, "r1_gamma": 0}})
+    report = run.steps(1)[0]
+    assert not any(np.any(value) for value in report["Greg"].values())
+    assert not any(np.any(value) for value in report["Dreg"].values())
+    assert run.state.g_count.numpy() == run.state.d_count.numpy() == 1
+    assert run.state.pl_mean.numpy() == 0
+
+
+@pytest.mark.usefixtures("eagerly")
+def test_regularisers_count_as_steps_of_adam(squares: Manifest) -> None:
+    run = Run(squares, PLAIN)
+    counts = []
+    for _ in range(4):
+        run.steps(1)
+        counts.append((int(run.state.g_count), int(run.state.d_count)))
+    assert counts == [(2, 2), (3, 3), (5, 4), (6, 6)]  # Greg at 0 and 2, Dreg at 0 and 3
+
+
+# ------------------------------------------------------------------------------ averages, freezing
+
+
+@pytest.mark.usefixtures("eagerly")
+def test_the_moving_average_ramps_up(squares: Manifest) -> None:
+    """beta = 0.5 ** (batch / half-life), the half-life growing with the images before the step."""
+    run = Run(squares, PLAIN, {"training": {"ema_kimg": 0.01, "ema_rampup": 2.0}})
+    name = "synthesis.b4.const"
+    for seen, half_life in ((0, 0), (4, 8), (8, 10)):
+        average = run.state.g_ema[name].numpy()
+        run.steps(1)
+        weight = run.state.g[name].numpy()
+        beta = math.pow(0.5, 4 / half_life) if half_life else 0
+        wanted = weight + beta * (average - weight)
+        np.testing.assert_allclose(
+            run.state.g_ema[name].numpy(), wanted, rtol=1e-5, err_msg=str(seen)
+        )
+        # Buffers are copied.
+        w_avg = run.state.g["mapping.w_avg"].numpy()
+        np.testing.assert_array_equal(run.state.g_ema["mapping.w_avg"].numpy(), w_avg)
+        assert np.any(w_avg)
+
+
+@pytest.mark.usefixtures("eagerly")
+def test_frozen_layers_of_d_stay(squares: Manifest) -> None:
+    run = Run(squares, PLAIN, {"training": {"freeze_d": 2}})
+    before = {name: variable.numpy() for name, variable in run.state.d.items()}
+    run.steps(1)
+    still = {n for n, v in run.state.d.items() if np.array_equal(v.numpy(), before[n])}
+    assert still == {
+        f"b8.{layer}.{kind}" for layer in ("fromrgb", "conv0") for kind in ("weight", "bias")
+    }
+    assert not still & set(run.state.d_first)
+
+
+# ------------------------------------------------------------------------------ non-finite values
+
+
+@pytest.mark.usefixtures("eagerly")
+def test_the_first_nonfinite_quantity_is_remembered(squares: Manifest) -> None:
+    run = Run(squares, PLAIN)
+    run.steps(1)
+    assert run.state.nonfinite_message() is None
+    weight = run.state.d["b4.out.bias"]
+    weight.assign(np.full(weight.shape, np.nan))
+    run.steps(1)
+    assert run.state.nonfinite_message() == "Loss/G/loss of Gmain is not finite at step 1"
+    # It stays, whatever comes later.
+    run.steps(1)
+    assert run.state.nonfinite_message() == "Loss/G/loss of Gmain is not finite at step 1"
+
+
+@pytest.mark.usefixtures("eagerly")
+def test_what_diverges_within_a_step_is_named(squares: Manifest) -> None:
+    """G's update takes it to infinity, so path length sees it first."""
+    run = Run(squares, PLAIN, {"training": {"g_lr": 1e30}})
+    run.steps(1)
+    message = run.state.nonfinite_message()
+    assert message is not None
+    assert message.endswith("at step 0")
+    assert "Greg" in message
+
+
+# ------------------------------------------------------------------------------ input, compilation
+
+
+@pytest.mark.usefixtures("eagerly")
+def test_bytes_become_minus_one_to_one(squares: Manifest) -> None:
+    from_bytes, from_floats = Run(squares, PLAIN), Run(squares, PLAIN)
+    images, labels, index = next(from_bytes.stream)
+    assert images.dtype == tf.uint8
+    assert images.shape == [1, GROUP, 8, 8, 3]
+    wanted = from_floats.step(tf.cast(images, tf.float32) / 127.5 - 1, labels, index)
+    found = from_bytes.step(images, labels, index)
+    tf.nest.map_structure(np.testing.assert_array_equal, found, wanted)
+    other = Run(squares, PLAIN).step(tf.cast(images, tf.float32) / 255, labels, index)
+    assert np.any(other["Dmain"]["Loss/scores/real"] != wanted["Dmain"]["Loss/scores/real"])
+
+
+@pytest.mark.slow
+def test_compiled_or_not(squares: Manifest) -> None:
+    plain, compiled = Run(squares), Run(squares, jit=True)
+    plain.steps(2)
+    compiled.steps(2)
+    wanted, found = plain.values(), compiled.values()
+    for table in ("G/", "D/", "G_ema/", "G_opt/second/", "D_opt/second/", "pl_mean", "augment/p"):
+        assert distance(joined(found, table), joined(wanted, table)) < 1e-4, table
