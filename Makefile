@@ -1,27 +1,29 @@
 # Everything runs in an environment of its own, made on first use and again when setup.py changes.
 #   make smoke PYTHON=python3.12      another interpreter
 #   make test EXTRAS=gpu,dev          another TensorFlow
+#   make test PINS=tensorflow-cpu==2.20.0 VENV=.venv-2.20     a version, in an environment of its own
 #   make test PYTEST="-k storage"     more arguments for pytest
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 EXTRAS ?= cpu,dev,gcs,tensorboard,video
 PYTEST ?=
+PINS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SMOKE := runs/smoke
 
 .DEFAULT_GOAL := help
-.PHONY: help install smoke test test-slow lint types format clean
+.PHONY: help install smoke smoke-replicas placement test test-slow test-matrix lint types format clean
 
 help: ## list what can be made
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(STAMP): setup.py
 	@echo "setting up $(VENV) with $(PYTHON): a few minutes, most of them for TensorFlow"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$(EXTRAS)]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$(EXTRAS)]" $(PINS)
 	@touch $@
 
 install: $(STAMP) ## set up the environment
@@ -30,11 +32,33 @@ smoke: $(STAMP) ## train the small network from scratch into runs/smoke
 	@rm -rf $(SMOKE)
 	$(BIN)/python -m trainer.task --config=configs/smoke.yaml --workdir=$(SMOKE)
 
+# Networks too small to learn anything, and not compiled: about a minute for both.
+QUICK = $(BIN)/python -m trainer.task --config=configs/smoke.yaml --jit=off \
+	--set=model.channel_max=8 --set=training.total_kimg=0.064
+WORKERS = "cluster": {"worker": ["localhost:47311", "localhost:47312"]}
+WORKER = TF_CONFIG='{$(WORKERS), "task": {"type": "worker", "index": $(1)}}' \
+	$(QUICK) --workdir=$(SMOKE)-replicas/workers
+
+smoke-replicas: $(STAMP) ## train for a moment on two logical CPUs, then in two worker processes
+	@rm -rf $(SMOKE)-replicas
+	$(QUICK) --set=run.cpu_replicas=2 --workdir=$(SMOKE)-replicas/mirrored
+	@echo; $(call WORKER,1) & $(call WORKER,0) && wait $$!
+
+placement: $(STAMP) ## show how far the same steps are apart on other placements
+	$(BIN)/python -m tests.training.placement
+
 test: $(STAMP) ## run the tests, without the slow proofs
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST)
 
 test-slow: $(STAMP) ## run the slow proofs
 	$(BIN)/python -m pytest -m slow $(PYTEST)
+
+# The oldest TensorFlow, with what its time had; the one that Cloud TPUs have; the newest.
+test-matrix: ## run the tests, without the slow proofs, on every supported TensorFlow
+	$(MAKE) test VENV=$(VENV)-2.17 EXTRAS=$(EXTRAS),io \
+		PINS="tensorflow-cpu==2.17.1 numpy==1.26.4 protobuf==4.25.9"
+	$(MAKE) test VENV=$(VENV)-2.20 PINS=tensorflow-cpu==2.20.0
+	$(MAKE) test VENV=$(VENV)-2.21 PINS=tensorflow-cpu==2.21.0
 
 lint: $(STAMP) ## check style and formatting
 	$(BIN)/ruff check .

@@ -22,6 +22,8 @@ EXTRAS = {
     "gpu": [f"tensorflow[and-cuda]{TENSORFLOW}"],
     # The one pair that imports together: a newer libtpu fails with this TensorFlow.
     "tpu": ["tensorflow-tpu==2.20.0", "libtpu==0.0.14"],
+    # The TPU compiler for machines without a TPU, and JAX, which drives it; beside [cpu].
+    "tpu-probe": ["jax==0.10.2", "libtpu==0.0.42.1"],
     # Only for TensorFlow builds without gs:// inside; its native ops fit 2.16 and 2.17.
     "io": ["tensorflow-io==0.37.1"],
     "gcs": ["gcsfs>=2024.2", "google-cloud-storage>=2.14"],

@@ -8,10 +8,13 @@ import sys
 import hypothesis
 import pytest
 
+from trainer.distribution import host
+
 # Before any test module imports TensorFlow. Parity is a matter of float32 on the CPU: a GPU that
 # happens to be there must not take part.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+host.choose_emitters()  # as the commands do
 
 VIRTUAL_CPUS = 4
 

@@ -16,8 +16,10 @@ from trainer import probe
 from trainer.core import config as config_lib
 from trainer.core.config import Config
 from trainer.core.errors import ConfigError, UsageError
-from trainer.training import speed
+from trainer.training import speed, tpu_compiler, tpu_estimate
 from trainer.training.speed import Convolution, Row, Timing
+from trainer.training.tpu_cost import Phase
+from trainer.training.tpu_estimate import Estimate
 
 TINY = """
 data: {path: "package:data/fluent_emoji_32"}
@@ -180,6 +182,52 @@ def test_data_sets_the_pipeline_against_the_step(
     assert float(numbers[1].replace(",", "")) == pytest.approx(1000 / need, abs=0.05)
 
 
+def compiled(seconds: float, hbm: float, missing: dict[str, int]) -> Estimate:
+    return Estimate(2e12, int(hbm * 2**30), seconds, seconds / 2, seconds / 4, missing, [])
+
+
+@pytest.mark.usefixtures("_restored")
+def test_tpu_prints_a_table_that_adds_up(
+    tiny: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a compiler that always says the same: 20 ms raw, and a GiB for each image."""
+    chip = tpu_compiler.CHIPS["v5e"]
+    slice_ = tpu_compiler.Topology("v5e:2x2", chip, (None,) * 4)
+    monkeypatch.setattr(tpu_compiler, "topology", lambda name: slice_)
+    monkeypatch.setattr(tpu_compiler, "lower", lambda _, specs: specs[0].shape if specs else None)
+    monkeypatch.setattr(tpu_compiler, "compile_hlo", lambda shape, topology, replicas: shape)
+    monkeypatch.setattr(
+        tpu_estimate,
+        "estimate",
+        lambda shape, topology: compiled(
+            0.02, shape[0] * 4 if len(shape) > 1 else 0, {"gather": 3}
+        ),
+    )
+    absl_flags.FLAGS.config, absl_flags.FLAGS.resolution = tiny, "16x8"
+    absl_flags.FLAGS.replicas, absl_flags.FLAGS.batch = 2, 8
+    probe.main(["probe", "tpu"])
+    out = capsys.readouterr().out
+    assert "16 images 8x16x3 = 2 replicas x 1 rounds x 8" in out
+    row = r"^(\w+) +\d+ s +2000\.0 +(\S+ of 16) +20\.00 +10\.00 +25% +(all|1 in \d+)$"
+    assert re.findall(row, out, re.M) == [
+        ("Gmain", "8.00 of 16", "all"),
+        ("Greg", "8.00 of 16", "1 in 4"),
+        ("Dmain", "8.00 of 16", "all"),
+        ("Dreg", "8.00 of 16", "1 in 16"),
+        ("finish", "0.00 of 16", "all"),
+    ]
+    assert out.count(": 3 gather") == 5
+    speed_line = re.search(r"^s/kimg +([\d.]+) raw, ([\d.]+) adjusted, of 2 replicas", out, re.M)
+    assert speed_line
+    assert float(speed_line[1]) == pytest.approx(0.02 * (3 + 1 / 4 + 1 / 16) * 1000 / 16, abs=1e-3)
+    assert "at most 16 images per replica (Gmain, by a line through 8 and 4 images)" in out
+
+
+def test_a_phase_that_does_not_compile_has_its_error_in_the_table() -> None:
+    line = probe.tpu_line(Phase("Dreg", 1 / 16, 3.0, None, "Ran out of memory"), 1 << 34)
+    assert line.split() == ["Dreg", "no", "Ran", "out", "of", "memory"]
+
+
 # Wrong calls --------------------------------------------------------------------------------
 
 
@@ -188,10 +236,11 @@ def test_data_sets_the_pipeline_against_the_step(
     ("arguments", "settings", "error", "message"),
     [
         (["stpe"], {}, UsageError, "'stpe' is no probe; did you mean step?"),
-        ([], {}, UsageError, "give one of step, data"),
+        ([], {}, UsageError, "give one of step, data, tpu"),
         (["step"], {"config": None}, UsageError, "--config is needed"),
         (["step"], {"set": ["data.path="]}, UsageError, "--resolution to do without"),
         (["data"], {"set": ["data.path="]}, UsageError, "give --data"),
+        (["tpu"], {"topology": "v9:2x2"}, ConfigError, "--topology=v9:2x2 names no TPU"),
         (["step"], {"resolution": "64x"}, UsageError, "--resolution=64x is neither"),
         (
             ["step"],
@@ -228,4 +277,4 @@ def test_ends_in_one_line_and_the_exit_code_of_usage_errors() -> None:
         timeout=120,
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: 'memory' is no probe; give one of step, data\n"
+    assert done.stderr == "error: 'memory' is no probe; give one of step, data, tpu\n"

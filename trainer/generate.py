@@ -295,5 +295,8 @@ def _check_flags() -> dict[str, list[int]]:
 
 
 if __name__ == "__main__":
+    from trainer.distribution import host
+
+    host.prepare()
     define_flags()
     flags.run(main, usage=__doc__ or "")

@@ -2,14 +2,21 @@
 
   python -m trainer.probe step --config=configs/emoji64.yaml --resolution=64
   python -m trainer.probe data --config=configs/smoke.yaml --step_sec_per_kimg=20
+  python -m trainer.probe tpu --config=configs/paper256.yaml --topology=v5e:2x2 --resolution=256
 
 `step` times the training step of a run on random images: the first step, each phase, s/kimg with
 the lazy regularisers and the moving average as often as they are due, peak memory without pipeline
 and pictures, and the share of a bare 3x3 convolution with 128 channels, forward and backward, in
 operations a second. A step's operations are those of plain convolutions, so a step that needs fewer
-of them (Winograd) can have more than 100%.
+of them (Winograd) can have more than 100%. Among several workers (TF_CONFIG) it times the step that
+they make together.
 
 `data` times the input pipeline and bare decoding, and sets it against what the step takes.
+
+`tpu` compiles each phase of the training step for a slice of TPUs, with the real compiler and with
+no TPU (extra `tpu-probe`), and prints what each needs and about how long it will take: a raw time
+from the compiler's estimates, and one adjusted by what its estimates of bfloat16 are known to
+exceed. Large networks take minutes for each phase. Nothing is trained and no data set is needed.
 
 Stop other programs first: what is timed in turns gives a fair share, but no fair seconds.
 """
@@ -27,12 +34,14 @@ from trainer.core import config as config_lib
 from trainer.core import flags, storage
 from trainer.core.config import Config
 from trainer.core.errors import ConfigError, UsageError
+from trainer.distribution import cluster
 
 # TensorFlow takes seconds to import; mistakes in the call are told before.
 if TYPE_CHECKING:
     from trainer.data.manifest import Manifest
     from trainer.training.build import DataShape
     from trainer.training.speed import Row, Run, StepSpeed
+    from trainer.training.tpu_cost import Phase
 
 FLAGS = absl_flags.FLAGS
 
@@ -44,9 +53,12 @@ def define_flags() -> None:
     text("config", None, "YAML preset or config, local or gs://.")
     text("data", None, "Directory of the converted data set; overrides data.path.")
     several("set", [], "section.key=value, overrides the config; may be repeated.")
-    text("resolution", None, "step: needs no data set then; 64, or WIDTHxHEIGHT as 256x128.")
-    whole("channels", 3, "step, with --resolution: of the images.", 1, 4)
-    whole("num_classes", 0, "step, with --resolution: of the images.", lower_bound=0)
+    text("resolution", None, "step, tpu: needs no data set then; 64, or WIDTHxHEIGHT as 256x128.")
+    whole("channels", 3, "step, tpu, with --resolution: of the images.", 1, 4)
+    whole("num_classes", 0, "step, tpu, with --resolution: of the images.", lower_bound=0)
+    text("topology", "v5e:2x2", "tpu: generation and shape of the slice.")
+    whole("replicas", None, "tpu: devices that take part; all by default.", lower_bound=1)
+    whole("batch", None, "tpu: images per replica; else the config's batch is divided.", 1)
     whole("steps", 8, "step: how often everything is timed.", lower_bound=1)
     real("seconds", 10.0, "data: how long to measure.", lower_bound=0.1)
     purpose = "data: seconds the step needs for 1000 images; else estimated by a convolution."
@@ -68,7 +80,7 @@ def parse_resolution(text: str) -> tuple[int, int]:
 
 def main(argv: Sequence[str]) -> None:
     """Measures what the command line names."""
-    probes = {"step": probe_step, "data": probe_data}
+    probes = {"step": probe_step, "data": probe_data, "tpu": probe_tpu}
     name = argv[1] if len(argv) > 1 else ""
     if name not in probes:
         close = difflib.get_close_matches(name, probes, n=1)
@@ -87,24 +99,32 @@ def main(argv: Sequence[str]) -> None:
 
 def probe_step(config: Config) -> None:
     """Times a training step and prints the table."""
+    data = _data_shape(config)
+    workers = cluster.find(config.run.strategy)
+    with cluster.member(workers, config):
+        from trainer.training import speed
+
+        run = speed.Run.create(config, data, workers)
+        _print_rows(_run_lines(run))
+        measured = speed.measure(run, FLAGS.steps)
+        _print_rows([("first step", f"{measured.first_step:.1f} s, compilation included")])
+        print(phase_table(measured.rows, run.arithmetic.global_batch))
+        _print_rows(verdict_lines(run, measured))
+
+
+def _data_shape(config: Config) -> DataShape:
+    """That of the data set, or of --resolution."""
     size = parse_resolution(FLAGS.resolution) if FLAGS.resolution else None
     if size is None and not config.data.path:
         raise UsageError("no data set: give --data, or --resolution to do without one")
     if size and config.data.use_labels and not FLAGS.num_classes:
         raise ConfigError("data.use_labels is on: give --num_classes, or the data set by --data")
-    from trainer.training import build, speed
+    from trainer.training import build
 
-    if size:
-        counts = (1,) * FLAGS.num_classes
-        data = build.DataShape(size, FLAGS.channels, counts if config.data.use_labels else ())
-    else:
-        data = _shape(_manifest(config), config)
-    run = speed.Run.create(config, data)
-    _print_rows(_run_lines(run))
-    measured = speed.measure(run, FLAGS.steps)
-    _print_rows([("first step", f"{measured.first_step:.1f} s, compilation included")])
-    print(phase_table(measured.rows, run.arithmetic.global_batch))
-    _print_rows(verdict_lines(run, measured))
+    if size is None:
+        return _shape(_manifest(config), config)
+    counts = (1,) * FLAGS.num_classes
+    return build.DataShape(size, FLAGS.channels, counts if config.data.use_labels else ())
 
 
 def _run_lines(run: Run) -> list[tuple[str, str]]:
@@ -222,6 +242,79 @@ def _need(run: Run) -> tuple[float, str]:
     )
 
 
+# -------------------------------------------------------------------------------------- tpu
+
+
+def probe_tpu(config: Config) -> None:
+    """Compiles a step for TPUs and prints the table.
+
+    Raises:
+      UsageError: a phase doesn't compile, or the compiler is missing.
+    """
+    data = _data_shape(config)
+    from trainer.training.tpu_cost import TpuRun
+
+    run = TpuRun.create(config, data, FLAGS.topology, FLAGS.replicas, FLAGS.batch)
+    a, size = run.arithmetic, "x".join(map(str, (*data.resolution, data.channels)))
+    _print_rows(
+        [
+            ("slice", f"{run.topology.name}, {a.num_replicas} replicas"),
+            (
+                "batch",
+                f"{a.global_batch} images {size} = {a.num_replicas} "
+                f"replicas x {a.rounds} rounds x {a.per_replica_batch}",
+            ),
+            ("run", f"{run.config.run.precision}, augmentation {run.config.augment.mode}"),
+        ]
+    )
+    print(f"\n{TPU_TITLES}", flush=True)
+    phases = []
+    for phase in run.compile_phases():
+        phases.append(phase)
+        print(tpu_line(phase, run.topology.chip.hbm), flush=True)
+    print()
+    if not all(phase.estimate for phase in phases):
+        raise UsageError("not every phase compiles for a TPU; the errors are in the table")
+    _print_rows(unestimated_lines(phases))
+    raw, adjusted = run.seconds_per_kimg(phases)
+    speed = f"{raw:.3f} raw, {adjusted:.3f} adjusted, of {a.num_replicas} replicas together"
+    _print_rows([("s/kimg", speed)])
+    images, phase_name, other = run.largest_batch(phases)
+    sizes = f"{phase_name}, by a line through {a.per_replica_batch} and {other} images"
+    fits = f"at most {images} images per replica" if images else "not a single group of images"
+    _print_rows([("fits", f"{fits} ({sizes})")])
+
+
+TPU_TITLES = (
+    f"{'':<14}{'compiled':>10}{'GFLOP':>10}{'HBM GiB':>13}"
+    f"{'raw ms':>10}{'adjusted':>10}{'of MXU':>8}{'in steps':>10}"
+)
+
+
+def tpu_line(phase: Phase, hbm: int) -> str:
+    """A phase's line of the table: the share of the matrix units is that at the raw time."""
+    found = phase.estimate
+    if found is None:
+        return f"{phase.name:<14}{'no':>10}  {phase.error}"
+    memory = f"{found.hbm / 2**30:.2f} of {hbm / 2**30:.0f}"
+    return (
+        f"{phase.name:<14}{f'{phase.seconds:.0f} s':>10}{found.flop / 1e9:>10.1f}{memory:>13}"
+        f"{found.raw * 1e3:>10.2f}{found.adjusted * 1e3:>10.2f}"
+        f"{found.roofline / found.raw:>8.0%}{_one_in(phase.share):>10}"
+    )
+
+
+def unestimated_lines(phases: Sequence[Phase]) -> list[tuple[str, str]]:
+    """For each phase what the compiler doesn't estimate."""
+    title, lines = "no estimate", []
+    for phase in phases:
+        if phase.estimate and phase.estimate.unestimated:
+            kinds = ", ".join(f"{n} {kind}" for kind, n in phase.estimate.unestimated.items())
+            lines.append((title, f"{phase.name}: {kinds}"))
+            title = ""
+    return lines
+
+
 def _manifest(config: Config) -> Manifest:
     from trainer.data import manifest
 
@@ -231,7 +324,7 @@ def _manifest(config: Config) -> Manifest:
 def _shape(manifest: Manifest, config: Config) -> DataShape:
     from trainer.training.build import DataShape
 
-    counts = tuple(manifest.label_counts) if config.data.use_labels else ()
+    counts = manifest.condition_counts(config.data.use_labels)
     return DataShape(manifest.resolution, manifest.channels, counts)
 
 

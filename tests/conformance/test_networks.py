@@ -190,12 +190,15 @@ def test_every_parameter_learns(name: str) -> None:
 
 
 @every_pair
-@pytest.mark.parametrize(("half", "close"), [(tf.bfloat16, 0.15), (tf.float16, 0.03)])
-def test_16_bits_are_close(name: str, half: tf.DType, close: float) -> None:
+@pytest.mark.parametrize(
+    ("half", "count", "close"),
+    [(tf.bfloat16, 4, 0.15), (tf.bfloat16, "all", 0.15), (tf.float16, 4, 0.03)],
+)
+def test_16_bits_are_close(name: str, half: tf.DType, count: int | str, close: float) -> None:
     """Values and gradients are finite, in 32 bits at the ends, and near those of 32 bits."""
     options: dict[str, Any] = {} if name == "clamped" else {"conv_clamp": 256.0}
     full = PAIRS[name](**options)
-    pair = PAIRS[name](num_fp16_res=4, half_dtype=half, **options)
+    pair = PAIRS[name](num_fp16_res=count, half_dtype=half, **options)
     z, c, reals = pair.inputs()
     g, d = both(pair)
     expected, actual = (p.images(g, z, c) for p in (full, pair))

@@ -211,6 +211,7 @@ FREE = {
     "run.deterministic=true",
     "run.strategy=mirrored",
     "run.jit=on",
+    "run.compilation_cache=kept",
     "data.path=elsewhere",
     "training.rounds=2",
     "training.total_kimg=1",

@@ -11,7 +11,10 @@ import sys
 
 import pytest
 
+from trainer.distribution import host
+
 ROOT = pathlib.Path(__file__).parents[2]
+EMITTERS = "--xla_cpu_use_fusion_emitters"
 SETTINGS = ("GLIBC_TUNABLES", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_ARENA_MAX")
 
 PROGRAM = """
@@ -75,3 +78,29 @@ def test_what_the_user_has_set_stays(tmp_path: pathlib.Path, name: str) -> None:
     assert seen["environ"][name] == value
     assert not (set(SETTINGS) - {name}) & set(seen["environ"])
     assert seen["environ"]["TF_CPP_MIN_LOG_LEVEL"] == "0"
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ("", f"{EMITTERS}=false"),
+        ("--xla_dump_to=x", f"--xla_dump_to=x {EMITTERS}=false"),
+        (f"{EMITTERS}=true", f"{EMITTERS}=true"),
+    ],
+)
+def test_the_emitters_are_chosen_unless_the_user_chose(
+    monkeypatch: pytest.MonkeyPatch, given: str, wanted: str
+) -> None:
+    monkeypatch.setenv("XLA_FLAGS", given)
+    monkeypatch.setattr(host.metadata, "version", lambda name: "2.21.3")
+    host.choose_emitters()
+    assert os.environ["XLA_FLAGS"] == wanted
+
+
+def test_an_older_tensorflow_gets_no_flag_it_would_abort_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    monkeypatch.setattr(host.metadata, "version", lambda name: "2.17.1")
+    host.choose_emitters()
+    assert "XLA_FLAGS" not in os.environ

@@ -78,6 +78,10 @@ def nothing(batch: int) -> tf.Tensor:
     return tf.zeros([batch, 0])
 
 
+def nothing64(batch: int) -> tf.Tensor:
+    return tf.zeros([batch, 0], tf.float64)
+
+
 # ---------------------------------------------------------------- goldens
 
 
@@ -139,6 +143,7 @@ def test_style_mixing_golden(net64: tuple[Arrays, Generator, dict[str, Any]]) ->
     ("dtype", "formulas"),
     [
         (tf.float32, ops.Formulas.GENERIC),
+        (tf.float32, ops.Formulas.TPU),
         (tf.float64, ops.Formulas.XLA_CPU),
     ],
 )
@@ -367,18 +372,35 @@ def test_channels_follow_the_nominal_resolution() -> None:
     ]
 
 
-def test_formulas_give_the_same_networks() -> None:
-    images, logits = [], []
+@pytest.mark.parametrize(
+    ("g_architecture", "d_architecture"), [("skip", "resnet"), ("resnet", "skip")]
+)
+@pytest.mark.parametrize("widest_packed", [0, 8, 64])
+def test_formulas_give_the_same_networks(
+    g_architecture: str, d_architecture: str, widest_packed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On TPUs with no map, the finest or all of them packed: images, logits and gradients."""
+    monkeypatch.setattr(ops, "PACK_MAX_CHANNELS", widest_packed)
+    results = []
     for formulas in ops.Formulas:
-        generator, discriminator = (
-            small_generator(formulas=formulas),
-            small_discriminator(formulas=formulas),
-        )
-        g, d = constants(randomized(generator)), constants(randomized(discriminator))
-        images.append(generator.synthesis(g, generator.mapping(g, normal(4, 8), nothing(4))))
-        logits.append(discriminator(d, normal(4, 16, 16, 3), nothing(4)))
-    assert error(*images) < VALUES
-    assert error(*logits) < VALUES
+        shared: dict[str, Any] = {"resolution": (32, 16), "formulas": formulas}
+        generator = small_generator(architecture=g_architecture, **shared)
+        discriminator = small_discriminator(architecture=d_architecture, **shared)
+        packed = [block.packed for block in (*generator.blocks, *discriminator.blocks)]
+        assert any(packed) == (formulas is ops.Formulas.TPU and widest_packed > 0)
+        g, d = (constants(randomized(n), tf.float64) for n in (generator, discriminator))
+        random = normal(4, sum(height * width for height, width in generator.noise_shapes))
+        with tf.GradientTape() as tape:
+            tape.watch((g, d))
+            ws = generator.mapping(g, tf.cast(normal(4, 8), tf.float64), nothing64(4))
+            noise = generator.noise(g, "random", tf.cast(random, tf.float64))
+            images = generator.synthesis(g, ws, noise)
+            logits = discriminator(d, images, nothing64(4))
+        grads = tape.gradient(logits, (g, d), unconnected_gradients=tf.UnconnectedGradients.ZERO)
+        results.append([images, logits, *tf.nest.flatten(grads)])
+    for values in zip(*results, strict=True):
+        for ours in values[:-1]:
+            np.testing.assert_allclose(ours, values[-1], rtol=1e-9, atol=1e-9)
 
 
 # ---------------------------------------------------------------- noise and truncation
@@ -559,9 +581,15 @@ def test_freeze_d(architecture: str, order: list[str]) -> None:
 
 @pytest.mark.parametrize(
     ("count", "expected"),
-    [(0, set()), (1, {"b32"}), (2, {"b16", "b32"}), (4, {"b8", "b16", "b32"})],
+    [
+        (0, set()),
+        (1, {"b32"}),
+        (2, {"b16", "b32"}),
+        (4, {"b8", "b16", "b32"}),
+        ("all", {"b4", "b8", "b16", "b32"}),
+    ],
 )
-def test_which_blocks_are_16_bit(count: int, expected: set[str]) -> None:
+def test_which_blocks_are_16_bit(count: int | str, expected: set[str]) -> None:
     options: dict[str, Any] = {
         "resolution": (32, 32),
         "num_fp16_res": count,
@@ -569,6 +597,8 @@ def test_which_blocks_are_16_bit(count: int, expected: set[str]) -> None:
     }
     for network in (small_generator(**options), small_discriminator(**options)):
         found = {block.name for block in network.blocks if block.dtype is tf.bfloat16}
+        if isinstance(network, Discriminator) and network._epilogue_dtype is tf.bfloat16:
+            found.add("b4")  # it is no block there
         assert found == expected
         assert all(block.dtype in (None, tf.bfloat16) for block in network.blocks)
 

@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 
 from trainer.core import config as config_lib
+from trainer.networks.ops import Formulas
 from trainer.training import build
 from trainer.training.augment import AugmentPipe
 
@@ -57,12 +58,19 @@ def test_no_classes_without_label_counts() -> None:
 
 @pytest.mark.parametrize(
     ("precision", "half"),
-    [("float32", None), ("bfloat16", tf.bfloat16), ("float16", tf.float16)],
+    [("float32", None), ("float64", None), ("bfloat16", tf.bfloat16), ("float16", tf.float16)],
 )
 def test_full_precision_turns_the_clamp_off(precision: str, half: tf.DType | None) -> None:
     for network in build.networks(make(model=MODEL, run={"precision": precision}), SHAPE):
         assert network.conv_clamp == (None if half is None else 100.0)
         assert {block.dtype for block in network.blocks} == {half, None}
+
+
+def test_unrounded_networks_keep_the_clamp() -> None:
+    config = make(model=MODEL, run={"precision": "bfloat16"})
+    for network in build.networks(config, SHAPE, rounded=False):
+        assert network.conv_clamp == 100.0
+        assert {block.dtype for block in network.blocks} == {None}
 
 
 def phases_and_draws(**sections: dict[str, Any]) -> Any:
@@ -110,3 +118,16 @@ def test_augmentation_is_one_for_both() -> None:
     phases, draw = phases_and_draws(augment={"mode": "none"})
     assert phases.pipe is None
     assert draw.pipe is None
+
+
+@pytest.mark.parametrize(
+    ("platform", "jit", "expected"),
+    [
+        ("CPU", True, Formulas.XLA_CPU),
+        ("CPU", False, Formulas.GENERIC),
+        ("GPU", True, Formulas.GENERIC),
+        ("TPU", True, Formulas.TPU),
+    ],
+)
+def test_formulas_follow_the_platform(platform: str, jit: bool, expected: Formulas) -> None:
+    assert build.formulas(platform, jit) is expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -140,3 +141,16 @@ def test_counts_parameters() -> None:
         value.size for name, value in generator.init(1).items() if not name.endswith(buffers)
     )
     assert costs.d_params == sum(value.size for value in discriminator.init(1).values())
+
+
+def test_memory_follows_the_number_format() -> None:
+    config = make_config(resolution=(8, 8), model={"channel_base": 64, "channel_max": 8})
+
+    def memory(precision: str) -> tuple[float, float]:
+        run = dataclasses.replace(config.run, precision=precision)
+        costs = estimate(dataclasses.replace(config, run=run), (8, 8))
+        return costs.state_mib, costs.activations_mib
+
+    state, activations = memory("float32")
+    assert memory("float64") == pytest.approx((2 * state, 2 * activations))
+    assert memory("bfloat16") == memory("float16") == pytest.approx((state, activations / 2))

@@ -131,3 +131,6 @@ def test_ema_rampup(images: int, half_life: float) -> None:
     expected = 0.5 ** (32 / half_life) if half_life else 0.0
     assert beta == pytest.approx(expected, rel=1e-5)
     assert ema_beta(32, tf.constant(images, tf.int64), 10.0, 0.05).dtype == tf.float32
+    exact = ema_beta(32, tf.constant(images, tf.int64), 10.0, 0.05, tf.float64)
+    assert exact.dtype == tf.float64
+    assert float(exact) == pytest.approx(expected, rel=1e-12)

@@ -7,7 +7,8 @@ import pytest
 import tensorflow as tf
 
 from trainer.networks.stylegan2 import Discriminator, Generator
-from trainer.training.state import QUANTITIES, STATS, TrainState
+from trainer.training import loss_scale
+from trainer.training.state import PHASES, QUANTITIES, STATS, TrainState
 from trainer.training.step import _PHASE_REPORTS
 
 
@@ -68,6 +69,21 @@ def test_message_of_a_nonfinite_quantity(index: int) -> None:
     state.nonfinite.assign([17, index])
     phase, name = QUANTITIES[index]
     assert state.nonfinite_message() == f"{name} of {phase} is not finite at step 17"
+
+
+def test_message_of_a_row_of_skipped_updates() -> None:
+    """It is the phase's own row that counts, and its length."""
+    state = TrainState(*networks(), seed=0)
+    state.nonfinite.assign([17, QUANTITIES.index(("Dmain", "gradients"))])
+    counts = np.zeros([len(PHASES), 3], np.int64)
+    counts[PHASES.index("Gmain"), loss_scale.IN_A_ROW] = loss_scale.MAX_SKIPPED
+    state.loss_scale_counts.assign(counts)
+    assert state.nonfinite_message() == "gradients of Dmain is not finite at step 17"
+    counts[PHASES.index("Dmain"), loss_scale.IN_A_ROW] = 25
+    state.loss_scale_counts.assign(counts)
+    assert state.nonfinite_message() == (
+        "gradients of Dmain were not finite in float16 25 times in a row, at last at step 17"
+    )
 
 
 def test_all_that_is_named_is_reported() -> None:

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import math
-import pathlib
-import pickle
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -75,7 +70,7 @@ class Run:
             names = [f"CPU:{index}" for index in range(replicas)]
             strategy = tf.distribute.MirroredStrategy(names)
         arithmetic = config_lib.batch_arithmetic(self.config, max(replicas, 1))
-        counts = tuple(manifest.label_counts) if self.config.data.use_labels else ()
+        counts = manifest.condition_counts(self.config.data.use_labels)
         shape = build.DataShape(manifest.resolution, manifest.channels, counts)
         generator, discriminator = build.networks(self.config, shape)
         with strategy.scope():
@@ -144,11 +139,9 @@ STEPS = 4
 class Outcome:
     """What a few steps of the whole thing gave: ADA, both regularisers, mixing, labels."""
 
-    def __init__(
-        self, manifest: Manifest, *, replicas: int = 0, rounds: int = 1, batch: int = BATCH
-    ) -> None:
+    def __init__(self, manifest: Manifest, *, replicas: int = 0, rounds: int = 1) -> None:
         run = Run(
-            manifest, {"training": {"rounds": rounds, "batch_size": batch}}, replicas=replicas
+            manifest, {"training": {"rounds": rounds, "batch_size": BATCH}}, replicas=replicas
         )
         self.start = run.values()
         self.reports = run.steps(STEPS)
@@ -163,12 +156,6 @@ def in_one_piece(squares: Manifest) -> Outcome:
     outcome = Outcome(squares)
     tf.config.run_functions_eagerly(False)
     return outcome
-
-
-@pytest.fixture(scope="module")
-def large_in_one_piece(squares: Manifest) -> Outcome:
-    """Made in a graph, as a real run."""
-    return Outcome(squares, batch=2 * BATCH)
 
 
 def distance(actual: Any, wanted: Any) -> float:
@@ -203,58 +190,14 @@ def assert_same(found: Outcome, wanted: Outcome, tolerance: float = 1e-4) -> Non
                 )
 
 
+# No other test may train under a mirrored strategy in pytest's own process: TensorFlow remembers the
+# shapes of collectives by numbers that each strategy counts anew. See placement.py for the rest.
 @pytest.mark.usefixtures("eagerly")
 @pytest.mark.parametrize(("replicas", "rounds"), [(0, 2), (2, 1)])
 def test_two_halves_are_the_whole(
     squares: Manifest, in_one_piece: Outcome, replicas: int, rounds: int
 ) -> None:
     assert_same(Outcome(squares, replicas=replicas, rounds=rounds), in_one_piece)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("replicas", "rounds"), [(0, 2), (0, 4), (1, 1), (2, 1), (2, 2)])
-def test_the_placement_does_not_matter(
-    squares: Manifest, large_in_one_piece: Outcome, replicas: int, rounds: int
-) -> None:
-    found = Outcome(squares, replicas=replicas, rounds=rounds, batch=2 * BATCH)
-    assert_same(found, large_in_one_piece)
-
-
-# TensorFlow numbers the groups of its collectives in each process alike, so that mirrored strategies
-# of two sizes can't both run in one.
-FOUR_REPLICAS = """
-import importlib.util, pickle, sys
-import tensorflow as tf
-from trainer.data import manifest
-
-cpu = tf.config.list_physical_devices("CPU")[0]
-tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 4)
-tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
-spec = importlib.util.spec_from_file_location("steps", sys.argv[1])
-steps = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(steps)
-found = steps.Outcome(manifest.load(sys.argv[2]), replicas=4, batch=2 * steps.BATCH)
-with open(sys.argv[3], "wb") as file:
-    pickle.dump((found.reports, found.values), file)
-"""
-
-
-@pytest.mark.slow
-def test_four_replicas(
-    squares: Manifest, large_in_one_piece: Outcome, tmp_path: pathlib.Path
-) -> None:
-    path = tmp_path / "outcome"
-    done = subprocess.run(
-        [sys.executable, "-c", FOUR_REPLICAS, __file__, squares.directory, str(path)],
-        cwd=pathlib.Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
-    found = copy.copy(large_in_one_piece)
-    found.reports, found.values = pickle.loads(path.read_bytes())
-    assert_same(found, large_in_one_piece)
 
 
 def test_all_variables_move(in_one_piece: Outcome) -> None:
@@ -264,7 +207,8 @@ def test_all_variables_move(in_one_piece: Outcome) -> None:
     # First moments are the last gradients, beta1 being 0, and R1 has none for these biases.
     moments = {f"D_opt/first/b4.{layer}.bias" for layer in ("conv", "fc", "out")}
     still = {name for name in still if "noise_const" not in name}
-    assert still <= moments | {"nonfinite", "augment/signs"}
+    scales = {"loss_scale/value", "loss_scale/counts"}  # of float16
+    assert still <= moments | scales | {"nonfinite", "augment/signs"}
 
 
 def test_nothing_is_traced_again(squares: Manifest) -> None:
@@ -274,6 +218,9 @@ def test_nothing_is_traced_again(squares: Manifest) -> None:
     assert traced > 0
     run.steps(2)
     assert run.traced == traced
+    functions = [f for f in vars(run.step).values() if hasattr(f, "experimental_get_tracing_count")]
+    assert len(functions) > 5
+    assert {function.experimental_get_tracing_count() for function in functions} == {0, 1}
 
 
 # ------------------------------------------------------------------------------ reports

@@ -12,7 +12,7 @@ What a resumed run may change. These keys say where and how a run is computed, s
 and leave its numbers alone up to float rounding; `diff` and `fingerprint` pass over them. All
 others define the result.
 
-    run.deterministic, run.strategy, run.jit    where and how a step is executed
+    run.*, but for seed and precision           where and how a step is executed
     data.path                                   the data set's own fingerprint identifies it
     training.rounds                             splits a step, does not change it
     training.total_kimg                         no schedule depends on the end
@@ -44,7 +44,15 @@ _FREE_KEYS = frozenset(
     {
         "run.deterministic",
         "run.strategy",
+        "run.tpu",
+        "run.cpu_replicas",
         "run.jit",
+        "run.compilation_cache",
+        "run.join_timeout",
+        "run.worker_timeout",
+        "run.collectives",
+        "run.bytes_per_pack",
+        "run.collective_timeout",
         "data.path",
         "training.rounds",
         "training.total_kimg",
@@ -149,18 +157,40 @@ class RunConfig(_Section):
       seed: every random draw of the run is a function of this and of the draw's place in the run
         (NVIDIA: --seed).
       deterministic: ask TensorFlow for bitwise repeatable kernels; slower on GPUs.
-      strategy: which devices take part; 'auto' takes what the machine and TF_CONFIG offer. Checked
-        where the strategy is made, because that is where the devices are known.
+      strategy: which devices take part; 'auto' takes what the environment and the machine offer,
+        see distribution/strategy.py.
+      tpu: name or grpc:// address of a TPU, or 'local' on a TPU VM; '' takes TPU_NAME, or the
+        machine's own.
+      cpu_replicas: split the CPU into this many replicas, on each worker; for tests.
       precision: number format of the highest `model.num_fp16_res` resolutions; 'float32' turns
-        16-bit blocks and the clamp off (NVIDIA: float16, or --fp32).
-      jit: compile the step with XLA; 'auto' decides by device and network.
+        16-bit blocks and the clamp off (NVIDIA: float16, or --fp32). 'float64' computes everything
+        in 64 bits, for proofs: rounding can't hide a mistake there. Random numbers stay the same.
+      jit: compile the step with XLA; 'auto' decides by platform, see distribution/strategy.py.
+      compilation_cache: local directory in which compiled programs are kept, so that the next
+        start of the run compiles nothing; '' keeps none. Must be the user's own.
+      join_timeout: seconds in which all workers must have started.
+      worker_timeout: seconds without a sign of life after which a worker counts as gone, and all
+        others end.
+      collectives: how workers sum gradients; 'auto' takes NCCL where every worker has GPUs.
+      bytes_per_pack: gradients are summed in packs of about this size, so that the first can start
+        before the last is computed; 0 for one pack.
+      collective_timeout: seconds for one sum over replicas, for the search for a hang; null for no
+        limit.
     """
 
     seed: int = _key(0, _SEED)
     deterministic: bool = False
-    strategy: str = "auto"
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    strategy: Literal["auto", "cpu", "one_device", "mirrored", "multi_worker", "tpu"] = "auto"
+    tpu: str = ""
+    cpu_replicas: int = _key(1, _AT_LEAST_1)
+    precision: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     jit: Literal["auto", "on", "off"] = "auto"
+    compilation_cache: str = ""
+    join_timeout: float = _key(600.0, _POSITIVE)
+    worker_timeout: float = _key(120.0, _POSITIVE)
+    collectives: Literal["auto", "ring", "nccl"] = "auto"
+    bytes_per_pack: int = _key(0, _AT_LEAST_0)
+    collective_timeout: float | None = _key(None, _POSITIVE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +229,10 @@ class ModelConfig(_Section):
       g_architecture: 'skip' sums RGB outputs, 'resnet' has residual blocks, 'orig' has neither
         (StyleGAN2 paper, figure 7).
       d_architecture: the same for the discriminator (NVIDIA: resnet, or orig in cifar).
-      num_fp16_res: the highest this many resolutions run in `run.precision` (NVIDIA: 4).
+      num_fp16_res: the highest this many resolutions run in a 16-bit `run.precision`, but never
+        the lowest (NVIDIA: 4); 'all' takes that one too, the fastest on TPUs. What must not be
+        rounded stays in float32: fully connected layers, RGB sums, demodulation, minibatch
+        standard deviation, logits and losses.
       conv_clamp: activations are clamped to +- this when `run.precision` is 16-bit, null for no
         clamp (NVIDIA: 256).
       mbstd_group_size: images in a group, over which minibatch standard deviation is taken
@@ -216,7 +249,7 @@ class ModelConfig(_Section):
     channel_max: int = _key(512, _AT_LEAST_1)
     g_architecture: Literal["skip", "resnet", "orig"] = "skip"
     d_architecture: Literal["skip", "resnet", "orig"] = "resnet"
-    num_fp16_res: int = _key(4, _AT_LEAST_0)
+    num_fp16_res: int | Literal["all"] = _key(4, _AT_LEAST_0)
     conv_clamp: float | None = _key(256.0, _POSITIVE)
     mbstd_group_size: int | Auto = _key(4, _AT_LEAST_1)
 

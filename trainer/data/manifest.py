@@ -85,6 +85,19 @@ class Manifest:
         """Classes, 0 when there are no labels."""
         return len(self.label_names)
 
+    def condition_counts(self, use_labels: bool) -> tuple[int, ...]:
+        """Images of each class for a network conditioned on classes, else nothing.
+
+        Raises:
+          DataError: there are no labels to use.
+        """
+        if use_labels and not self.num_classes:
+            raise DataError(
+                f"data.use_labels is on, but {self.directory} has no labels; convert it with "
+                "--labels=folders or a JSON, or turn data.use_labels off"
+            )
+        return tuple(self.label_counts) if use_labels else ()
+
     def path(self, shard: int) -> str:
         """The path of a shard's file."""
         return storage.join(self.directory, self.shards[shard].name)

@@ -206,11 +206,7 @@ class ImageStream:
                 f"{workers} workers cannot share {groups_per_batch} groups evenly; make "
                 f"training.batch_size a multiple of {workers} x {self._size}"
             )
-        if self._use_labels and not self._manifest.num_classes:
-            raise DataError(
-                f"data.use_labels is on, but {self._manifest.directory} has no labels; convert it "
-                "with --labels=folders or a JSON, or turn data.use_labels off"
-            )
+        self._manifest.condition_counts(self._use_labels)
 
     def _lanes(self) -> _Lanes:
         """The tables that the graph looks up, with each lane at its place."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from importlib import metadata
 
 # XLA's CPU runtime asks for its scratch memory anew at each call. By default glibc takes such
 # blocks from the kernel and gives them back, so every step would fault in a gigabyte page by page;
@@ -16,17 +17,61 @@ _ALLOCATOR = {
     "MALLOC_ARENA_MAX": "1",
 }
 
+# XLA's newer emitters compile each loop as a module of its own, in 430 MB more for a phase at 64x64
+# than the older ones, and their loops are no faster. XLA aborts on a flag it doesn't know, so the
+# flag is set only for the versions that were seen to take it.
+_OLDER_EMITTERS = "--xla_cpu_use_fusion_emitters=false"
+_OLDER_EMITTERS_FOR = ("2.21.",)
+
 
 def prepare() -> None:
     """Restarts the program once with the allocator settings above, and quietens TensorFlow's log.
 
-    To be called before TensorFlow is imported; does nothing where glibc is not used, or where the
-    user has set one of these variables.
+    Also calls `choose_emitters`. To be called before TensorFlow is imported. Doesn't restart where
+    glibc is not used, or where the user has set one of these variables.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    choose_emitters()
     if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in _ALLOCATOR):
         return
     os.environ.update(_ALLOCATOR)
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def choose_emitters() -> None:
+    """Sets how XLA compiles for the CPU, unless the user has; before TensorFlow is imported."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    name = _OLDER_EMITTERS.partition("=")[0]
+    if tensorflow_version().startswith(_OLDER_EMITTERS_FOR) and name not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {_OLDER_EMITTERS}".strip()
+
+
+def tensorflow_version() -> str:
+    """Of the installed TensorFlow, without importing it; empty if there is none."""
+    for name in ("tensorflow", "tensorflow-cpu", "tensorflow-tpu"):
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return ""
+
+
+# libtpu looks for TPUs, for the metadata server of a TPU VM and for other users of the same TPU
+# when it is loaded. As a mere compiler it is to do none of this, nor is JAX to start on it.
+_TPU_COMPILER = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # the topology asked for decides
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_STDERR_LOG_LEVEL": "3",
+}
+
+
+def prepare_tpu_compiler() -> None:
+    """Lets libtpu serve as a compiler on a machine without a TPU; to be called before JAX loads."""
+    for name, value in _TPU_COMPILER.items():
+        os.environ.setdefault(name, value)

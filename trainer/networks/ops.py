@@ -17,6 +17,7 @@ Weights are [kh, kw, in, out] and [in, out]. Filters are NumPy constants.
 from __future__ import annotations
 
 import enum
+import functools
 import math
 from collections.abc import Sequence
 
@@ -30,11 +31,21 @@ class Formulas(enum.Enum):
     Attributes:
       XLA_CPU: for XLA on CPUs. It fuses shifted slices into one loop, and runs depthwise
         convolutions 8 times, reductions to the last axis 10 times slower than it could.
+      TPU: for TPUs, where multiplications are cheap and memory is not: a resampling convolution
+        and its filter are one convolution, and narrow maps can be packed (see `pack`).
       GENERIC: one TensorFlow op for each operation.
     """
 
     XLA_CPU = "xla_cpu"
+    TPU = "tpu"
     GENERIC = "generic"
+
+
+# On TPUs maps of up to so many channels are packed, those of up to so many are resampled by one
+# dense convolution, and images of up to so many are filtered by shifting.
+PACK_MAX_CHANNELS = 64
+_BLOCKS_MAX_CHANNELS = 128
+_SHIFT_MAX_CHANNELS = 4
 
 
 def setup_filter(taps: Sequence[float]) -> np.ndarray:
@@ -146,7 +157,8 @@ def _fir_axis(
     The derivative of a FIR filter is the FIR filter with reversed taps and `up` and `down`
     exchanged. Saying so keeps gradients of every order as fast as the filter itself.
     """
-    compute = _fir_shift if formulas is Formulas.XLA_CPU else _fir_depthwise
+    few = formulas is Formulas.TPU and x.shape[3] <= _SHIFT_MAX_CHANNELS
+    compute = _fir_shift if formulas is Formulas.XLA_CPU or few else _fir_depthwise
 
     @tf.custom_gradient
     def apply(x: tf.Tensor) -> tuple[tf.Tensor, object]:
@@ -245,7 +257,7 @@ def conv2d(x: tf.Tensor, weight: tf.Tensor, formulas: Formulas = Formulas.GENERI
 # Winograd's transforms for two outputs of a three-tap filter (Lavin and Gray 2016, section 4.1):
 # y = A^T [(G w) * (B^T x)] along each axis.
 # Below these sizes it saves nothing worth the time to compile it.
-_WINOGRAD_MIN_CHANNELS = 16
+_WINOGRAD_MIN_CHANNELS = 128
 _WINOGRAD_MIN_PIXELS = 16 * 16
 # Most space for a transformed input; about a last-level cache.
 _WINOGRAD_BYTES = 32 << 20
@@ -386,6 +398,7 @@ def conv2d_resample(
     up: int = 1,
     down: int = 1,
     formulas: Formulas = Formulas.GENERIC,
+    packed: tuple[bool, bool] = (False, False),
 ) -> tf.Tensor:
     """Convolution with optional 2x up- or downsampling (StyleGAN2, section 4.2 and appendix B).
 
@@ -397,11 +410,18 @@ def conv2d_resample(
       up: 1 or 2.
       down: 1 or 2.
       formulas: how it is computed.
+      packed: whether `x` is packed and the result shall be, see `block_conv2d`.
 
     Returns:
-      [N, H * up / down, W * up / down, out].
+      [N, H * up / down, W * up / down, out], or packed.
     """
-    size = weight.shape[0]
+    if any(packed):
+        return block_conv2d(x, weight, taps, up, down, packed)
+    size, _, inputs, outputs = weight.shape
+    if formulas is Formulas.TPU and up == 2 and outputs <= _BLOCKS_MAX_CHANNELS:
+        return unpack(block_conv2d(x, weight, taps, up, packed=(False, True)))
+    if formulas is Formulas.TPU and down == 2 and inputs <= _BLOCKS_MAX_CHANNELS:
+        return block_conv2d(pack(x), weight, taps, down=down, packed=(True, False))
     if up == 2 and size == 1:
         return upsample2d(conv2d(x, weight, formulas), taps, formulas)
     if up == 2:
@@ -418,6 +438,116 @@ def conv2d_resample(
     return conv2d(x, weight, formulas)
 
 
+# --------------------------------------------------------------------------------------
+# Convolution over blocks of pixels, and lane packing
+#
+# A TPU works on 128 channels at a time, and pads maps that have fewer, in memory too. Such maps are
+# kept with the four pixels of each 2x2 block side by side in the channels, and convolved by a
+# kernel over blocks, which holds each weight in every place where it acts and zeros elsewhere. Four
+# times the multiplications, but all lanes are in use. Resampling is the same with blocks on one
+# side only, so that a strided or transposed convolution and its filter become one dense kernel.
+
+
+def pack(x: tf.Tensor) -> tf.Tensor:
+    """[N, H, W, C] -> [N, H/2, W/2, 4C]: row parity, column parity, channel."""
+    _, height, width, channels = x.shape
+    blocks = tf.reshape(x, [-1, height // 2, 2, width // 2, 2, channels])
+    blocks = tf.transpose(blocks, [0, 1, 3, 2, 4, 5])
+    return tf.reshape(blocks, [-1, height // 2, width // 2, 4 * channels])
+
+
+def unpack(x: tf.Tensor) -> tf.Tensor:
+    """The inverse of `pack`."""
+    _, height, width, channels = x.shape
+    blocks = tf.reshape(x, [-1, height, width, 2, 2, channels // 4])
+    blocks = tf.transpose(blocks, [0, 1, 3, 2, 4, 5])
+    return tf.reshape(blocks, [-1, 2 * height, 2 * width, channels // 4])
+
+
+def pack_noise(noise: tf.Tensor, channels: int) -> tf.Tensor:
+    """One value for all channels of a pixel: [N, H, W, 1] -> [N, H/2, W/2, 4 * channels].
+
+    A matrix product spreads the values: copying from lane to lane takes a TPU much longer.
+    """
+    spread = np.kron(np.eye(4), np.ones([1, channels]))[np.newaxis, np.newaxis]
+    return tf.nn.conv2d(pack(noise), tf.constant(spread, noise.dtype), strides=1, padding="SAME")
+
+
+@functools.cache
+def _block_matrix(
+    size: int, taps: tuple[float, ...], up: int, down: int, pixels_in: int, pixels_out: int
+) -> np.ndarray:
+    """Where a kernel's weights act, along one axis: [size, blocks, pixels_in, pixels_out].
+
+    Entry [t, b, c, a] is what pixel c of the b-th block of the window contributes to pixel a of the
+    output's block through weight t. Read off impulses sent through the definition.
+
+    Args:
+      size: of the kernel.
+      taps: the resampling filter.
+      up, down: 1 or 2.
+      pixels_in, pixels_out: pixels in a block of the input and of the output.
+    """
+    reach, pad = 3, size // 2
+    matrix = np.zeros([size, 2 * reach + 1, pixels_in, pixels_out])
+    for t, b, c in np.ndindex(matrix.shape[:3]):
+        x = np.zeros((4 * reach + 1) * pixels_in)
+        x[(reach + b) * pixels_in + c] = 1
+        kernel = np.eye(size)[t]
+        if up == 2:
+            x = np.stack([x, np.zeros_like(x)], 1).reshape(-1)
+            x = np.pad(x, [(len(taps) + 1) // 2 + pad, (len(taps) - 2) // 2 + pad])
+            x = np.convolve(x, 2 * np.asarray(taps), "valid")
+            kernel = kernel[::-1]
+        elif down == 2:
+            x = np.pad(x, [(len(taps) - 1) // 2 + pad, (len(taps) - 2) // 2 + pad])
+            x = np.convolve(x, taps, "valid")
+        else:
+            x = np.pad(x, pad)
+        y = np.correlate(x, kernel, "valid")[::down]
+        matrix[t, b, c] = y[2 * reach * pixels_out :][:pixels_out]
+    used = np.flatnonzero(np.any(matrix != 0, (0, 2, 3)))
+    far = np.max(np.abs(used - reach))
+    return matrix[:, reach - far : reach + far + 1]
+
+
+def block_conv2d(
+    x: tf.Tensor,
+    weight: tf.Tensor,
+    taps: np.ndarray = RESAMPLE_FILTER,
+    up: int = 1,
+    down: int = 1,
+    packed: tuple[bool, bool] = (True, True),
+) -> tf.Tensor:
+    """`conv2d_resample` as one dense convolution, between maps of which any may be packed.
+
+    Args:
+      x: [N, H, W, in], or packed.
+      weight: [k, k, in, out].
+      taps: the resampling filter.
+      up: 1 or 2. Upsampling to packed maps keeps their grid.
+      down: 1 or 2. Downsampling from packed maps keeps their grid.
+      packed: whether the input and the output are packed. Both have the same number of blocks: if
+        it goes up, only the output may be packed and must be, if it goes down, only the input.
+
+    Returns:
+      What `conv2d_resample` does, packed or not.
+    """
+    pixels_in, pixels_out = (2 if each else 1 for each in packed)
+    assert pixels_in * up == pixels_out * down
+    size, _, inputs, outputs = weight.shape
+    matrix = _block_matrix(size, tuple(taps.tolist()), up, down, pixels_in, pixels_out)
+    places, blocks = tf.constant(matrix, weight.dtype), matrix.shape[1]
+    kernel = tf.einsum("tyca,sxdb,tsio->yxcdiabo", places, places, weight)
+    shape = [blocks, blocks, pixels_in**2 * inputs, pixels_out**2 * outputs]
+    kernel = tf.cast(tf.reshape(kernel, shape), x.dtype)
+    return tf.nn.conv2d(x, kernel, strides=1, padding="SAME")
+
+
+# --------------------------------------------------------------------------------------
+# Modulated convolution
+
+
 def modulated_conv2d(
     x: tf.Tensor,
     weight: tf.Tensor,
@@ -427,6 +557,7 @@ def modulated_conv2d(
     demodulate: bool = True,
     taps: np.ndarray = RESAMPLE_FILTER,
     formulas: Formulas = Formulas.GENERIC,
+    packed: tuple[bool, bool] = (False, False),
 ) -> tf.Tensor:
     """Convolution whose weights are scaled by each sample's style (StyleGAN2, section 2.2).
 
@@ -439,9 +570,10 @@ def modulated_conv2d(
       demodulate: whether each output channel is scaled to unit expected variance (equation 3).
       taps: the resampling filter.
       formulas: how it is computed.
+      packed: whether `x` is packed and the result shall be, see `block_conv2d`.
 
     Returns:
-      [N, H * up, W * up, out] in the dtype of `x`.
+      [N, H * up, W * up, out] in the dtype of `x`, or packed.
     """
     dtype = x.dtype
     if dtype == tf.float16 and demodulate:
@@ -451,17 +583,22 @@ def modulated_conv2d(
             * float(np.prod(weight.shape[:3]))
         )
         styles *= tf.math.rsqrt(tf.reduce_max(tf.square(styles), 1, keepdims=True))
-    y = _scale(x, tf.cast(styles, dtype), formulas)
-    y = conv2d_resample(y, tf.cast(weight, dtype), taps, up=up, formulas=formulas)
+    y = _scale(x, _for_each_pixel(tf.cast(styles, dtype), packed[0]), formulas)
+    y = conv2d_resample(y, tf.cast(weight, dtype), taps, up, 1, formulas, packed)
     if demodulate:
         energy = tf.reduce_sum(tf.square(weight), [0, 1])
         factors = tf.math.rsqrt(tf.linalg.matmul(tf.square(styles), energy) + 1e-8)
-        y = _scale(y, tf.cast(factors, dtype), formulas)
+        y = _scale(y, _for_each_pixel(tf.cast(factors, dtype), packed[1]), formulas)
     return y if noise is None else y + tf.cast(noise, dtype)
 
 
 # --------------------------------------------------------------------------------------
 # Scales, biases and activations
+
+
+def _for_each_pixel(values: tf.Tensor, packed: bool) -> tf.Tensor:
+    """[..., C] for maps, or [..., 4C] for packed ones."""
+    return tf.concat([values] * 4, -1) if packed else values
 
 
 def _sum_over_pixels(x: tf.Tensor) -> tf.Tensor:
@@ -522,20 +659,22 @@ def bias_act(
     gain: float | None = None,
     clamp: float | None = None,
     formulas: Formulas = Formulas.GENERIC,
+    packed: bool = False,
 ) -> tf.Tensor:
     """Adds a bias, applies an activation, scales, and limits.
 
     Args:
-      x: [..., C].
+      x: [..., C], or packed.
       bias: [C], or None.
       activation: "linear", "lrelu" (leaky ReLU), "sigmoid" or "swish".
       alpha: the slope of "lrelu" below zero.
       gain: a factor after the activation; None takes the one that keeps the variance.
       clamp: the result is limited to [-clamp, clamp]; None doesn't.
       formulas: how it is computed.
+      packed: whether `x` is packed.
     """
     if bias is not None:
-        x = _add_bias(x, tf.cast(bias, x.dtype), formulas)
+        x = _add_bias(x, _for_each_pixel(tf.cast(bias, x.dtype), packed), formulas)
     if gain is None:
         gain = _ACTIVATION_GAINS[activation]
     if activation == "lrelu":

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import tensorflow as tf
@@ -20,6 +21,7 @@ from trainer.core.config import base_grid
 from trainer.networks import ops
 
 Params = Mapping[str, tf.Tensor]
+NumHalf = int | Literal["all"]
 
 _SQRT_HALF = math.sqrt(0.5)
 
@@ -174,14 +176,23 @@ def _conv(
     gain: float = 1.0,
     clamp: float | None = None,
     formulas: ops.Formulas,
+    packed: tuple[bool, bool] = (False, False),
 ) -> tf.Tensor:
     """A convolution with equalised learning rate, bias and activation."""
     weight = tf.cast(_equalized(params[f"{name}.weight"]), x.dtype)
-    x = ops.conv2d_resample(x, weight, up=up, down=down, formulas=formulas)
+    x = ops.conv2d_resample(x, weight, up=up, down=down, formulas=formulas, packed=packed)
     act_gain = gain * (math.sqrt(2) if activation == "lrelu" else 1.0)
     act_clamp = None if clamp is None else clamp * gain
     bias = params.get(f"{name}.bias")
-    return ops.bias_act(x, bias, activation, gain=act_gain, clamp=act_clamp, formulas=formulas)
+    return ops.bias_act(
+        x,
+        bias,
+        activation,
+        gain=act_gain,
+        clamp=act_clamp,
+        formulas=formulas,
+        packed=packed[1],
+    )
 
 
 def _mapping_layers(params: Params, z: tf.Tensor | None, c: tf.Tensor, layers: int) -> tf.Tensor:
@@ -204,6 +215,7 @@ class Block:
       height, width: of its feature maps (the larger ones, for a discriminator block).
       inputs, outputs: channels. A generator's first block has no inputs.
       dtype: in which its convolutions run; None is that of the parameters.
+      packed: whether its feature maps are packed for a TPU's lanes (`ops.pack`).
     """
 
     name: str
@@ -212,16 +224,23 @@ class Block:
     inputs: int
     outputs: int
     dtype: tf.DType | None
+    packed: bool
 
 
 def _channels(level: int, channel_base: int, channel_max: int) -> int:
     return min(channel_base // (4 << level), channel_max)
 
 
+def _packed(level: int, channels: int, formulas: ops.Formulas) -> bool:
+    return formulas is ops.Formulas.TPU and level > 0 and channels <= ops.PACK_MAX_CHANNELS
+
+
 def _level_dtype(
-    level: int, doublings: int, num_fp16_res: int, half_dtype: tf.DType | None
+    level: int, doublings: int, num_fp16_res: NumHalf, half_dtype: tf.DType | None
 ) -> tf.DType | None:
-    """16-bit for the `num_fp16_res` highest resolutions, but never below the second (`b8`)."""
+    """16-bit for all, or for the highest resolutions, but then never below the second (`b8`)."""
+    if num_fp16_res == "all":
+        return half_dtype
     return half_dtype if level > max(doublings - num_fp16_res, 0) else None
 
 
@@ -238,7 +257,8 @@ class Generator(Network):
       channel_base, channel_max: a block at nominal resolution r has
         min(channel_base // r, channel_max) channels.
       architecture: "skip", "resnet" or "orig" (StyleGAN2, figure 7).
-      num_fp16_res: how many of the highest resolutions run in `half_dtype`.
+      num_fp16_res: how many of the highest resolutions run in `half_dtype`; with a number `b4`
+        never does, as with NVIDIA, with "all" it does.
       conv_clamp: limit of activations in every block (NVIDIA's --fp32 has none).
       half_dtype: tf.float16, tf.bfloat16, or None for full precision throughout.
       formulas: how layers are computed.
@@ -256,7 +276,7 @@ class Generator(Network):
         channel_base: int = 32768,
         channel_max: int = 512,
         architecture: str = "skip",
-        num_fp16_res: int = 0,
+        num_fp16_res: NumHalf = 0,
         conv_clamp: float | None = None,
         half_dtype: tf.DType | None = None,
         formulas: ops.Formulas = ops.Formulas.GENERIC,
@@ -272,8 +292,9 @@ class Generator(Network):
         for level in range(doublings + 1):
             outputs = _channels(level, channel_base, channel_max)
             dtype = _level_dtype(level, doublings, num_fp16_res, half_dtype)
-            name = f"b{4 << level}"
-            self.blocks.append(Block(name, height << level, width << level, inputs, outputs, dtype))
+            size = f"b{4 << level}", height << level, width << level
+            packed = _packed(level, outputs, formulas)
+            self.blocks.append(Block(*size, inputs, outputs, dtype, packed))
             inputs = outputs
         for block in self.blocks:
             self._declare(block)
@@ -429,24 +450,34 @@ class Generator(Network):
             )
             x = layer(params, f"{name}.conv1", x, w, noise)
         else:
-            x = tf.cast(x, dtype)
+            x, packed = tf.cast(x, dtype), block.packed
             residual = self.architecture == "resnet"
             gain = _SQRT_HALF if residual else 1.0
             y = (
-                _conv(params, f"{name}.skip", x, up=2, gain=gain, formulas=self.formulas)
+                _conv(
+                    params,
+                    f"{name}.skip",
+                    x,
+                    up=2,
+                    gain=gain,
+                    formulas=self.formulas,
+                    packed=(False, packed),
+                )
                 if residual
                 else None
             )
-            x = layer(params, f"{name}.conv0", x, next(styles), noise, up=2)
-            x = layer(params, f"{name}.conv1", x, next(styles), noise, gain=gain)
+            x = layer(params, f"{name}.conv0", x, next(styles), noise, up=2, packed=(False, packed))
+            x = layer(
+                params, f"{name}.conv1", x, next(styles), noise, gain=gain, packed=(packed, packed)
+            )
             x = x if y is None else x + y
         if img is not None:
             img = ops.upsample2d(img, ops.RESAMPLE_FILTER, self.formulas)
         last = next(styles)
         if self._has_torgb(block):
-            rgb = tf.cast(self._torgb(params, f"{name}.torgb", x, last), full)
+            rgb = tf.cast(self._torgb(params, f"{name}.torgb", x, last, block.packed), full)
             img = rgb if img is None else img + rgb
-        return x, img, last
+        return (ops.unpack(x) if block.packed else x), img, last
 
     def _layer(
         self,
@@ -457,6 +488,7 @@ class Generator(Network):
         noise: Iterator[tf.Tensor],
         up: int = 1,
         gain: float = 1.0,
+        packed: tuple[bool, bool] = (False, False),
     ) -> tf.Tensor:
         """Modulated 3x3 convolution, noise, bias and leaky ReLU."""
         styles = _dense(params, f"{name}.affine", w)
@@ -464,17 +496,40 @@ class Generator(Network):
         image = next(noise, None)
         if image is not None:
             image = image[..., tf.newaxis] * params[f"{name}.noise_strength"]
-        x = ops.modulated_conv2d(x, weight, styles, image, up=up, formulas=self.formulas)
+            if packed[1]:
+                image = image if image.shape.rank == 4 else image[tf.newaxis]
+                image = ops.pack_noise(tf.cast(image, x.dtype), weight.shape[3])
+        x = ops.modulated_conv2d(
+            x, weight, styles, image, up=up, formulas=self.formulas, packed=packed
+        )
         clamp = None if self.conv_clamp is None else self.conv_clamp * gain
         gain *= math.sqrt(2)
         bias = params[f"{name}.bias"]
-        return ops.bias_act(x, bias, "lrelu", gain=gain, clamp=clamp, formulas=self.formulas)
+        return ops.bias_act(
+            x,
+            bias,
+            "lrelu",
+            gain=gain,
+            clamp=clamp,
+            formulas=self.formulas,
+            packed=packed[1],
+        )
 
-    def _torgb(self, params: Params, name: str, x: tf.Tensor, w: tf.Tensor) -> tf.Tensor:
+    def _torgb(
+        self, params: Params, name: str, x: tf.Tensor, w: tf.Tensor, packed: bool
+    ) -> tf.Tensor:
         weight = params[f"{name}.weight"]
         styles = _dense(params, f"{name}.affine", w)
         styles *= tf.constant(1 / math.sqrt(weight.shape[2]), styles.dtype)
-        x = ops.modulated_conv2d(x, weight, styles, demodulate=False, formulas=self.formulas)
+        x = ops.modulated_conv2d(
+            x,
+            weight,
+            styles,
+            demodulate=False,
+            formulas=self.formulas,
+            packed=(packed, packed),
+        )
+        x = ops.unpack(x) if packed else x
         bias = params[f"{name}.bias"]
         return ops.bias_act(x, bias, clamp=self.conv_clamp, formulas=self.formulas)
 
@@ -509,7 +564,7 @@ class Discriminator(Network):
         architecture: str = "resnet",
         mapping_layers: int = 8,
         mbstd_group_size: int = 4,
-        num_fp16_res: int = 0,
+        num_fp16_res: NumHalf = 0,
         conv_clamp: float | None = None,
         half_dtype: tf.DType | None = None,
         formulas: ops.Formulas = ops.Formulas.GENERIC,
@@ -528,12 +583,14 @@ class Discriminator(Network):
             inputs = _channels(level, channel_base, channel_max)
             outputs = _channels(level - 1, channel_base, channel_max)
             dtype = _level_dtype(level, doublings, num_fp16_res, half_dtype)
-            name = f"b{4 << level}"
-            self.blocks.append(Block(name, height << level, width << level, inputs, outputs, dtype))
+            size = f"b{4 << level}", height << level, width << level
+            packed = _packed(level, inputs, formulas)
+            self.blocks.append(Block(*size, inputs, outputs, dtype, packed))
         # NVIDIA counts layers from the image inwards when it freezes the first of them.
         self._layers: list[str] = []
         for block in self.blocks:
             self._declare(block)
+        self._epilogue_dtype = _level_dtype(0, doublings, num_fp16_res, half_dtype)
         channels = _channels(0, channel_base, channel_max)
         self.cmap_dim = channels if c_dim else 0
         if architecture == "skip":
@@ -594,9 +651,17 @@ class Discriminator(Network):
         cmap = _mapping_layers(params, None, c, self.mapping_layers)
         return tf.reduce_sum(x * cmap, 1, keepdims=True) / math.sqrt(self.cmap_dim)
 
-    def _fromrgb(self, params: Params, name: str, img: tf.Tensor) -> tf.Tensor:
+    def _fromrgb(
+        self, params: Params, name: str, img: tf.Tensor, packed: bool = False
+    ) -> tf.Tensor:
         return _conv(
-            params, name, img, activation="lrelu", clamp=self.conv_clamp, formulas=self.formulas
+            params,
+            name,
+            ops.pack(img) if packed else img,
+            activation="lrelu",
+            clamp=self.conv_clamp,
+            formulas=self.formulas,
+            packed=(packed, packed),
         )
 
     def _block(
@@ -604,10 +669,12 @@ class Discriminator(Network):
     ) -> tuple[tf.Tensor, tf.Tensor]:
         name, clamp, formulas = block.name, self.conv_clamp, self.formulas
         dtype = block.dtype or params["b4.out.weight"].dtype
-        x = None if x is None else tf.cast(x, dtype)
+        packed = block.packed
+        if x is not None:
+            x = tf.cast(ops.pack(x) if packed else x, dtype)
         if f"{name}.fromrgb.weight" in params:
             img = tf.cast(img, dtype)
-            y = self._fromrgb(params, f"{name}.fromrgb", img)
+            y = self._fromrgb(params, f"{name}.fromrgb", img, packed)
             x = y if x is None else x + y
             if self.architecture == "skip":
                 img = ops.downsample2d(img, ops.RESAMPLE_FILTER, formulas)
@@ -615,11 +682,27 @@ class Discriminator(Network):
         residual = self.architecture == "resnet"
         gain = _SQRT_HALF if residual else 1.0
         y = (
-            _conv(params, f"{name}.skip", x, down=2, gain=gain, formulas=formulas)
+            _conv(
+                params,
+                f"{name}.skip",
+                x,
+                down=2,
+                gain=gain,
+                formulas=formulas,
+                packed=(packed, False),
+            )
             if residual
             else None
         )
-        x = _conv(params, f"{name}.conv0", x, activation="lrelu", clamp=clamp, formulas=formulas)
+        x = _conv(
+            params,
+            f"{name}.conv0",
+            x,
+            activation="lrelu",
+            clamp=clamp,
+            formulas=formulas,
+            packed=(packed, packed),
+        )
         x = _conv(
             params,
             f"{name}.conv1",
@@ -629,15 +712,22 @@ class Discriminator(Network):
             gain=gain,
             clamp=clamp,
             formulas=formulas,
+            packed=(packed, False),
         )
         return (x if y is None else x + y), img
 
     def _epilogue(self, params: Params, x: tf.Tensor) -> tf.Tensor:
-        """Minibatch-stddev, convolution and two fully connected layers, all in full precision."""
+        """Minibatch-stddev, convolution and two fully connected layers.
+
+        All in full precision, but for the convolution if the whole network is in 16 bits.
+        """
+        full = x.dtype
         x = ops.minibatch_stddev(x, self.mbstd_group_size)
+        x = tf.cast(x, self._epilogue_dtype or full)
         x = _conv(
             params, "b4.conv", x, activation="lrelu", clamp=self.conv_clamp, formulas=self.formulas
         )
+        x = tf.cast(x, full)
         _, height, width, channels = x.shape
         x = tf.reshape(x, [-1, height * width * channels])
         x = _dense(params, "b4.fc", x, activation="lrelu")

@@ -70,6 +70,7 @@ def warp(
     *,
     group_size: int,
     static_shapes: bool,
+    planar: bool = False,
 ) -> tf.Tensor:
     """Resamples images under one affine map each.
 
@@ -80,6 +81,8 @@ def warp(
       static_shapes: make the canvas as large as any margin can need, so that every shape is known
         while tracing (XLA, TPU). Otherwise it is as large as this call's margins need. The
         results are equal.
+      planar: keep the colours of the canvas apart. TPUs pad what comes last in a shape to 128, and
+        three colours there would take 40 times the memory. The results are equal.
 
     Returns:
       [N, H, W, C], as `images`.
@@ -92,11 +95,17 @@ def warp(
         bound_x, bound_y = tf.unstack(tf.reduce_max(margin, axis=[0, 2]))
     up_x = _upsampler(width, bound_x, margin[:, 0], images.dtype)
     up_y = _upsampler(height, bound_y, margin[:, 1], images.dtype)
-    canvas = separable(
-        images, tf.repeat(up_y, group_size, axis=0), tf.repeat(up_x, group_size, axis=0)
-    )
+    up_y, up_x = (tf.repeat(matrix, group_size, axis=0) for matrix in (up_y, up_x))
     x, y = _sample_positions(linear, offset, (height, width))
-    samples = _bilinear(canvas, x, y, (2 * bound_y + 1, 2 * bound_x + 1))
+    origin = (2 * bound_y + 1, 2 * bound_x + 1)
+    if planar:
+        planes = _separable_planes(tf.transpose(images, [0, 3, 1, 2]), up_y, up_x)
+        planes = _bilinear_planes(planes, x, y, origin)
+        down_y = _dilated_toeplitz(LOWPASS, -1, height, planes.shape[2], images.dtype)
+        down_x = _dilated_toeplitz(LOWPASS, -1, width, planes.shape[3], images.dtype)
+        planes = _separable_planes(planes, down_y[tf.newaxis], down_x[tf.newaxis])
+        return tf.transpose(planes, [0, 2, 3, 1])
+    samples = _bilinear(separable(images, up_y, up_x), x, y, origin)
     # Low-pass, keep every other pixel, and crop what the filter reached beyond the image.
     down_y = _dilated_toeplitz(LOWPASS, -1, height, samples.shape[1], images.dtype)
     down_x = _dilated_toeplitz(LOWPASS, -1, width, samples.shape[2], images.dtype)
@@ -121,6 +130,12 @@ def separable(images: tf.Tensor, vertical: tf.Tensor, horizontal: tf.Tensor) -> 
     out = tf.transpose(tf.reshape(out, [num, height, channels, out_width]), [0, 1, 3, 2])
     out = tf.matmul(vertical, tf.reshape(out, [num, height, out_width * channels]))
     return tf.reshape(out, [num, tf.shape(vertical)[1], out_width, channels])
+
+
+def _separable_planes(planes: tf.Tensor, vertical: tf.Tensor, horizontal: tf.Tensor) -> tf.Tensor:
+    """`separable` of [N, C, H, W]."""
+    out = tf.matmul(planes, horizontal[:, tf.newaxis], transpose_b=True)
+    return tf.matmul(vertical[:, tf.newaxis], out)
 
 
 def _upsampler(size: int, bound: int | tf.Tensor, margin: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
@@ -199,14 +214,9 @@ def _sample_positions(
 
 
 def _bilinear(
-    canvas: tf.Tensor,
-    x: tf.Tensor,
-    y: tf.Tensor,
-    origin: tuple[int | tf.Tensor, int | tf.Tensor],
+    canvas: tf.Tensor, x: tf.Tensor, y: tf.Tensor, origin: tuple[int | tf.Tensor, int | tf.Tensor]
 ) -> tf.Tensor:
     """Bilinear samples of a canvas whose first and last two rows and columns are zero.
-
-    The one place that gathers: a platform where gathers are slow replaces this function.
 
     Args:
       canvas: [N, Ky, Kx, C].
@@ -217,57 +227,103 @@ def _bilinear(
     Returns:
       [N, h, w, C].
     """
-    num, channels = canvas.shape[0], canvas.shape[-1]
-    (ky, kx), (oy, ox) = tf.unstack(tf.shape(canvas)[1:3]), origin
+    size = tf.shape(canvas)[1], tf.shape(canvas)[2]
+    first = tf.range(canvas.shape[0]) * (size[0] * size[1])
+    corners = _corners(tf.reshape(first, [-1, 1, 1]), x, y, origin, size)
+    return _interpolate(tf.reshape(canvas, [-1, canvas.shape[-1]]), corners)
+
+
+def _bilinear_planes(
+    planes: tf.Tensor, x: tf.Tensor, y: tf.Tensor, origin: tuple[int | tf.Tensor, int | tf.Tensor]
+) -> tf.Tensor:
+    """`_bilinear` of [N, C, Ky, Kx]: [N, C, h, w]."""
+    num, channels = planes.shape[:2]
+    size = tf.shape(planes)[2], tf.shape(planes)[3]
+    first = tf.range(num * channels) * (size[0] * size[1])
+    first = tf.reshape(first, [num, channels, 1, 1])
+    corners = _corners(first, x[:, tf.newaxis], y[:, tf.newaxis], origin, size)
+    return _interpolate(tf.reshape(planes, [-1]), corners)
+
+
+_Corners = tuple[tuple[tf.Tensor, tf.Tensor], ...]
+
+
+def _corners(
+    first: tf.Tensor,
+    x: tf.Tensor,
+    y: tf.Tensor,
+    origin: tuple[int | tf.Tensor, int | tf.Tensor],
+    size: tuple[tf.Tensor, tf.Tensor],
+) -> _Corners:
+    """The four pixels about each position and their weights.
+
+    Args:
+      first: index of each image's first pixel; broadcasts with the positions.
+      x, y, origin: as for `_bilinear`.
+      size: (Ky, Kx).
+    """
+    (ky, kx), (oy, ox) = size, origin
     x = tf.clip_by_value(x, tf.cast(-ox, x.dtype), tf.cast(kx - 2 - ox, x.dtype))
     y = tf.clip_by_value(y, tf.cast(-oy, y.dtype), tf.cast(ky - 2 - oy, y.dtype))
     left, top = tf.floor(x), tf.floor(y)
-    first = tf.reshape(tf.range(num) * ky + oy, [num, 1, 1])
-    index = (first + tf.cast(top, tf.int32)) * kx + (tf.cast(left, tf.int32) + ox)
+    index = first + (tf.cast(top, tf.int32) + oy) * kx + (tf.cast(left, tf.int32) + ox)
     to_right, to_bottom = x - left, y - top
     to_left, to_top = 1 - to_right, 1 - to_bottom
-    corners = (
+    return (
         (index, to_left * to_top),
         (index + 1, to_right * to_top),
         (index + kx, to_left * to_bottom),
         (index + kx + 1, to_right * to_bottom),
     )
-    return _interpolate(tf.reshape(canvas, [-1, channels]), corners)
 
 
 # Two linear maps, each the transpose of the other, so that each is the other's derivative. What
 # automatic differentiation would make of `tf.gather` takes twice the time, and warns.
 
-_Corners = tuple[tuple[tf.Tensor, tf.Tensor], ...]
-
 
 def _interpolate(pixels: tf.Tensor, corners: _Corners) -> tf.Tensor:
-    """Weighted sums of four pixels: [M, C], four ([...] int32 index, [...] weight) -> [..., C]."""
+    """Weighted sums of four pixels.
+
+    Args:
+      pixels: [M, C], or [M] with the planes of all colours one after the other.
+      corners: four ([...] int32 index, [...] weight).
+
+    Returns:
+      [..., C], or [...].
+    """
+    colors = pixels.shape.rank == 2
 
     @tf.custom_gradient
     def run(pixels: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
         num_pixels = tf.shape(pixels)[0]
-        terms = [tf.gather(pixels, index) * weight[..., tf.newaxis] for index, weight in corners]
-        return tf.add_n(terms), lambda dy: _spread(dy, corners, num_pixels)
+        terms = [
+            tf.gather(pixels, index) * (weight[..., tf.newaxis] if colors else weight)
+            for index, weight in corners
+        ]
+        return tf.add_n(terms), lambda dy: _spread(dy, corners, num_pixels, colors)
 
     return run(pixels)
 
 
-def _spread(samples: tf.Tensor, corners: _Corners, num_pixels: tf.Tensor) -> tf.Tensor:
-    """Adds each sample to its four pixels by weight: [..., C] -> [num_pixels, C]."""
+def _spread(
+    samples: tf.Tensor, corners: _Corners, num_pixels: tf.Tensor, colors: bool
+) -> tf.Tensor:
+    """Adds each sample to its four pixels by weight: [..., C] -> [num_pixels, C], or without C."""
+
+    def total(plane: tf.Tensor) -> tf.Tensor:
+        return tf.add_n(
+            [
+                tf.math.unsorted_segment_sum(plane * weight, index, num_pixels)
+                for index, weight in corners
+            ]
+        )
 
     @tf.custom_gradient
     def run(samples: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
         # One channel at a time: on a CPU single numbers are summed faster than short rows.
-        channels = [
-            tf.add_n(
-                [
-                    tf.math.unsorted_segment_sum(channel * weight, index, num_pixels)
-                    for index, weight in corners
-                ]
-            )
-            for channel in tf.unstack(samples, axis=-1)
-        ]
-        return tf.stack(channels, axis=-1), lambda dy: _interpolate(dy, corners)
+        planes = tf.unstack(samples, axis=-1) if colors else [samples]
+        sums = [total(plane) for plane in planes]
+        spread = tf.stack(sums, axis=-1) if colors else sums[0]
+        return spread, lambda dy: _interpolate(dy, corners)
 
     return run(samples)

@@ -265,8 +265,8 @@ def load_generator(
       path: a run's directory (its newest checkpoint is taken), or a checkpoint's.
 
     Returns:
-      The network, the parameters of G_ema, the run's config, and `state.json` with `step`, `kimg`,
-      `resolution`, `channels`, `label_names` and `label_counts`.
+      The network in full precision, the parameters of G_ema in float32, the run's config, and
+      `state.json` with `step`, `kimg`, `resolution`, `channels`, `label_names` and `label_counts`.
 
     Raises:
       CheckpointError: there is no whole checkpoint.
@@ -276,5 +276,7 @@ def load_generator(
     data = build.DataShape(
         tuple(found.info["resolution"]), found.info["channels"], tuple(found.info["label_counts"])
     )
-    generator, _ = build.networks(config, data)
-    return generator, read_parameters(found, "G_ema"), config, found.info
+    generator, _ = build.networks(config, data, rounded=False)
+    stored = read_parameters(found, "G_ema")
+    params = {name: value.astype(np.float32) for name, value in stored.items()}
+    return generator, params, config, found.info

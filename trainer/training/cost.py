@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from trainer.core.config import BatchArithmetic, Config, base_grid
+from trainer.distribution.precision import full_dtype, half_dtype
 from trainer.networks.stylegan2 import Block, Discriminator, Generator, Network
 
 _MIB = 1 << 20
@@ -46,9 +47,10 @@ def estimate(
         flop += 6 * d / training.d_reg_interval
     g_params, d_params = _count(generator), _count(discriminator)
     # G has a moving average besides the parameters and two moments, and all have gradients once.
-    state = 4 * (5 * g_params + 4 * d_params) / _MIB
+    full = full_dtype(config.run.precision)
+    state = full.size * (5 * g_params + 4 * d_params) / _MIB
     maps = _feature_values(discriminator.blocks) * 2  # fakes and reals together
-    width = 4 if config.run.precision == "float32" else 2
+    width = (half_dtype(config.run.precision) or full).size
     activations = 3.5 * width * maps * arithmetic.per_replica_batch / _MIB
     return Cost(g_params, d_params, flop / 1e9, state, activations)
 

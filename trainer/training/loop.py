@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,24 +14,30 @@ import trainer
 from trainer.core import config as config_lib
 from trainer.core import storage
 from trainer.core.config import Config
-from trainer.core.errors import ConfigError, DataError, DivergedError
+from trainer.core.errors import CheckpointError, ConfigError, DataError, DivergedError
 from trainer.data import manifest as manifest_lib
 from trainer.data.manifest import Manifest
 from trainer.data.pipeline import ImageStream
+from trainer.distribution import precision
+from trainer.distribution.cluster import Cluster
 from trainer.distribution.strategy import choose
-from trainer.networks.ops import Formulas
 from trainer.telemetry import images as telemetry_images
-from trainer.telemetry.statsfile import Stat
+from trainer.telemetry.statsfile import Stat, constant
 from trainer.telemetry.writers import Telemetry
-from trainer.training import build, checkpoint, cost
+from trainer.training import build, checkpoint, cost, loss_scale
 from trainer.training.checkpoint import Checkpoints
 from trainer.training.snapshot import Snapshots
-from trainer.training.state import STATS, TrainState
-from trainer.training.step import TrainStep
+from trainer.training.state import PHASES, STATS, TrainState
+from trainer.training.step import TrainStep, agree
 
 
 def train(
-    config: Config, workdir: str, *, dry_run: bool = False, allow_change: Sequence[str] = ()
+    config: Config,
+    workdir: str,
+    *,
+    dry_run: bool = False,
+    allow_change: Sequence[str] = (),
+    cluster: Cluster | None = None,
 ) -> None:
     """Trains until `training.total_kimg`, from where the workdir's newest checkpoint is.
 
@@ -40,6 +46,8 @@ def train(
       workdir: directory of the run, local or gs://.
       dry_run: say what would be done, and do nothing.
       allow_change: keys that may differ from those of the checkpoint.
+      cluster: the workers of the run, if there are several: all of them train, and the chief alone
+        writes to the workdir.
 
     Raises:
       ConfigError: the config doesn't fit itself, the data or the checkpoint.
@@ -51,23 +59,25 @@ def train(
     started = time.monotonic()
     manifest = manifest_lib.load(storage.resolve(config.data.path))
     config = config_lib.resolve(config, resolution=manifest.resolution)
-    placement, jit = choose(config.run.strategy, config.run.jit)
-    strategy = placement.strategy
+    placement, jit = choose(config.run, cluster)
+    precision.check(config.run.precision, placement.platform)
+    strategy, is_chief = placement.strategy, placement.is_chief
     arithmetic = config_lib.batch_arithmetic(config, strategy.num_replicas_in_sync)
     if config.run.deterministic:
         tf.config.experimental.enable_op_determinism()
     data = build.DataShape(
         manifest.resolution,
         manifest.channels,
-        tuple(manifest.label_counts) if config.data.use_labels else (),
+        manifest.condition_counts(config.data.use_labels),
     )
-    formulas = Formulas.XLA_CPU if jit and not placement.accelerated else Formulas.GENERIC
+    formulas = build.formulas(placement.platform, jit)
     generator, discriminator = build.networks(config, data, formulas)
     costs = cost.estimate(config, arithmetic, generator, discriminator)
     for line in _description(config, manifest, arithmetic, placement.description, jit, costs):
-        print(line, flush=True)
+        if is_chief or line.startswith("devices"):
+            print(line, flush=True)
     if dry_run:
-        print(config_lib.to_yaml(config), end="")
+        print(config_lib.to_yaml(config) if is_chief else "", end="")
         return
 
     # ------------------------------------------------------------------ state
@@ -83,8 +93,8 @@ def train(
             seed=config.run.seed,
             freeze_d=config.training.freeze_d,
             augment_p=config.augment.p if config.augment.mode != "none" else 0.0,
+            dtype=precision.full_dtype(config.run.precision),
         )
-    storage.makedirs(workdir)
     checkpoints = Checkpoints(workdir, config.checkpoint, state.variables())
     tick, tick_start, previous_sec = 0, 0, 0.0
     if found is not None:
@@ -94,9 +104,16 @@ def train(
         print(f"resuming from {found.path}: step {found.step}, kimg {found.info['kimg']:.3f}")
     elif config.training.init_from:
         _start_from(config.training.init_from, state)
-    storage.write_text_atomic(
-        storage.join(workdir, "config.yaml"), _versions() + config_lib.to_yaml(config)
-    )
+    if not agree(strategy, int(state.step.numpy())):
+        raise CheckpointError(
+            f"the workers have found different checkpoints in {workdir}; it must be one directory "
+            "that all of them see: put it on gs:// or a shared disk"
+        )
+    if is_chief:
+        storage.makedirs(workdir)
+        storage.write_text_atomic(
+            storage.join(workdir, "config.yaml"), _versions() + config_lib.to_yaml(config)
+        )
 
     # ------------------------------------------------------------------ data
     images, step = int(state.images.numpy()), int(state.step.numpy())
@@ -106,6 +123,8 @@ def train(
         groups_per_batch=arithmetic.groups_per_step,
         seed=config.run.seed,
         start_group=images // arithmetic.group_size,
+        worker=placement.worker,
+        num_workers=placement.num_workers,
         use_labels=config.data.use_labels,
         mirror=config.data.mirror,
         window=config.data.window,
@@ -117,22 +136,24 @@ def train(
 
     # ------------------------------------------------------------------ pictures
     total_images = round(config.training.total_kimg * 1000)
-    telemetry = Telemetry(
-        workdir,
-        tensorboard=config.telemetry.tensorboard,
-        total_kimg=config.training.total_kimg,
-        resume_kimg=images / 1000,
-    )
-    plain, _ = build.networks(config, data)
+    telemetry = None
+    if is_chief:
+        telemetry = Telemetry(
+            workdir,
+            tensorboard=config.telemetry.tensorboard,
+            total_kimg=config.training.total_kimg,
+            resume_kimg=images / 1000,
+        )
+    plain, _ = build.networks(config, data, rounded=False)
     snapshots = Snapshots(plain, manifest, use_labels=config.data.use_labels, seed=config.run.seed)
 
-    def snapshot(name: str, grid: np.ndarray, kimg: float) -> None:
+    def snapshot(telemetry: Telemetry, name: str, grid: np.ndarray, kimg: float) -> None:
         telemetry_images.save_image(storage.join(workdir, f"{name}.png"), grid)
         telemetry.image("Reals" if name == "reals" else "Fakes", grid, kimg)
 
-    if found is None:
-        snapshot("reals", snapshots.reals(), 0)
-        snapshot("fakes_init", snapshots.fakes(state.g_ema), 0)
+    if telemetry and found is None:
+        snapshot(telemetry, "reals", snapshots.reals(), 0)
+        snapshot(telemetry, "fakes_init", snapshots.fakes(state.g_ema), 0)
         telemetry.line(f"wrote {storage.join(workdir, 'reals.png')} and fakes_init.png")
 
     def info(total_sec: float) -> dict[str, Any]:
@@ -154,7 +175,8 @@ def train(
         }
 
     # ------------------------------------------------------------------ run
-    telemetry.line(f"training to {config.training.total_kimg:g} kimg; the first step compiles")
+    if telemetry:
+        telemetry.line(f"training to {config.training.total_kimg:g} kimg; the first step compiles")
     tick_began, maintenance = time.monotonic(), 0.0
     first = True
     try:
@@ -163,9 +185,11 @@ def train(
             images, step = images + arithmetic.global_batch, step + 1
             if first:
                 state.step.numpy()  # waits for the step
-                telemetry.line(f"first step after {time.monotonic() - started:.0f} s")
                 first = False
-            telemetry.progress(images)
+                if telemetry:
+                    telemetry.line(f"first step after {time.monotonic() - started:.0f} s")
+            if telemetry:
+                telemetry.progress(images)
             done = images >= total_images
             at_tick = done or tick == 0 or images >= tick_start + config.telemetry.tick_kimg * 1000
             at_checkpoint = done or step % config.checkpoint.every_steps == 0
@@ -176,29 +200,38 @@ def train(
             if at_tick:
                 tick_sec = time.monotonic() - tick_began
                 _check_advanced(state, images, step)
-                telemetry.tick(
-                    _take_stats(state),
-                    tick=tick,
-                    nimg=images,
-                    augment_p=float(state.augment_p.numpy()),
-                    total_sec=total_sec,
-                    tick_sec=tick_sec,
-                    maintenance_sec=maintenance,
-                )
-                maintenance_began = time.monotonic()
-                if done or (tick > 0 and tick % config.telemetry.snap_ticks == 0):
-                    name = f"fakes{images // 1000:06d}"
-                    snapshot(name, snapshots.fakes(state.g_ema), images / 1000)
+                stats, maintenance_began = _take_stats(state), time.monotonic()
+                if config.run.precision == "float16":
+                    stats |= _take_loss_scales(state)
+                if telemetry:
+                    if text := _skipped(stats):
+                        telemetry.line(text)
+                    telemetry.tick(
+                        stats,
+                        tick=tick,
+                        nimg=images,
+                        augment_p=float(state.augment_p.numpy()),
+                        total_sec=total_sec,
+                        tick_sec=tick_sec,
+                        maintenance_sec=maintenance,
+                    )
+                    maintenance_began = time.monotonic()
+                    if done or (tick > 0 and tick % config.telemetry.snap_ticks == 0):
+                        name = f"fakes{images // 1000:06d}"
+                        grid = snapshots.fakes(state.g_ema)
+                        snapshot(telemetry, name, grid, images / 1000)
                 tick, tick_start = tick + 1, images
                 tick_began = time.monotonic()
                 maintenance = tick_began - maintenance_began
             if at_checkpoint:
                 saving_began = time.monotonic()
-                checkpoints.save(step, info(total_sec))
+                if is_chief:
+                    checkpoints.save(step, info(total_sec))
                 saved_in = time.monotonic() - saving_began
                 maintenance, tick_began = maintenance + saved_in, tick_began + saved_in
     finally:
-        telemetry.close()
+        if telemetry:
+            telemetry.close()
     print(f"finished: {images / 1000:g} kimg, {step} steps; see {workdir}")
 
 
@@ -272,7 +305,7 @@ def _start_from(path: str, state: TrainState) -> None:
             if name not in stored or stored[name].shape != tuple(variable.shape):
                 wrong.append(f"{prefix}/{name}")
             else:
-                variable.assign(stored[name])
+                variable.assign(tf.cast(stored[name], variable.dtype))
         print(f"init_from {found.path}: {prefix}, {len(table)} parameters")
     if wrong:
         raise ConfigError(
@@ -293,6 +326,29 @@ def _take_stats(state: TrainState) -> dict[str, Stat]:
             stats[name] = Stat(int(number), float(mean), float(np.sqrt(variance)))
     state.stats.assign(tf.zeros_like(state.stats))
     return stats
+
+
+def _take_loss_scales(state: TrainState) -> dict[str, Stat]:
+    """The loss scale of each phase, and how many of its updates were skipped since the last tick."""
+    counts = state.loss_scale_counts.numpy()
+    stats = {}
+    for phase, scale, count in zip(PHASES, state.loss_scale.numpy(), counts, strict=True):
+        stats[f"Precision/loss_scale/{phase}"] = constant(scale)
+        stats[f"Precision/skipped/{phase}"] = constant(count[loss_scale.SKIPPED])
+    counts[:, loss_scale.SKIPPED] = 0
+    state.loss_scale_counts.assign(counts)
+    return stats
+
+
+def _skipped(stats: Mapping[str, Stat]) -> str | None:
+    """A line on the updates that were skipped in a tick, if any."""
+    parts = []
+    for phase in PHASES:
+        number = stats.get(f"Precision/skipped/{phase}")
+        if number is not None and number.mean:
+            scale = stats[f"Precision/loss_scale/{phase}"].mean
+            parts.append(f"{phase} {number.mean:.0f} (loss scale now {scale:g})")
+    return f"float16: updates skipped as not finite: {', '.join(parts)}" if parts else None
 
 
 def _check_finite(state: TrainState, workdir: str) -> None:

@@ -65,7 +65,11 @@ class Adam:
 
 
 def ema_beta(
-    batch_size: int, images: tf.Tensor, ema_kimg: float, rampup: float | None
+    batch_size: int,
+    images: tf.Tensor,
+    ema_kimg: float,
+    rampup: float | None,
+    dtype: tf.DType = tf.float32,
 ) -> tf.Tensor:
     """Decay of the generator's moving average in one step.
 
@@ -74,11 +78,12 @@ def ema_beta(
       images: [] int64, images seen before this step.
       ema_kimg: half-life in thousands of images.
       rampup: the half-life is at most this fraction of the images seen; None doesn't limit it.
+      dtype: of the result.
 
     Returns:
-      [] float32: G_ema = lerp(G, G_ema, beta).
+      []: G_ema = lerp(G, G_ema, beta).
     """
-    half_life = tf.constant(ema_kimg * 1000, tf.float32)
+    half_life = tf.constant(ema_kimg * 1000, dtype)
     if rampup is not None:
-        half_life = tf.minimum(half_life, tf.cast(images, tf.float32) * rampup)
+        half_life = tf.minimum(half_life, tf.cast(images, dtype) * rampup)
     return tf.exp(-math.log(2) * batch_size / tf.maximum(half_life, 1e-8))

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
 from trainer.core.seeds import Purpose, fold_in_groups
+from trainer.networks.ops import Formulas
 from trainer.networks.stylegan2 import Discriminator, Generator, Params
 from trainer.training import losses
 from trainer.training.augment import AugmentPipe
@@ -75,6 +76,8 @@ class Sampler:
       noise_mode: "random", "const" or "none".
       label_counts: images of each class in the data set: fakes have classes as often as reals.
       pipe: the augmentation, or None.
+      dtype: of the draws. They are made in float32 and converted, so that the numbers of a run
+        do not depend on its precision.
     """
 
     seed: int
@@ -85,8 +88,15 @@ class Sampler:
     noise_mode: str
     label_counts: tuple[int, ...]
     pipe: AugmentPipe | None
+    dtype: tf.DType = tf.float32
 
     def __call__(self, phase: str, group_index: tf.Tensor) -> Draws:
+        return tf.nest.map_structure(self._convert, self._draw(phase, group_index))
+
+    def _convert(self, draw: tf.Tensor) -> tf.Tensor:
+        return tf.cast(draw, self.dtype) if draw.dtype.is_floating else draw
+
+    def _draw(self, phase: str, group_index: tf.Tensor) -> Draws:
         shape = (*self.generator.resolution, self.generator.img_channels)
 
         def augment(purpose: Purpose) -> AugmentDraws:
@@ -151,9 +161,18 @@ def moments(values: tf.Tensor) -> tf.Tensor:
     return tf.stack([number, tf.reduce_sum(values), tf.reduce_sum(tf.square(values))])
 
 
-def _gradients(tape: tf.GradientTape, total: tf.Tensor, weights: Params) -> Grads:
+def _gradients(
+    tape: tf.GradientTape, total: tf.Tensor, sources: Any, scale: tf.Tensor | None
+) -> Any:
+    """The gradients of a sum in what it was made from, taken at `scale` times their size."""
     # Some parameters have no part in a loss: the last bias none in path length, for example.
-    return tape.gradient(total, weights, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+    grads = tape.gradient(
+        total,
+        sources,
+        output_gradients=scale,
+        unconnected_gradients=tf.UnconnectedGradients.ZERO,
+    )
+    return grads if scale is None else tf.nest.map_structure(lambda grad: grad / scale, grads)
 
 
 @dataclass(frozen=True)
@@ -186,7 +205,13 @@ class Phases:
     static_shapes: bool
 
     def gmain(
-        self, g: Params, d: Params, draws: Draws, p: tf.Tensor, batch: int
+        self,
+        g: Params,
+        d: Params,
+        draws: Draws,
+        p: tf.Tensor,
+        batch: int,
+        scale: tf.Tensor | None = None,
     ) -> tuple[Grads, Report, tf.Tensor]:
         """Logistic loss of the generator.
 
@@ -195,6 +220,7 @@ class Phases:
           draws: of this round's groups.
           p: [], probability of augmentation.
           batch: images in the whole batch, over which losses are averaged.
+          scale: [], keeps gradients within float16's range on the way; they come out unscaled.
 
         Returns:
           Gradients of the generator, what to report, and the sum of w over the samples [w_dim].
@@ -211,11 +237,11 @@ class Phases:
             "Loss/signs/fake": moments(tf.sign(logits)),
             "Loss/G/loss": moments(loss),
         }
-        return _gradients(tape, total, weights), report, tf.reduce_sum(w, 0)
+        return _gradients(tape, total, weights, scale), report, tf.reduce_sum(w, 0)
 
-    def path_lengths(self, g: Params, draws: Draws) -> tf.Tensor:
+    def path_lengths(self, g: Params, draws: Draws, scale: tf.Tensor | None = None) -> tf.Tensor:
         """The lengths alone: [N]."""
-        return self._path_lengths(g, draws)[0]
+        return self._path_lengths(g, draws, scale)[0]
 
     def greg(
         self,
@@ -224,6 +250,7 @@ class Phases:
         batch_mean: tf.Tensor | None,
         moving_mean: tf.Tensor,
         batch: int,
+        scale: tf.Tensor | None = None,
     ) -> tuple[Grads, Report, tf.Tensor, tf.Tensor]:
         """Path length regularisation of the generator.
 
@@ -233,6 +260,7 @@ class Phases:
           batch_mean: [], mean length over the whole batch; None if this round is the whole batch.
           moving_mean: [], of the lengths before this step.
           batch: images in the whole (shrunk) batch.
+          scale: as for `gmain`, of the first and of the second gradient.
 
         Returns:
           Gradients, what to report, the sum of w [w_dim], and the new moving mean [].
@@ -240,18 +268,18 @@ class Phases:
         weights = {name: g[name] for name in self.generator.trainable_names()}
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(weights)
-            lengths, w = self._path_lengths({**g, **weights}, draws)
+            lengths, w = self._path_lengths({**g, **weights}, draws, scale)
             mean = tf.reduce_mean(lengths) if batch_mean is None else batch_mean
             penalty, coefficients, moving_mean = losses.path_length_coefficients(
                 tf.stop_gradient(lengths), mean, moving_mean, self.pl_decay
             )
-            scale = self.pl_weight * self.g_reg_interval / batch
-            total = tf.reduce_sum(coefficients * lengths) * scale
+            factor = self.pl_weight * self.g_reg_interval / batch
+            total = tf.reduce_sum(coefficients * lengths) * factor
         report = {
             "Loss/pl_penalty": moments(penalty),
             "Loss/G/reg": moments(penalty * self.pl_weight),
         }
-        grads = _gradients(tape, total, weights)
+        grads = _gradients(tape, total, weights, scale)
         return grads, report, tf.reduce_sum(w, 0), moving_mean
 
     def dmain(
@@ -263,6 +291,7 @@ class Phases:
         draws: Draws,
         p: tf.Tensor,
         batch: int,
+        scale: tf.Tensor | None = None,
     ) -> tuple[Grads, Report, tf.Tensor]:
         """Logistic loss of the discriminator, on fakes and reals in one pass.
 
@@ -270,7 +299,7 @@ class Phases:
           g, d: parameters.
           images: [N, H, W, C] in [-1, 1], reals.
           c: [N, c_dim], their labels.
-          draws, p, batch: as for `gmain`.
+          draws, p, batch, scale: as for `gmain`.
 
         Returns:
           Gradients of the discriminator, what to report, and the sum of w [w_dim].
@@ -293,15 +322,23 @@ class Phases:
             "Loss/signs/real": moments(tf.sign(real_logits)),
             "Loss/D/loss": moments(loss),
         }
-        return _gradients(tape, total, weights), report, tf.reduce_sum(w, 0)
+        return _gradients(tape, total, weights, scale), report, tf.reduce_sum(w, 0)
 
     def dreg(
-        self, d: Params, images: tf.Tensor, c: tf.Tensor, draws: Draws, p: tf.Tensor, batch: int
+        self,
+        d: Params,
+        images: tf.Tensor,
+        c: tf.Tensor,
+        draws: Draws,
+        p: tf.Tensor,
+        batch: int,
+        scale: tf.Tensor | None = None,
     ) -> tuple[Grads, Report]:
         """R1 regularisation of the discriminator, at the images before augmentation.
 
         Args:
           d, images, c, draws, p, batch: as for `dmain`.
+          scale: as for `greg`.
 
         Returns:
           Gradients of the discriminator and what to report.
@@ -313,16 +350,16 @@ class Phases:
                 inner.watch(images)
                 logits = self._score({**d, **weights}, images, c, draws.augment_real, p)
                 score = tf.reduce_sum(logits)
-            penalty = losses.r1_penalty(inner.gradient(score, images))
-            scale = self.r1_gamma / 2 * self.d_reg_interval / batch
-            total = tf.reduce_sum(penalty) * scale
+            penalty = losses.r1_penalty(_gradients(inner, score, images, scale))
+            factor = self.r1_gamma / 2 * self.d_reg_interval / batch
+            total = tf.reduce_sum(penalty) * factor
         report = {
             "Loss/scores/real": moments(logits),
             "Loss/signs/real": moments(tf.sign(logits)),
             "Loss/r1_penalty": moments(penalty),
             "Loss/D/reg": moments(penalty * (self.r1_gamma / 2)),
         }
-        return _gradients(tape, total, weights), report
+        return _gradients(tape, total, weights, scale), report
 
     # ----------------------------------------------------------------------------------
 
@@ -343,20 +380,27 @@ class Phases:
         ws, w = self._ws(g, latents)
         return self._synthesize(g, ws, latents), w
 
-    def _path_lengths(self, g: Params, draws: Draws) -> tuple[tf.Tensor, tf.Tensor]:
+    def _path_lengths(
+        self, g: Params, draws: Draws, scale: tf.Tensor | None
+    ) -> tuple[tf.Tensor, tf.Tensor]:
         ws, w = self._ws(g, draws.latents)
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(ws)
             images = self._synthesize(g, ws, draws.latents)
             pixels = images.shape[1] * images.shape[2]
             total = tf.reduce_sum(images * draws.pl_noise) / tf.sqrt(tf.cast(pixels, images.dtype))
-        return losses.path_lengths(tape.gradient(total, ws)), w
+        return losses.path_lengths(_gradients(tape, total, ws, scale)), w
 
     def _augment(self, images: tf.Tensor, draws: AugmentDraws, p: tf.Tensor) -> tf.Tensor:
         if self.pipe is None:
             return images
         return self.pipe.apply(
-            images, p, draws, group_size=self.group_size, static_shapes=self.static_shapes
+            images,
+            p,
+            draws,
+            group_size=self.group_size,
+            static_shapes=self.static_shapes,
+            planar=self.generator.formulas is Formulas.TPU,
         )
 
     def _score(

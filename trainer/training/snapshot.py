@@ -47,7 +47,8 @@ class Snapshots:
         self._draw = tf.function(self._images, autograph=False)
 
     def _images(self, params: dict[str, tf.Tensor], z: tf.Tensor, c: tf.Tensor) -> tf.Tensor:
-        ws = self._generator.mapping(params, z, c)
+        dtype = params["mapping.w_avg"].dtype
+        ws = self._generator.mapping(params, tf.cast(z, dtype), tf.cast(c, dtype))
         return self._generator.synthesis(params, ws)
 
     def reals(self) -> np.ndarray:

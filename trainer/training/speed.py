@@ -23,8 +23,9 @@ import tensorflow as tf
 
 from trainer.core import config as config_lib
 from trainer.core.config import BatchArithmetic, Config
-from trainer.distribution.strategy import Placement, choose, half_dtype
-from trainer.networks.ops import Formulas
+from trainer.distribution.cluster import Cluster
+from trainer.distribution.precision import check, full_dtype, half_dtype
+from trainer.distribution.strategy import Placement, choose
 from trainer.networks.stylegan2 import Discriminator, Generator
 from trainer.telemetry import resources
 from trainer.training import build, cost
@@ -132,22 +133,24 @@ class Run:
     discriminator: Discriminator
 
     @classmethod
-    def create(cls, config: Config, data: build.DataShape) -> Run:
+    def create(cls, config: Config, data: build.DataShape, cluster: Cluster | None = None) -> Run:
         """Takes the decisions of a run.
 
         Args:
           config: as loaded.
           data: what the networks must know of it.
+          cluster: the workers, if there are several.
 
         Raises:
           ConfigError: the config doesn't fit itself, the data or the devices.
         """
         config = config_lib.resolve(config, resolution=data.resolution)
-        placement, jit = choose(config.run.strategy, config.run.jit)
+        placement, jit = choose(config.run, cluster)
+        check(config.run.precision, placement.platform)
         arithmetic = config_lib.batch_arithmetic(config, placement.strategy.num_replicas_in_sync)
         if config.run.deterministic:
             tf.config.experimental.enable_op_determinism()
-        formulas = Formulas.XLA_CPU if jit and not placement.accelerated else Formulas.GENERIC
+        formulas = build.formulas(placement.platform, jit)
         networks = build.networks(config, data, formulas)
         return cls(config, data, placement, jit, arithmetic, *networks)
 
@@ -220,6 +223,7 @@ def measure(run: Run, repeats: int) -> StepSpeed:
             seed=config.run.seed,
             freeze_d=config.training.freeze_d,
             augment_p=config.augment.p if config.augment.mode != "none" else 0.0,
+            dtype=full_dtype(config.run.precision),
         )
     phases, draw = build.phases_and_draws(
         config, run.data, run.generator, run.discriminator, static_shapes=run.jit
@@ -284,13 +288,15 @@ def _seconds(call: Callable[[], None], times: int = 1) -> float:
 
 
 def _random_batch(run: Run) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Images, labels and group numbers as a pipeline gives them."""
+    """Images, labels and group numbers as a worker's pipeline gives them."""
     random = np.random.default_rng(run.config.run.seed)
-    groups = [run.arithmetic.groups_per_step, run.arithmetic.group_size]
+    workers = run.placement.num_workers
+    groups = [run.arithmetic.groups_per_step // workers, run.arithmetic.group_size]
     images = random.integers(0, 256, [*groups, *run.data.resolution, run.data.channels], np.uint8)
     classes = len(run.data.label_counts)
     labels = random.integers(0, classes, groups) if classes else np.full(groups, -1, np.int64)
-    return tf.constant(images), tf.constant(labels), tf.range(groups[0], dtype=tf.int64)
+    numbers = run.placement.worker + workers * tf.range(groups[0], dtype=tf.int64)
+    return tf.constant(images), tf.constant(labels), numbers
 
 
 def _main_phases(
@@ -305,8 +311,9 @@ def _main_phases(
     groups = run.arithmetic.per_replica_batch // run.arithmetic.group_size
     images, labels, group_index = (value[:groups] for value in batch)
     images = tf.reshape(images, [-1, *images.shape[2:]])
-    images = tf.cast(images, tf.float32) / 127.5 - 1
-    c = tf.one_hot(tf.reshape(labels, [-1]), phases.discriminator.c_dim)
+    dtype = full_dtype(run.config.run.precision)
+    images = tf.cast(images, dtype) / 127.5 - 1
+    c = tf.one_hot(tf.reshape(labels, [-1]), phases.discriminator.c_dim, dtype=dtype)
     whole, p = run.arithmetic.global_batch, tf.convert_to_tensor(state.augment_p)
     g, d = (
         {name: tf.convert_to_tensor(value) for name, value in table.items()}
@@ -332,7 +339,8 @@ def _convolution_shape(run: Run) -> tuple[int, int, int, int]:
 
 def _convolutions(run: Run) -> dict[str, Callable[[], None]]:
     """A 3x3 convolution with the gradients in its input and weights, by who compiles it."""
-    shape, dtype = _convolution_shape(run), half_dtype(run.config.run.precision) or tf.float32
+    precision = run.config.run.precision
+    shape, dtype = _convolution_shape(run), half_dtype(precision) or full_dtype(precision)
     kernel = [3, 3, _CHANNELS, _CHANNELS]
     x, dy, weight = (
         tf.random.stateless_normal(size, [0, seed], dtype=dtype)

@@ -12,8 +12,11 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.networks.stylegan2 import Discriminator, Generator
+from trainer.training import loss_scale
 
 Variables = dict[str, tf.Variable]
+
+PHASES = ("Gmain", "Greg", "Dmain", "Dreg")
 
 # What a step reports, under NVIDIA's names.
 STATS = (
@@ -57,6 +60,8 @@ class TrainState:
       step: [] int64, steps made so far.
       nonfinite: [2] int64, the first step with a non-finite quantity and its place in
         `QUANTITIES`; -1 while there is none.
+      loss_scale: [4], of each of `PHASES`; used and changed in float16 only.
+      loss_scale_counts: [4, 3] int64, see `loss_scale.update`.
 
     Counters are int64 because XLA keeps int32 variables on the host.
 
@@ -101,6 +106,11 @@ class TrainState:
         self.images = create("images", 0, tf.int64)
         self.step = create("step", 0, tf.int64)
         self.nonfinite = create("nonfinite", [-1, -1], tf.int64)
+        # There in every precision, so that a run may go on in another one.
+        self.loss_scale = create("loss_scale", [loss_scale.INITIAL] * len(PHASES))
+        self.loss_scale_counts = create(
+            "loss_scale_counts", np.zeros([len(PHASES), 3], np.int64), tf.int64
+        )
 
     def variables(self) -> Variables:
         """All of them by the names they have in a checkpoint (`G/synthesis.b4.const`)."""
@@ -128,6 +138,8 @@ class TrainState:
             "counters/images": self.images,
             "counters/step": self.step,
             "nonfinite": self.nonfinite,
+            "loss_scale/value": self.loss_scale,
+            "loss_scale/counts": self.loss_scale_counts,
         }
 
     def nonfinite_message(self) -> str | None:
@@ -136,4 +148,10 @@ class TrainState:
         if step < 0:
             return None
         phase, name = QUANTITIES[quantity]
+        in_a_row = self.loss_scale_counts.numpy()[PHASES.index(phase), loss_scale.IN_A_ROW]
+        if in_a_row >= loss_scale.MAX_SKIPPED:
+            return (
+                f"{name} of {phase} were not finite in float16 {in_a_row} times in a row, at last "
+                f"at step {step}"
+            )
         return f"{name} of {phase} is not finite at step {step}"

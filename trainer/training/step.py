@@ -7,6 +7,7 @@ computed in one piece or in many (up to the rounding of float sums).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +15,10 @@ from typing import Any
 import tensorflow as tf
 
 from trainer.core.config import BatchArithmetic, Config
-from trainer.training import augment
+from trainer.training import augment, loss_scale
 from trainer.training.optimizer import Adam, ema_beta
 from trainer.training.phases import Draw, Grads, Phases, Report
-from trainer.training.state import QUANTITIES, STATS, TrainState
+from trainer.training.state import PHASES, QUANTITIES, STATS, TrainState
 
 # NVIDIA's decay of the moving average of w.
 _W_AVG_BETA = 0.995
@@ -25,6 +26,8 @@ _W_AVG_BETA = 0.995
 # For each phase what it reports: by name, [3] number, sum and sum of squares over the whole batch,
 # and "gradients", [] the sum of squares of all gradients. A phase that didn't run reports zeros.
 Reports = dict[str, Report]
+
+AllReduce = Callable[[list[tf.Tensor]], list[tf.Tensor]]
 
 _PHASE_REPORTS = {
     "Gmain": ("Loss/scores/fake", "Loss/signs/fake", "Loss/G/loss"),
@@ -60,6 +63,7 @@ class TrainStep:
       phases: the gradients.
       draw: every random number, a `phases.Sampler` except in tests.
       jit: compile the gradients and updates with XLA.
+      all_reduce: sums tensors over replicas; by default with the strategy's replica context.
     """
 
     def __init__(
@@ -72,11 +76,14 @@ class TrainStep:
         draw: Draw,
         *,
         jit: bool,
+        all_reduce: AllReduce | None = None,
     ) -> None:
         self._config, self._arithmetic, self._strategy = config, arithmetic, strategy
+        self._all_reduce = all_reduce or _all_reduce
         self._state, self._phases, self._draw = state, phases, draw
         training = config.training
         self._r1 = training.r1_gamma != "auto" and training.r1_gamma > 0
+        self._scaled = config.run.precision == "float16"
         # The interval corrects rate and decay also where a weight of 0 leaves the phase out.
         self._g_adam = Adam.lazy(
             float(training.g_lr), training.beta1, training.beta2, training.g_reg_interval
@@ -111,14 +118,31 @@ class TrainStep:
         """
         return self._step(*(self._split(value) for value in (images, labels, group_index)))
 
+    @property
+    def programs(self) -> dict[str, Callable[..., Any]]:
+        """What runs on each replica, by phase: on TPUs every one is a program of its own.
+
+        The phases take a replica's share of what a step takes, "finish" the `Reports` of them all.
+        """
+        programs: dict[str, Callable[..., Any]] = {"Gmain": self._run_gmain}
+        if self._config.training.pl_weight > 0:
+            programs["Greg"] = self._run_greg
+        programs["Dmain"] = self._run_dmain
+        if self._r1:
+            programs["Dreg"] = self._run_dreg
+        return programs | {"finish": self._finish}
+
+    def no_reports(self) -> Reports:
+        """The `Reports` of a step in which no phase ran."""
+        return {phase: self._empty(phase) for phase in _PHASE_REPORTS}
+
     def _split(self, value: tf.Tensor) -> Any:
         """Shares out a process's groups to its replicas."""
-        replicas = self._strategy.num_replicas_in_sync
-        if replicas == 1:
+        if self._strategy.num_replicas_in_sync == 1:
             return value
-        parts = tf.split(value, replicas)
+        parts = tf.split(value, len(self._strategy.extended.worker_devices))
         return self._strategy.experimental_distribute_values_from_function(
-            lambda context: parts[context.replica_id_in_sync_group]
+            lambda context: parts[context.replica_id_in_sync_group % len(parts)]
         )
 
     # ---------------------------------------------------------------------------------- phases
@@ -155,6 +179,7 @@ class TrainStep:
         """What a phase's gradients take for a round's groups."""
         state = self._state
         arguments: dict[str, Any] = {"draws": self._draw(phase, groups.group_index)}
+        arguments |= self._scale(phase)
         batch = self._arithmetic.global_batch
         if phase == "Greg":
             moving_mean = tf.convert_to_tensor(state.pl_mean)
@@ -167,67 +192,107 @@ class TrainStep:
             arguments["images"], arguments["c"] = self._reals(groups)
         return arguments | {"batch": batch}
 
+    def _scale(self, phase: str) -> dict[str, tf.Tensor]:
+        """The argument `scale` of a phase in float16, nothing in other precisions."""
+        return {"scale": self._state.loss_scale[PHASES.index(phase)]} if self._scaled else {}
+
     def _run_gmain(self, *args: tf.Tensor) -> Report:
         def part(groups: _Batch) -> tuple[Grads, Report, tf.Tensor]:
             return self._gmain(**self._arguments("Gmain", groups))
 
-        grads, report, w_sum = _sum_over_replicas(self._sum_over_rounds(part, _Batch(*args)))
-        self._update_g(grads)
-        self._move_w_avg(w_sum / self._arithmetic.global_batch)
-        return report | {"gradients": _sum_of_squares(grads)}
+        grads, report, w_sum = self._sum_over_replicas(self._sum_over_rounds(part, _Batch(*args)))
+        report, keep = self._judge("Gmain", grads, report)
+        self._update_g(grads, keep)
+        self._move_w_avg(w_sum / self._arithmetic.global_batch, keep)
+        return report
 
     def _run_greg(self, *args: tf.Tensor) -> Report:
         batch, state = _Batch(*args), self._state
         images = self._arithmetic.global_batch // self._config.training.pl_batch_shrink
-        batch_mean = None
+        batch_mean, scale = None, self._scale("Greg")
         if self._arithmetic.rounds * self._arithmetic.num_replicas > 1:
             # The penalty needs the mean length of the whole batch before any gradient: one cheap
             # pass of first derivatives for it.
             def lengths(groups: _Batch) -> tf.Tensor:
                 draws = self._draw("Greg", groups.group_index)
-                return tf.reduce_sum(self._path_lengths(_read(state.g), draws))
+                return tf.reduce_sum(self._path_lengths(_read(state.g), draws, **scale))
 
-            batch_mean = _sum_over_replicas(self._sum_over_rounds(lengths, batch)) / images
+            batch_mean = self._sum_over_replicas(self._sum_over_rounds(lengths, batch)) / images
 
         def part(groups: _Batch) -> tuple[Grads, Report, tf.Tensor, tf.Tensor]:
             return self._greg(**self._arguments("Greg", groups), batch_mean=batch_mean)
 
         *sums, moving_mean = self._sum_over_rounds(part, batch)
-        grads, report, w_sum = _sum_over_replicas(sums)
+        grads, report, w_sum = self._sum_over_replicas(sums)
         if batch_mean is not None:
             # Every round found the same new mean, and they were added up.
             moving_mean /= self._arithmetic.rounds
-        self._update_g(grads)
-        self._move_w_avg(w_sum / images)
-        _assign([state.pl_mean], [moving_mean])
-        return report | {"gradients": _sum_of_squares(grads)}
+        report, keep = self._judge("Greg", grads, report)
+        self._update_g(grads, keep)
+        self._move_w_avg(w_sum / images, keep)
+        _assign([state.pl_mean], [moving_mean], keep)
+        return report
 
     def _run_dmain(self, *args: tf.Tensor) -> Report:
         def part(groups: _Batch) -> tuple[Grads, Report, tf.Tensor]:
             return self._dmain(**self._arguments("Dmain", groups))
 
-        grads, report, w_sum = _sum_over_replicas(self._sum_over_rounds(part, _Batch(*args)))
-        self._update_d(grads)
-        self._move_w_avg(w_sum / self._arithmetic.global_batch)
-        return report | {"gradients": _sum_of_squares(grads)}
+        grads, report, w_sum = self._sum_over_replicas(self._sum_over_rounds(part, _Batch(*args)))
+        report, keep = self._judge("Dmain", grads, report)
+        self._update_d(grads, keep)
+        self._move_w_avg(w_sum / self._arithmetic.global_batch, keep)
+        return report
 
     def _run_dreg(self, *args: tf.Tensor) -> Report:
         def part(groups: _Batch) -> tuple[Grads, Report]:
             return self._dreg(**self._arguments("Dreg", groups))
 
-        grads, report = _sum_over_replicas(self._sum_over_rounds(part, _Batch(*args)))
-        self._update_d(grads)
-        return report | {"gradients": _sum_of_squares(grads)}
+        grads, report = self._sum_over_replicas(self._sum_over_rounds(part, _Batch(*args)))
+        report, keep = self._judge("Dreg", grads, report)
+        self._update_d(grads, keep)
+        return report
+
+    def _judge(self, phase: str, grads: Grads, report: Report) -> tuple[Report, tf.Tensor | None]:
+        """Adds the size of the gradients to a phase's report, and says whether to use them.
+
+        In float16 a phase whose numbers are not all finite changes nothing and reports nothing:
+        its loss scale falls. It is decided by the sums over all replicas, so by all alike. Only if
+        that happens too often in a row is it reported as non-finite.
+
+        Returns:
+          The report, and whether the phase counts: [] bool, or None where it always does.
+        """
+        report = report | {"gradients": _sum_of_squares(grads)}
+        if not self._scaled:
+            return report, None
+        state = self._state
+        finite = tf.reduce_all(
+            [tf.reduce_all(tf.math.is_finite(value)) for value in report.values()]
+        )
+        scale, counts, exhausted = loss_scale.update(
+            tf.convert_to_tensor(state.loss_scale),
+            tf.convert_to_tensor(state.loss_scale_counts),
+            PHASES.index(phase),
+            finite,
+        )
+        _assign([state.loss_scale, state.loss_scale_counts], [scale, counts])
+        report = {
+            name: tf.where(finite, value, tf.zeros_like(value)) for name, value in report.items()
+        }
+        gradients = report["gradients"]
+        report["gradients"] = tf.where(exhausted, tf.constant(math.nan, gradients.dtype), gradients)
+        return report, finite
 
     def _finish(self, reports: Reports) -> None:
         """Moving average, augmentation strength, statistics and counters."""
         state, training = self._state, self._config.training
         images = tf.convert_to_tensor(state.images)
         batch = self._arithmetic.global_batch
-        beta = ema_beta(batch, images, float(training.ema_kimg), training.ema_rampup)
+        dtype = state.stats.dtype
+        beta = ema_beta(batch, images, float(training.ema_kimg), training.ema_rampup, dtype)
         trained = set(state.g_first)
         averages = {name: state.g_ema[name] for name in trained}
-        averaged = self._lerp(_read(state.g), _read(averages), tf.cast(beta, state.stats.dtype))
+        averaged = self._lerp(_read(state.g), _read(averages), beta)
         _assign([state.g_ema[name] for name in averaged], list(averaged.values()))
         buffers = [name for name in state.g if name not in trained]
         _assign([state.g_ema[name] for name in buffers], [state.g[name] for name in buffers])
@@ -247,7 +312,8 @@ class TrainStep:
         signs = state.augment_signs + sum(
             reports[phase]["Loss/signs/real"][:2] for phase in ("Dmain", "Dreg")
         )
-        due = tf.equal((state.step + 1) % config.interval, 0)
+        # In float16 it can be that no update counted since.
+        due = tf.logical_and(tf.equal((state.step + 1) % config.interval, 0), signs[0] > 0)
         adjusted = augment.adjust(
             tf.convert_to_tensor(state.augment_p),
             signs[1] / signs[0],
@@ -270,6 +336,9 @@ class TrainStep:
         _assign([state.nonfinite], [tf.where(found, first, state.nonfinite)])
 
     # ---------------------------------------------------------------------------------- pieces
+
+    def _sum_over_replicas(self, values: Any) -> Any:
+        return tf.nest.pack_sequence_as(values, self._all_reduce(tf.nest.flatten(values)))
 
     def _sum_over_rounds(self, part: Callable[[_Batch], Any], batch: _Batch) -> Any:
         """Adds what `part` returns for each round's groups; one round's memory is in use at a time."""
@@ -302,28 +371,30 @@ class TrainStep:
         images = tf.reshape(groups.images, [-1, *groups.images.shape[2:]])
         labels = tf.reshape(groups.labels, [-1])
         depth = self._phases.discriminator.c_dim
-        if images.dtype == tf.uint8:
-            images = tf.cast(images, dtype) / 127.5 - 1
+        from_bytes = images.dtype == tf.uint8
+        images = tf.cast(images, dtype)
+        if from_bytes:
+            images = images / 127.5 - 1
         # Without classes the label is -1 and the depth 0: [N, 0].
         return images, tf.one_hot(labels, depth, dtype=dtype)
 
-    def _update_g(self, grads: Grads) -> None:
+    def _update_g(self, grads: Grads, keep: tf.Tensor | None) -> None:
         state = self._state
         count = state.g_count + 1
         tables = (state.g, state.g_first, state.g_second)
-        _store(tables, self._g_update(count, *(_read(t, grads) for t in tables), grads))
-        _assign([state.g_count], [count])
+        _store(tables, self._g_update(count, *(_read(t, grads) for t in tables), grads), keep)
+        _assign([state.g_count], [count], keep)
 
-    def _update_d(self, grads: Grads) -> None:
+    def _update_d(self, grads: Grads, keep: tf.Tensor | None) -> None:
         state = self._state
         count = state.d_count + 1
         tables = (state.d, state.d_first, state.d_second)
-        _store(tables, self._d_update(count, *(_read(t, grads) for t in tables), grads))
-        _assign([state.d_count], [count])
+        _store(tables, self._d_update(count, *(_read(t, grads) for t in tables), grads), keep)
+        _assign([state.d_count], [count], keep)
 
-    def _move_w_avg(self, mean: tf.Tensor) -> None:
+    def _move_w_avg(self, mean: tf.Tensor, keep: tf.Tensor | None) -> None:
         w_avg = self._state.g["mapping.w_avg"]
-        _assign([w_avg], [mean + _W_AVG_BETA * (w_avg - mean)])
+        _assign([w_avg], [mean + _W_AVG_BETA * (w_avg - mean)], keep)
 
 
 def _lerp(
@@ -341,20 +412,28 @@ def _read(
 
 
 def _store(
-    tables: tuple[Mapping[str, tf.Variable], ...], values: tuple[Mapping[str, tf.Tensor], ...]
+    tables: tuple[Mapping[str, tf.Variable], ...],
+    values: tuple[Mapping[str, tf.Tensor], ...],
+    keep: tf.Tensor | None,
 ) -> None:
     for table, new in zip(tables, values, strict=True):
-        _assign([table[name] for name in new], list(new.values()))
+        _assign([table[name] for name in new], list(new.values()), keep)
 
 
-def _assign(variables: list[tf.Variable], values: list[Any]) -> None:
-    """Stores in each replica's copy that replica's value, which all replicas have computed alike."""
+def _assign(variables: list[tf.Variable], values: list[Any], keep: tf.Tensor | None = None) -> None:
+    """Stores in each replica's copy that replica's value, which all replicas have computed alike.
+
+    If `keep` is given and false, everything stays as it is.
+    """
 
     def update(strategy: tf.distribute.Strategy, values: list[Any]) -> None:
         for variable, value in zip(variables, values, strict=True):
             strategy.extended.update(variable, _assign_one, args=(value,), group=False)
 
     values = [tf.convert_to_tensor(value) for value in values]
+    if keep is not None:
+        pairs = zip(values, variables, strict=True)
+        values = [tf.where(keep, value, tf.convert_to_tensor(old)) for value, old in pairs]
     tf.distribute.get_replica_context().merge_call(update, args=(values,))
 
 
@@ -362,10 +441,22 @@ def _assign_one(variable: tf.Variable, value: tf.Tensor) -> None:
     variable.assign(value)
 
 
-def _sum_over_replicas(values: Any) -> Any:
-    flat = tf.nest.flatten(values)
-    summed = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, flat)
-    return tf.nest.pack_sequence_as(values, summed)
+def agree(strategy: tf.distribute.Strategy, number: int) -> bool:
+    """Whether all workers have been given the same number."""
+
+    def total() -> tf.Tensor:
+        return _all_reduce([tf.constant([number, number**2], tf.float64)])[0]
+
+    @tf.function(autograph=False)
+    def over_all() -> Any:
+        return strategy.run(total)
+
+    found = strategy.experimental_local_results(over_all())[0].numpy()
+    return tuple(found) == tuple(strategy.num_replicas_in_sync * n for n in (number, number**2))
+
+
+def _all_reduce(values: list[tf.Tensor]) -> list[tf.Tensor]:
+    return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, values)
 
 
 def _sum_of_squares(grads: Grads) -> tf.Tensor:

@@ -1,0 +1,89 @@
+"""One result wherever a run is computed, and no way to take anything for each replica unseen."""
+
+from __future__ import annotations
+
+import pathlib
+
+import numpy as np
+import pytest
+
+from tests.training import placement as placement_lib
+from tests.training.placement import FAULTS, PLACEMENTS, Outcome, Placement, distances, run
+from trainer.data.manifest import Manifest
+
+TOLERANCE = {"float64": 1e-9, "float32": 1e-4}
+
+
+def assert_same(found: Outcome, wanted: Outcome, tolerance: float) -> None:
+    apart = {name: value for name, value in distances(found, wanted).items() if value > tolerance}
+    assert not apart
+    assert found.images == wanted.images
+    assert len(found.stats) == len(wanted.stats) > 3
+    for line, expected in zip(found.stats, wanted.stats, strict=True):
+        assert line.keys() == expected.keys()
+        for name, stat in expected.items():
+            values, numbers = (
+                list(s.values()) if isinstance(s, dict) else [s] for s in (line[name], stat)
+            )
+            np.testing.assert_allclose(
+                values, numbers, rtol=10 * tolerance, atol=10 * tolerance, err_msg=name
+            )
+
+
+@pytest.fixture(scope="module")
+def in_one_piece(squares: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    return run(Placement(), squares.directory, tmp_path_factory.mktemp("runs") / "whole")
+
+
+def test_two_workers_in_two_rounds_are_one(
+    squares: Manifest, in_one_piece: Outcome, tmp_path: pathlib.Path
+) -> None:
+    found = run(Placement(workers=2, rounds=2), squares.directory, tmp_path / "run")
+    assert_same(found, in_one_piece, TOLERANCE["float64"])
+    # All gradients and statistics of a phase at once, and before them Greg's mean length.
+    assert sum(found.collectives.values()) == 5
+    assert in_one_piece.collectives == {}
+
+
+def test_the_comparison_is_one(in_one_piece: Outcome) -> None:
+    """The steps use every image once, and everything that can move does."""
+    assert sorted(in_one_piece.images) == list(range(placement_lib.STEPS * 16 // 2))
+    assert in_one_piece.values["counters/step"] == placement_lib.STEPS
+    strengths = {line["Progress/augment"]["mean"] for line in in_one_piece.stats}
+    assert len(strengths) > 2
+    for phase in ("Loss/pl_penalty", "Loss/r1_penalty"):
+        assert sum(line[phase]["num"] for line in in_one_piece.stats if phase in line) > 0
+    assert in_one_piece.values["pl_mean"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("precision", "placements"),
+    [
+        ("float64", PLACEMENTS),
+        ("float32", tuple(each for each in PLACEMENTS if each.rounds == 1)),
+    ],
+)
+def test_every_placement_gives_the_same(
+    squares: Manifest,
+    tmp_path: pathlib.Path,
+    precision: str,
+    placements: tuple[Placement, ...],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    outcomes = placement_lib.run_all(placements, squares.directory, tmp_path, precision)
+    with capsys.disabled():
+        print(f"\n{precision}\n{placement_lib.table(outcomes)}")
+    for placement, outcome in outcomes.items():
+        assert_same(outcome, outcomes[placement.whole], TOLERANCE[precision])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [name for name in FAULTS if name])
+def test_what_is_taken_for_each_replica_shows(
+    squares: Manifest, in_one_piece: Outcome, tmp_path: pathlib.Path, fault: str
+) -> None:
+    placement = Placement(replicas=2)
+    found = run(placement, squares.directory, tmp_path / "run", fault=fault)
+    with pytest.raises(AssertionError):
+        assert_same(found, in_one_piece, TOLERANCE["float32"])

@@ -1,0 +1,560 @@
+"""The processes of a run on several hosts: who they are, that all come, and that all stay.
+
+Before TensorFlow starts, every worker says hello to the chief over TCP, on the address that the
+chief's TensorFlow will take afterwards. So a missing worker, another version of TensorFlow or
+another config is known by name, within a time limit. The connections stay open while the run lasts.
+A worker that dies closes its own, one that hangs falls silent; then all others end, too, since
+TensorFlow alone would wait for it or end in a stack dump.
+
+Needs no TensorFlow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import selectors
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import trainer
+from trainer.core import config as config_lib
+from trainer.core import flags
+from trainer.core.config import Config
+from trainer.core.errors import ConfigError, TrainerError, UsageError
+
+SOURCES = ("TF_CONFIG", "CLUSTER_SPEC")  # the first that is set counts
+
+# Vertex AI's names of the pools, which CLUSTER_SPEC uses.
+_POOLS = {
+    "workerpool0": "chief",
+    "workerpool1": "worker",
+    "workerpool2": "ps",
+    "workerpool3": "evaluator",
+}
+_TRAINING = ("chief", "master", "worker")  # the jobs that train, in TensorFlow's order
+
+_BEATS = 4  # messages in the time after which a silent peer counts as gone
+_RETRY_SEC = 0.2
+_HELLO_SEC = 5.0  # in which who connects must have said hello
+# What the main thread gets to end by itself when a peer is gone, before the process is ended.
+_GRACE_SEC = 3.0
+
+
+class PeerError(TrainerError):
+    """A worker is missing or gone; started again together, the workers go on."""
+
+    exit_code = 75
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The workers of a run, this one among them.
+
+    Attributes:
+      source: the environment variable that describes it.
+      names: as 'worker:0', the chief first.
+      addresses: 'host:port' of each.
+      index: of this process.
+    """
+
+    source: str
+    names: tuple[str, ...]
+    addresses: tuple[str, ...]
+    index: int
+
+    @property
+    def is_chief(self) -> bool:
+        """Whether this worker writes what users see."""
+        return self.index == 0
+
+    def peer(self, index: int) -> str:
+        """A worker as messages call it."""
+        return f"{self.names[index]} ({self.addresses[index]})"
+
+    def jobs(self) -> dict[str, list[str]]:
+        """The addresses by job, as TensorFlow takes them."""
+        found: dict[str, list[str]] = {}
+        for name, address in zip(self.names, self.addresses, strict=True):
+            found.setdefault(name.partition(":")[0], []).append(address)
+        return found
+
+    @property
+    def task(self) -> tuple[str, int]:
+        """Job and number of this process in it."""
+        job, _, number = self.names[self.index].partition(":")
+        return job, int(number)
+
+
+# ------------------------------------------------------------------------------ environment
+
+
+def find(strategy: str) -> Cluster | None:
+    """What the environment says about other workers.
+
+    Args:
+      strategy: `run.strategy`.
+
+    Returns:
+      The cluster if several workers train, or one under 'multi_worker'; None if this process is
+      alone.
+
+    Raises:
+      ConfigError: the description is wrong, or doesn't fit the strategy.
+      EvaluatorTask: this process is to evaluate.
+    """
+    source = next((name for name in SOURCES if flags.env(name) is not None), "")
+    cluster = parse(source, flags.env(source) or "") if source else None
+    if cluster is None and strategy == "multi_worker":
+        raise ConfigError(
+            f"run.strategy = 'multi_worker' needs {' or '.join(SOURCES)} in the environment, "
+            "which says who the workers are; set it, or take another strategy"
+        )
+    if cluster is None or (len(cluster.names) == 1 and strategy != "multi_worker"):
+        return None
+    if strategy not in ("auto", "multi_worker"):
+        raise ConfigError(
+            f"run.strategy = {strategy!r}, but {source} names {len(cluster.names)} workers, which "
+            f"would all train the same run; take multi_worker or auto, or unset {source}"
+        )
+    return cluster
+
+
+class EvaluatorTask(TrainerError):
+    """This process is the evaluator of a run: it has nothing to do here."""
+
+    exit_code = 0
+
+
+def parse(source: str, text: str) -> Cluster | None:
+    """The cluster that a TF_CONFIG or a CLUSTER_SPEC describes, None if it names no workers.
+
+    Raises:
+      ConfigError, EvaluatorTask: as for `find`.
+    """
+    try:
+        document = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{source} is not JSON ({error}); put it right or unset it") from None
+    if not isinstance(document, dict):
+        raise _wrong(source, "it is no object", '{"cluster": ..., "task": ...}')
+    jobs = document.get("cluster") or {}
+    if not jobs:
+        return None
+    jobs = _checked_jobs(source, jobs)
+    job, number = _checked_task(source, document.get("task"), jobs)
+    if job == "evaluator":
+        raise EvaluatorTask("this task is an evaluator, which takes no part in training")
+    if "ps" in jobs:
+        raise ConfigError(
+            f"{source} names parameter servers, which this trainer doesn't use; leave them out "
+            "(Vertex AI: worker pool 2)"
+        )
+    names = [(name, index) for name in _TRAINING for index in range(len(jobs.get(name, ())))]
+    addresses = tuple(jobs[name][index] for name, index in names)
+    return Cluster(
+        source,
+        tuple(f"{name}:{index}" for name, index in names),
+        addresses,
+        names.index((job, number)),
+    )
+
+
+def _wrong(source: str, what: str, expected: str) -> ConfigError:
+    return ConfigError(f"{source} is wrong: {what}; expected {expected}")
+
+
+def _checked_jobs(source: str, jobs: Any) -> dict[str, list[str]]:
+    expected = '"cluster": {"chief": ["host:port"], "worker": ["host:port", ...]}'
+    if not isinstance(jobs, dict):
+        raise _wrong(source, f"its cluster is {jobs!r}", expected)
+    checked: dict[str, list[str]] = {}
+    for name, addresses in jobs.items():
+        job = _POOLS.get(name, name)
+        if job not in (*_TRAINING, "ps", "evaluator"):
+            raise _wrong(source, f"there is no job {name!r}", "chief, worker or evaluator")
+        if not isinstance(addresses, list) or not all(map(_is_address, addresses)):
+            raise _wrong(source, f"the addresses of {name} are {addresses!r}", expected)
+        checked[job] = addresses
+    everyone = [address for job in _TRAINING for address in checked.get(job, ())]
+    twice = sorted({address for address in everyone if everyone.count(address) > 1})
+    if twice:
+        raise _wrong(source, f"{twice[0]} is there twice", "an address of its own for each worker")
+    if len(checked.get("chief", ())) + len(checked.get("master", ())) > 1:
+        raise _wrong(source, "it names several chiefs", "one chief, the others as worker")
+    return checked
+
+
+def _is_address(value: Any) -> bool:
+    if not isinstance(value, str):
+        return False
+    host, _, port = value.rpartition(":")
+    return bool(host) and port.isdecimal() and 0 < int(port) < 65536
+
+
+def _checked_task(source: str, task: Any, jobs: Mapping[str, list[str]]) -> tuple[str, int]:
+    expected = '"task": {"type": "worker", "index": 0}'
+    if not isinstance(task, dict) or not {"type", "index"} <= set(task):
+        raise _wrong(source, f"its task is {task!r}", expected)
+    job, index = str(_POOLS.get(task["type"], task["type"])), task["index"]
+    if isinstance(index, str) and index.isdecimal():
+        index = int(index)
+    # Evaluators are no part of the cluster in TensorFlow's own description of it.
+    members = jobs.get(job, [""] if job == "evaluator" else [])
+    if not isinstance(index, int) or not members:
+        raise _wrong(source, f"its task is {task!r}", f"{expected}, one of the cluster")
+    if job != "evaluator" and not 0 <= index < len(members):
+        raise _wrong(
+            source,
+            f"task {task['type']}:{index} is not one of the {len(members)} of the cluster",
+            f"an index from 0 to {len(members) - 1}",
+        )
+    return job, index
+
+
+# ------------------------------------------------------------------------------ messages
+
+
+class _Line:
+    """A connection that carries lines of JSON."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket, self._rest = connection, b""
+        self._lock = threading.Lock()
+        self.heard = time.monotonic()
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def send(self, **message: Any) -> None:
+        """Sends; a peer that is gone is noticed when reading."""
+        with self._lock, contextlib.suppress(OSError):
+            self._socket.sendall(json.dumps(message).encode() + b"\n")
+
+    def receive(self) -> list[dict[str, Any]] | None:
+        """The messages that have come, after waiting for some; None at the end.
+
+        Raises:
+          ValueError: what comes is no message.
+        """
+        try:
+            data = self._socket.recv(1 << 16)
+        except TimeoutError:
+            return []
+        except OSError:
+            return None
+        if not data:
+            return None
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        messages = [json.loads(line) for line in lines]
+        if not all(isinstance(message, dict) for message in messages):
+            raise ValueError("not a message")
+        self.heard = time.monotonic()
+        return messages
+
+    def wait_for(self, deadline: float) -> dict[str, Any] | None:
+        """The next message, or None at the end of the connection or at the deadline."""
+        while time.monotonic() < deadline:
+            self._socket.settimeout(max(0.01, deadline - time.monotonic()))
+            messages = self.receive()
+            if messages is None or messages:
+                self._socket.settimeout(None)
+                return messages[0] if messages else None
+        return None
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def _listen(cluster: Cluster) -> socket.socket:
+    """A socket on this worker's port, on all its interfaces as TensorFlow's will be."""
+    port = _host_and_port(cluster.addresses[cluster.index])[1]
+    listener = socket.socket(socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if listener.family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        listener.bind(("", port))
+        listener.listen(len(cluster.names))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"{cluster.peer(cluster.index)} can't listen on port {port} ({error.strerror}); end "
+            f"the program that uses it, or give another port in {cluster.source}"
+        ) from None
+    return listener
+
+
+# ------------------------------------------------------------------------------ start
+
+
+def identity(config: Config) -> dict[str, str]:
+    """What must be the same on all workers, by name."""
+    # TensorFlow's wheels have several names, and importing it takes seconds.
+    wheels = importlib.metadata.packages_distributions().get("tensorflow", [])
+    return {
+        "trainer": trainer.__version__,
+        "TensorFlow": importlib.metadata.version(wheels[0]) if wheels else "none",
+        "config": config_lib.fingerprint(config),
+        "rounds": str(config.training.rounds),
+        "run.cpu_replicas": str(config.run.cpu_replicas),
+    }
+
+
+def _gather(cluster: Cluster, own: Mapping[str, str], limit: float) -> dict[int, _Line]:
+    """The chief's part of the start: waits for the hello of all and compares what they are."""
+    lines: dict[int, _Line] = {}
+    everyone = set(range(1, len(cluster.names)))
+    deadline = time.monotonic() + limit
+    problems: list[TrainerError] = []
+    with _listen(cluster) as listener:
+        while set(lines) != everyone and time.monotonic() < deadline:
+            listener.settimeout(deadline - time.monotonic())
+            hello: dict[str, Any] = {}
+            # Strangers are passed over, and what ends early or comes late is missing.
+            with contextlib.suppress(TimeoutError, ValueError):
+                line = _Line(listener.accept()[0])
+                hello = line.wait_for(min(deadline, time.monotonic() + _HELLO_SEC)) or {}
+            if hello.get("index") in everyone:
+                lines[hello["index"]] = line
+                problems += _mismatches(cluster, own, hello)
+    if set(lines) != everyone:
+        missing = ", ".join(cluster.peer(index) for index in sorted(everyone - set(lines)))
+        problems.append(_missing(limit, missing))
+    for line in lines.values():
+        line.send(**(_stop(problems[0]) if problems else {"go": True}))
+    if problems:
+        raise problems[0]
+    return lines
+
+
+def _missing(limit: float, who: str) -> PeerError:
+    return PeerError(
+        f"missing after {limit:g} s: {who}; start all workers, open their ports to each other, or "
+        "raise run.join_timeout"
+    )
+
+
+def _mismatches(
+    cluster: Cluster, own: Mapping[str, str], hello: Mapping[str, Any]
+) -> list[TrainerError]:
+    theirs = hello.get("identity")
+    theirs = theirs if isinstance(theirs, dict) else {}
+    return [
+        UsageError(
+            f"{cluster.peer(hello['index'])} has {name} {theirs.get(name)}, {cluster.peer(0)} has "
+            f"{value}; start all workers with the same"
+        )
+        for name, value in own.items()
+        if theirs.get(name) != value
+    ]
+
+
+def _stop(problem: TrainerError) -> dict[str, Any]:
+    return {"stop": str(problem), "code": problem.exit_code}
+
+
+def _report(cluster: Cluster, own: Mapping[str, str], limit: float) -> dict[int, _Line]:
+    """Another worker's part of the start: says hello to the chief and waits for its verdict."""
+    _listen(cluster).close()  # TensorFlow will need the port
+    host, port = _host_and_port(cluster.addresses[0])
+    deadline = time.monotonic() + limit
+    why = "no answer"
+    while time.monotonic() < deadline:
+        try:
+            connection = socket.create_connection((host, port), max(0.01, min(limit, 5)))
+        except OSError as error:
+            why = error.strerror or str(error)
+            time.sleep(_RETRY_SEC)
+            continue
+        line = _Line(connection)
+        line.send(index=cluster.index, identity=dict(own))
+        # The chief's own limit ends the wait; it may have begun later than this one.
+        try:
+            reply = line.wait_for(time.monotonic() + limit + 5)
+        except ValueError:
+            reply, why = None, "something else answers there"
+        if reply is not None and "stop" in reply:
+            raise _error(reply)
+        if reply is not None:
+            return {0: line}
+        line.close()
+        time.sleep(_RETRY_SEC)
+    raise _missing(limit, f"{cluster.peer(0)} ({why})")
+
+
+def _error(message: Mapping[str, Any]) -> TrainerError:
+    error = TrainerError(message["stop"])
+    error.exit_code = int(message.get("code", PeerError.exit_code))
+    return error
+
+
+# ------------------------------------------------------------------------------ while it runs
+
+
+class Membership:
+    """This worker's ties to the others while a run lasts.
+
+    Args:
+      cluster: who they are.
+      lines: the connections to them: the chief's to all, any other's to the chief.
+      silence: seconds after which a silent peer counts as gone.
+    """
+
+    def __init__(self, cluster: Cluster, lines: Mapping[int, _Line], silence: float) -> None:
+        self._cluster, self._lines, self._silence = cluster, dict(lines), silence
+        self._finished: set[int] = set()
+        self._verdict: TrainerError | None = None
+        self._decided, self._leaving = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        selector = selectors.DefaultSelector()
+        for index, line in self._lines.items():
+            selector.register(line, selectors.EVENT_READ, index)
+        beat = 0.0
+        while not self._leaving.is_set() and self._verdict is None:
+            if time.monotonic() >= beat:
+                beat = time.monotonic() + self._silence / _BEATS
+                self._send_beats()
+            for key, _ in selector.select(max(0.0, beat - time.monotonic())):
+                if not self._read(key.data):
+                    selector.unregister(key.fileobj)
+        if self._verdict is not None and not self._leaving.wait(_GRACE_SEC):
+            self.end(self._verdict)
+
+    def _send_beats(self) -> None:
+        for index, line in self._lines.items():
+            line.send(beat=True)
+            quiet = time.monotonic() - line.heard
+            if index not in self._finished and quiet > self._silence:
+                self._lost(index, f"has been silent for {quiet:.0f} s")
+
+    def _read(self, index: int) -> bool:
+        """Takes in what a peer says; whether it may say more."""
+        try:
+            messages = self._lines[index].receive()
+        except ValueError:
+            messages = None
+        for message in messages or ():
+            self._take(index, message)
+        if messages is None and index not in self._finished:
+            self._lost(index, "has ended")
+        return messages is not None
+
+    def _take(self, index: int, message: Mapping[str, Any]) -> None:
+        if message.get("done"):
+            self._finished.add(index)
+        elif "stop" in message:
+            self._decide(_error(message))
+
+    def _lost(self, index: int, what: str) -> None:
+        self._decide(
+            PeerError(
+                f"{self._cluster.peer(index)} {what}: see its own log; start all workers again, "
+                "they go on from the newest checkpoint"
+            )
+        )
+
+    def _decide(self, verdict: TrainerError) -> None:
+        """The first reason to stop counts, for all workers."""
+        if self._verdict is None:
+            self._verdict = verdict
+            if self._cluster.is_chief:
+                self._tell(verdict)
+            self._decided.set()
+
+    def _tell(self, problem: TrainerError) -> None:
+        for line in self._lines.values():
+            line.send(**_stop(problem))
+
+    def reason(self, wait: float) -> TrainerError | None:
+        """Why a collective failed: what is known of the other workers after up to `wait` seconds."""
+        self._decided.wait(wait)
+        return self._verdict
+
+    def finish(self) -> None:
+        """Tells the others that this worker has done its part, and waits until all have.
+
+        Who leaves earlier pulls TensorFlow's connections away from the others.
+        """
+        for line in self._lines.values():
+            line.send(done=True)
+        deadline = time.monotonic() + self._silence
+        while self._finished != set(self._lines) and self._verdict is None:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.02)
+        self._leaving.set()
+
+    def end(self, error: TrainerError) -> NoReturn:
+        """Tells the others why, and ends this process as a command ends on an error.
+
+        At once: TensorFlow's own way out waits for peers that are gone.
+        """
+        self._leaving.set()
+        if self._verdict is None:
+            text = f"{self._cluster.peer(self._cluster.index)} has stopped: {error}"
+            self._tell(_error({"stop": text, "code": error.exit_code}))
+        code: Any = 1
+        try:
+            flags.fail(error)
+        except SystemExit as ended:
+            code = ended.code
+        finally:
+            _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+@contextlib.contextmanager
+def member(cluster: Cluster | None, config: Config) -> Iterator[None]:
+    """Runs its body as one of the workers; without a cluster it does nothing more.
+
+    All workers end together: when one fails, the others end with its exit code, or with 75 if it
+    died without a word.
+
+    Args:
+      cluster: who they are.
+      config: as loaded.
+
+    Raises:
+      PeerError: some have not come in time.
+      UsageError: one differs.
+      ConfigError: this worker's port is taken.
+    """
+    if cluster is None:
+        yield
+        return
+    meet = _gather if cluster.is_chief else _report
+    lines = meet(cluster, identity(config), config.run.join_timeout)
+    membership = Membership(cluster, lines, config.run.worker_timeout)
+    try:
+        yield
+    except TrainerError as error:
+        membership.end(error)
+    except Exception:
+        # Most likely a sum over workers that a lost one has broken; that will be known at once.
+        reason = membership.reason(wait=_GRACE_SEC)
+        if reason is None:
+            raise
+        membership.end(reason)
+    membership.finish()
