@@ -290,7 +290,7 @@ class TrainStep:
         batch = self._arithmetic.global_batch
         dtype = state.stats.dtype
         beta = ema_beta(batch, images, float(training.ema_kimg), training.ema_rampup, dtype)
-        trained = set(state.g_first)
+        trained = state.g_first  # no set: the order of names is part of a compiled program
         averages = {name: state.g_ema[name] for name in trained}
         averaged = self._lerp(_read(state.g), _read(averages), beta)
         _assign([state.g_ema[name] for name in averaged], list(averaged.values()))
