@@ -1,7 +1,8 @@
 """What training on TPUs asks of the code: written down here, and checked with no TPU.
 
-Replicas on CPUs and GPUs are forgiving; a TPU runs whole programs. For each of these a test says
-whether the step keeps it (tests/distribution/test_tpu.py, tests/training/test_tpu_cost.py).
+Replicas on CPUs and GPUs are forgiving; a TPU runs whole programs. What a program must be is held
+by tests (tests/distribution/test_tpu.py, tests/training/test_tpu_cost.py); how it is fed, iterated
+and saved from is only written down here.
 
 * Each phase of `TrainStep.programs` is one program on each core, compiled by itself. Conditions and
   loops over phases and steps are around the programs, on the host: `TrainStep` has its tf.cond
