@@ -166,6 +166,7 @@ from trainer.distribution import cluster
 
 behaviour = sys.argv.pop(1)
 cluster._GRACE_SEC = 1.5
+os.environ["CUDA_VISIBLE_DEVICES"] = "0,1" if behaviour == "two GPUs" else "-1"
 
 def main(_):
     config = config_lib.from_dict(
@@ -290,6 +291,7 @@ def test_a_missing_chief_is_named() -> None:
     ("behaviour", "message"),
     [
         ("other version", "has TensorFlow 2.17.1, worker:0 (localhost:PORT) has 2."),
+        ("two GPUs", "has GPUs 2, worker:0 (localhost:PORT) has 0; start all workers with the"),
         ("differs", "has rounds 2, worker:0 (localhost:PORT) has 1; start all workers with the"),
     ],
 )

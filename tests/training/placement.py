@@ -22,7 +22,6 @@ import subprocess
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,9 +32,7 @@ from tests.training import conftest
 from trainer import task
 from trainer.core import flags as flags_lib
 from trainer.data.pipeline import ImageStream
-from trainer.networks.stylegan2 import Discriminator
-from trainer.training import checkpoint, step
-from trainer.training.phases import Sampler
+from trainer.training import checkpoint
 from trainer.training.step import TrainStep
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -90,7 +87,7 @@ class Outcome:
     collectives: dict[str, int]
 
 
-# Two, four and four times two replicas, on CPUs of one process and of two, in up to four rounds.
+# One, two and four replicas in one process, two and four in two, each in one, two and four rounds.
 # Four replicas in four rounds need sixteen groups.
 SHAPES = ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2))
 PLACEMENTS = tuple(
@@ -109,16 +106,14 @@ def run(
     folder: pathlib.Path,
     *,
     precision: str = "float64",
-    fault: str = "",
 ) -> Outcome:
-    """Trains in processes of their own, with what a fault changes, and reads what they left.
+    """Trains in processes of their own, and reads what they left.
 
     Args:
       placement: where.
       data: directory of the data set.
       folder: empty; for the run.
       precision: `run.precision`.
-      fault: a name of `FAULTS`, or none.
     """
     folder.mkdir(parents=True)
     config = folder / "config.yaml"
@@ -135,7 +130,7 @@ def run(
     }
     flags = [f"--config={config}", f"--data={data}", f"--workdir={folder / 'run'}"]
     flags += [f"--set={key}={value}" for key, value in settings.items()]
-    command = [sys.executable, "-m", "tests.training.placement", f"--fault={fault}"]
+    command = [sys.executable, "-m", "tests.training.placement"]
     processes = []
     for index, environment in enumerate(environments(placement.workers)):
         order = folder / f"images-{index}"
@@ -221,78 +216,8 @@ def distances(found: Outcome, wanted: Outcome) -> dict[str, float]:
 # ------------------------------------------------------------------------------ one process
 
 
-def _as_local_replica(values: Any) -> Any:
-    """What this replica alone would take for the sum over all."""
-    count = tf.distribute.get_strategy().num_replicas_in_sync
-    return tf.nest.map_structure(lambda value: value * count, values)
-
-
-def _sum_locally(chosen: Callable[[str, tf.Tensor], bool]) -> None:
-    """Leaves some of what a phase reports or returns out of the sum over replicas."""
-    original = TrainStep._sum_over_replicas
-
-    def patched(self: Any, values: Any) -> Any:
-        return _replace(original(self, values), _as_local_replica(values))
-
-    def _replace(summed: Any, local: Any, name: str = "") -> Any:
-        if isinstance(summed, dict):
-            return {key: _replace(value, local[key], key) for key, value in summed.items()}
-        if isinstance(summed, (tuple, list)):
-            pairs = zip(summed, local, strict=True)
-            return type(summed)(_replace(a, b, name) for a, b in pairs)
-        return local if chosen(name, summed) else summed
-
-    TrainStep._sum_over_replicas = patched  # type: ignore[method-assign]
-
-
-def _seeds_of_each_replica() -> None:
-    original = Sampler.__call__
-
-    def drawn(self: Any, phase: str, group_index: Any) -> Any:
-        groups = 16 // GROUP
-        local = tf.range(group_index.shape[0], dtype=group_index.dtype)
-        return original(self, phase, group_index // groups * groups + local)
-
-    Sampler.__call__ = drawn  # type: ignore[method-assign]
-
-
-def _groups_of_each_replica() -> None:
-    original = Discriminator.__call__
-
-    def judged(self: Any, params: Any, images: Any, c: Any) -> Any:
-        # NVIDIA's groups: of the N images here, n is in group n mod N / G.
-        order = np.arange(images.shape[0]).reshape(GROUP, -1).T.ravel()
-        logits = original(self, params, tf.gather(images, order), tf.gather(c, order))
-        return tf.gather(logits, np.argsort(order))
-
-    Discriminator.__call__ = judged  # type: ignore[method-assign]
-
-
-def _gradients_of_each_replica() -> None:
-    original = step._all_reduce
-
-    def mean(values: Any) -> Any:
-        count = tf.distribute.get_strategy().num_replicas_in_sync
-        # The sums of squares in reports have three values.
-        return [v if v.shape == [3] else v / count for v in original(values)]
-
-    step._all_reduce = mean
-
-
-# What could be done for each replica by mistake.
-FAULTS: dict[str, Callable[[], None]] = {
-    "": lambda: None,
-    "seeds": _seeds_of_each_replica,
-    "groups": _groups_of_each_replica,
-    "gradient mean": _gradients_of_each_replica,
-    "path length mean": lambda: _sum_locally(lambda name, value: value.shape.rank == 0),
-    "w mean": lambda: _sum_locally(lambda name, value: not name and value.shape.rank == 1),
-    "ADA statistic": lambda: _sum_locally(lambda name, value: name == "Loss/signs/real"),
-}
-
-
-def _train(order: str, fault: str, flags: list[str]) -> None:
-    """The training command, with a fault and a record of the images it takes."""
+def _train(order: str, flags: list[str]) -> None:
+    """The training command, with a record of the images it takes and of what crosses replicas."""
     # Rewriting graphs takes longer than the few steps made with them.
     tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
     original = ImageStream.__next__
@@ -315,7 +240,6 @@ def _train(order: str, fault: str, flags: list[str]) -> None:
         steps.append(self._step)
 
     TrainStep.__init__ = created  # type: ignore[method-assign]
-    FAULTS[fault]()
 
     def main(argv: Any) -> None:
         task.main(argv)
@@ -382,11 +306,10 @@ def main() -> None:
     """Shows the table, or is one process of a placement."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--precision", default="float64")
-    parser.add_argument("--fault", default="", help=argparse.SUPPRESS)
     parser.add_argument("--order", default="", help=argparse.SUPPRESS)
     arguments, flags = parser.parse_known_args()
     if arguments.order:
-        _train(arguments.order, arguments.fault, flags)
+        _train(arguments.order, flags)
         return
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)

@@ -12,6 +12,7 @@ Needs no TensorFlow.
 from __future__ import annotations
 
 import contextlib
+import glob
 import importlib.metadata
 import json
 import os
@@ -46,6 +47,7 @@ _RETRY_SEC = 0.2
 _HELLO_SEC = 5.0  # in which who connects must have said hello
 # What the main thread gets to end by itself when a peer is gone, before the process is ended.
 _GRACE_SEC = 3.0
+_POLL_SEC = 0.02
 
 
 class PeerError(TrainerError):
@@ -311,7 +313,16 @@ def identity(config: Config) -> dict[str, str]:
         "config": config_lib.fingerprint(config),
         "rounds": str(config.training.rounds),
         "run.cpu_replicas": str(config.run.cpu_replicas),
+        "GPUs": str(_count_gpus()),
     }
+
+
+def _count_gpus() -> int:
+    """How many GPUs TensorFlow will find; sums over workers that have unequally many never end."""
+    visible = flags.env("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return len(glob.glob("/dev/nvidia[0-9]*"))
+    return sum(name.strip() not in ("", "-1") for name in visible.split(","))
 
 
 def _gather(cluster: Cluster, own: Mapping[str, str], limit: float) -> dict[int, _Line]:
@@ -417,6 +428,7 @@ class Membership:
     def __init__(self, cluster: Cluster, lines: Mapping[int, _Line], silence: float) -> None:
         self._cluster, self._lines, self._silence = cluster, dict(lines), silence
         self._finished: set[int] = set()
+        self._closed: set[int] = set()
         self._verdict: TrainerError | None = None
         self._decided, self._leaving = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -452,8 +464,10 @@ class Membership:
             messages = None
         for message in messages or ():
             self._take(index, message)
-        if messages is None and index not in self._finished:
-            self._lost(index, "has ended")
+        if messages is None:
+            self._closed.add(index)
+            if index not in self._finished:
+                self._lost(index, "has ended")
         return messages is not None
 
     def _take(self, index: int, message: Mapping[str, Any]) -> None:
@@ -490,15 +504,16 @@ class Membership:
     def finish(self) -> None:
         """Tells the others that this worker has done its part, and waits until all have.
 
-        Who leaves earlier pulls TensorFlow's connections away from the others.
+        Who leaves earlier pulls TensorFlow's connections away from the others; the chief, to whom
+        all are connected, leaves last.
         """
         for line in self._lines.values():
             line.send(done=True)
-        deadline = time.monotonic() + self._silence
-        while self._finished != set(self._lines) and self._verdict is None:
-            if time.monotonic() > deadline:
+        everyone, deadline = set(self._lines), time.monotonic() + self._silence
+        while time.monotonic() < deadline and self._verdict is None:
+            if everyone <= (self._closed if self._cluster.is_chief else self._finished):
                 break
-            time.sleep(0.02)
+            time.sleep(_POLL_SEC)
         self._leaving.set()
 
     def end(self, error: TrainerError) -> NoReturn:

@@ -152,7 +152,7 @@ def _multi_worker(run: RunConfig, cluster: Cluster) -> Placement:
         num_accelerators={"GPU": len(gpus)},
     )
     try:
-        with _all_logical_cpus() if run.cpu_replicas > 1 and not gpus else contextlib.nullcontext():
+        with contextlib.nullcontext() if gpus else _logical_cpus(run.cpu_replicas):
             strategy = tf.distribute.MultiWorkerMirroredStrategy(resolver, options)
     except tf.errors.OpError as error:
         raise ConfigError(
@@ -173,12 +173,11 @@ def _multi_worker(run: RunConfig, cluster: Cluster) -> Placement:
 
 
 @contextlib.contextmanager
-def _all_logical_cpus() -> Iterator[None]:
-    """Lets TensorFlow's strategy take all logical CPUs of a worker, where it would take the first."""
+def _logical_cpus(count: int) -> Iterator[None]:
+    """Lets TensorFlow's strategy take the logical CPUs of a worker, where it would take the first."""
     from tensorflow.python.distribute import collective_all_reduce_strategy
 
     def devices(self: Any, resolver: Any, worker: str) -> tuple[tuple[str, ...], str]:
-        count = len(tf.config.list_logical_devices("CPU"))
         return tuple(f"{worker}/device:CPU:{index}" for index in range(count)), "CPU"
 
     extended = collective_all_reduce_strategy.CollectiveAllReduceExtended
