@@ -144,7 +144,7 @@ def run(
             )
         processes.append(process)
     try:
-        codes = [process.wait(timeout=1800) for process in processes]
+        codes = [process.wait(timeout=600) for process in processes]
     finally:
         for process in processes:
             process.kill()
