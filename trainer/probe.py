@@ -32,7 +32,7 @@ from absl import flags as absl_flags
 
 from trainer.core import config as config_lib
 from trainer.core import flags, storage
-from trainer.core.config import Config
+from trainer.core.config import BatchArithmetic, Config
 from trainer.core.errors import ConfigError, UsageError
 from trainer.distribution import cluster
 
@@ -127,20 +127,23 @@ def _data_shape(config: Config) -> DataShape:
     return build.DataShape(size, FLAGS.channels, counts if config.data.use_labels else ())
 
 
+def _batch_text(a: BatchArithmetic, data: DataShape) -> str:
+    size = "x".join(map(str, (*data.resolution, data.channels)))
+    return (
+        f"{a.global_batch} images {size} = {a.num_replicas} replicas x {a.rounds} rounds x "
+        f"{a.per_replica_batch}"
+    )
+
+
 def _run_lines(run: Run) -> list[tuple[str, str]]:
-    a, costs = run.arithmetic, run.cost()
-    size = "x".join(map(str, (*run.data.resolution, run.data.channels)))
+    costs = run.cost()
     return [
         (
             "run",
             f"{run.placement.description}, {run.config.run.precision}, "
             f"XLA {'on' if run.jit else 'off'}, augmentation {run.config.augment.mode}",
         ),
-        (
-            "batch",
-            f"{a.global_batch} images {size} = {a.num_replicas} "
-            f"replicas x {a.rounds} rounds x {a.per_replica_batch}",
-        ),
+        ("batch", _batch_text(run.arithmetic, run.data)),
         ("networks", f"G {costs.g_params:,} and D {costs.d_params:,} parameters"),
     ]
 
@@ -255,15 +258,11 @@ def probe_tpu(config: Config) -> None:
     from trainer.training.tpu_cost import TpuRun
 
     run = TpuRun.create(config, data, FLAGS.topology, FLAGS.replicas, FLAGS.batch)
-    a, size = run.arithmetic, "x".join(map(str, (*data.resolution, data.channels)))
+    a = run.arithmetic
     _print_rows(
         [
             ("slice", f"{run.topology.name}, {a.num_replicas} replicas"),
-            (
-                "batch",
-                f"{a.global_batch} images {size} = {a.num_replicas} "
-                f"replicas x {a.rounds} rounds x {a.per_replica_batch}",
-            ),
+            ("batch", _batch_text(a, data)),
             ("run", f"{run.config.run.precision}, augmentation {run.config.augment.mode}"),
         ]
     )

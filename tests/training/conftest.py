@@ -1,12 +1,15 @@
-"""A small labelled data set, made with the package's own writer."""
+"""What tests of training share: a small labelled data set, tiny networks, and eager steps."""
 
 from __future__ import annotations
 
 import io
 import pathlib
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from PIL import Image
 
 from trainer.core import storage
@@ -14,6 +17,16 @@ from trainer.data import images, manifest, records
 
 COUNT, SHARDS, SIZE = 64, 4, 8
 COUNTS = (32, 20, 12)
+
+# The keys of `model` for networks that trace in seconds.
+TINY_MODEL: dict[str, Any] = {
+    "z_dim": 8,
+    "w_dim": 8,
+    "mapping_layers": 1,
+    "d_mapping_layers": 1,
+    "channel_base": 64,
+    "channel_max": 8,
+}
 
 
 def picture(rng: np.random.Generator, label: int) -> np.ndarray:
@@ -77,3 +90,11 @@ def other_squares(tmp_path_factory: pytest.TempPathFactory) -> manifest.Manifest
 def unlabelled(tmp_path_factory: pytest.TempPathFactory) -> manifest.Manifest:
     """The same without classes."""
     return write(tmp_path_factory.mktemp("unlabelled"), labelled=False)
+
+
+@pytest.fixture
+def eagerly() -> Iterator[None]:
+    """Steps that run op by op: right for a few steps, where tracing would take longest."""
+    tf.config.run_functions_eagerly(True)
+    yield
+    tf.config.run_functions_eagerly(False)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tests.training.conftest import TINY_MODEL
 from trainer.core import config as config_lib
 from trainer.core import storage
 from trainer.core.config import CheckpointConfig
@@ -24,18 +25,10 @@ from trainer.training.state import TrainState
 
 ROOT = pathlib.Path(__file__).parents[2]
 SHAPE = build.DataShape((8, 8), 3, (5, 3))
-MODEL = {
-    "z_dim": 8,
-    "w_dim": 8,
-    "mapping_layers": 1,
-    "d_mapping_layers": 1,
-    "channel_base": 64,
-    "channel_max": 8,
-}
 
 
 def make_config(**model: int) -> config_lib.Config:
-    config = config_lib.from_dict({"model": {**MODEL, **model}, "data": {"use_labels": True}})
+    config = config_lib.from_dict({"model": {**TINY_MODEL, **model}, "data": {"use_labels": True}})
     return config_lib.resolve(config, resolution=SHAPE.resolution)
 
 

@@ -16,6 +16,7 @@ import tensorflow as tf
 import yaml
 from PIL import Image
 
+from tests.training.conftest import TINY_MODEL
 from trainer.core import config as config_lib
 from trainer.core.config import Config
 from trainer.core.errors import (
@@ -35,14 +36,7 @@ STEPS = 7
 TINY: dict[str, dict[str, Any]] = {
     "run": {"jit": "off"},
     "data": {"window": 8},
-    "model": {
-        "z_dim": 8,
-        "w_dim": 8,
-        "mapping_layers": 1,
-        "d_mapping_layers": 1,
-        "channel_base": 64,
-        "channel_max": 8,
-    },
+    "model": TINY_MODEL,
     "training": {"batch_size": 8, "total_kimg": 0.056, "g_reg_interval": 2, "d_reg_interval": 3},
     "augment": {"mode": "ada", "pipe": "b", "p": 0.3, "interval": 2, "adjust_kimg": 0.16},
     "checkpoint": {"every_steps": 2, "keep_last": 2},

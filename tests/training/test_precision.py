@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
+from tests.training.conftest import TINY_MODEL
 from trainer.core import config as config_lib
 from trainer.core.errors import ConfigError, DivergedError
 from trainer.data.manifest import Manifest
@@ -24,22 +24,6 @@ from trainer.training.step import TrainStep
 pytestmark = pytest.mark.filterwarnings("ignore:Even though the `tf.config.experimental_run")
 
 GROUP = 4
-MODEL = {
-    "z_dim": 8,
-    "w_dim": 8,
-    "mapping_layers": 1,
-    "d_mapping_layers": 1,
-    "channel_base": 64,
-    "channel_max": 8,
-}
-
-
-@pytest.fixture
-def eagerly() -> Iterator[None]:
-    """Steps that run op by op: right for a few steps, where tracing would take longest."""
-    tf.config.run_functions_eagerly(True)
-    yield
-    tf.config.run_functions_eagerly(False)
 
 
 class Run:
@@ -63,7 +47,7 @@ class Run:
             {
                 "run": {"precision": precision},
                 "data": {"use_labels": True, "window": 8},
-                "model": {**MODEL, "num_fp16_res": num_fp16_res},
+                "model": {**TINY_MODEL, "num_fp16_res": num_fp16_res},
                 "training": {"batch_size": batch, "rounds": rounds, **(training or {})},
                 "augment": augment or {"mode": "none"},
             }
@@ -301,7 +285,7 @@ def test_float16_on_a_cpu_is_refused(squares: Manifest, tmp_path: Any) -> None:
         {
             "run": {"precision": "float16"},
             "data": {"path": squares.directory},
-            "model": MODEL,
+            "model": TINY_MODEL,
             "training": {"batch_size": GROUP},
         }
     )
@@ -323,7 +307,7 @@ def test_skipped_updates_are_shown(
         {
             "run": {"precision": "float16", "jit": "off"},
             "data": {"path": squares.directory, "window": 8},
-            "model": MODEL,
+            "model": TINY_MODEL,
             "training": {"batch_size": GROUP, "total_kimg": 0.008, "pl_weight": 0, "r1_gamma": 0},
             "augment": {"mode": "none"},
             "telemetry": {"tick_kimg": 0.004, "tensorboard": False},

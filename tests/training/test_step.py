@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tests.training.conftest import TINY_MODEL
 from trainer.core import config as config_lib
 from trainer.data.manifest import Manifest
 from trainer.data.pipeline import ImageStream
@@ -23,14 +24,7 @@ BATCH, GROUP = 8, 4
 
 TINY: dict[str, dict[str, Any]] = {
     "data": {"use_labels": True, "window": 8},
-    "model": {
-        "z_dim": 8,
-        "w_dim": 8,
-        "mapping_layers": 1,
-        "d_mapping_layers": 1,
-        "channel_base": 64,
-        "channel_max": 8,
-    },
+    "model": TINY_MODEL,
     "training": {
         "batch_size": BATCH,
         "g_reg_interval": 2,
@@ -112,14 +106,6 @@ class Run:
 
     def values(self) -> dict[str, np.ndarray]:
         return {name: variable.numpy() for name, variable in self.state.variables().items()}
-
-
-@pytest.fixture
-def eagerly() -> Iterator[None]:
-    """Steps that run op by op: right for a few steps, where tracing would take longest."""
-    tf.config.run_functions_eagerly(True)
-    yield
-    tf.config.run_functions_eagerly(False)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -10,6 +10,7 @@ from trainer.networks.ops import Formulas
 from trainer.networks.stylegan2 import Discriminator, Generator
 from trainer.training.augment import AugmentPipe
 from trainer.training.phases import Phases, Sampler
+from trainer.training.state import TrainState
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,18 @@ def networks(
         formulas=formulas,
     )
     return generator, discriminator
+
+
+def state(config: Config, generator: Generator, discriminator: Discriminator) -> TrainState:
+    """The variables of a run at its start; to be called in its strategy's scope."""
+    return TrainState(
+        generator,
+        discriminator,
+        seed=config.run.seed,
+        freeze_d=config.training.freeze_d,
+        augment_p=config.augment.p if config.augment.mode != "none" else 0.0,
+        dtype=full_dtype(config.run.precision),
+    )
 
 
 def phases_and_draws(

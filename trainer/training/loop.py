@@ -87,14 +87,7 @@ def train(
     if found is not None:
         _check_same_run(found, config, manifest, allow_change)
     with strategy.scope():
-        state = TrainState(
-            generator,
-            discriminator,
-            seed=config.run.seed,
-            freeze_d=config.training.freeze_d,
-            augment_p=config.augment.p if config.augment.mode != "none" else 0.0,
-            dtype=precision.full_dtype(config.run.precision),
-        )
+        state = build.state(config, generator, discriminator)
     checkpoints = Checkpoints(workdir, config.checkpoint, state.variables())
     tick, tick_start, previous_sec = 0, 0, 0.0
     if found is not None:

@@ -217,14 +217,7 @@ def measure(run: Run, repeats: int) -> StepSpeed:
     """
     strategy, arithmetic, config = run.placement.strategy, run.arithmetic, run.config
     with strategy.scope():
-        state = TrainState(
-            run.generator,
-            run.discriminator,
-            seed=config.run.seed,
-            freeze_d=config.training.freeze_d,
-            augment_p=config.augment.p if config.augment.mode != "none" else 0.0,
-            dtype=full_dtype(config.run.precision),
-        )
+        state = build.state(config, run.generator, run.discriminator)
     phases, draw = build.phases_and_draws(
         config, run.data, run.generator, run.discriminator, static_shapes=run.jit
     )

@@ -91,14 +91,7 @@ class TpuRun:
         precision.check(config.run.precision, "TPU")
         arithmetic = config_lib.batch_arithmetic(config, replicas)
         generator, discriminator = build.networks(config, data, build.formulas("TPU", jit=True))
-        augmented = config.augment.mode != "none"
-        state = TrainState(
-            generator,
-            discriminator,
-            seed=config.run.seed,
-            freeze_d=config.training.freeze_d,
-            augment_p=config.augment.p if augmented else 0.0,
-        )
+        state = build.state(config, generator, discriminator)
         phases, draw = build.phases_and_draws(
             config, data, generator, discriminator, static_shapes=True
         )
