@@ -222,6 +222,7 @@ FREE = {
     "data.path=elsewhere",
     "training.rounds=2",
     "training.total_kimg=1",
+    "run.steps_per_loop=4",
     "checkpoint.every_steps=7",
     "checkpoint.keep_last=7",
     "checkpoint.keep_every_kimg=7",
@@ -391,6 +392,14 @@ def test_path_length_needs_whole_shares_of_a_group() -> None:
     with pytest.raises(ConfigError, match=r"pl_batch_shrink = 2.*group of 3"):
         config_lib.batch_arithmetic(_batch(6, 3, 1), 1)
     assert config_lib.batch_arithmetic(_batch(6, 3, 1, pl_weight=0), 1).groups_per_step == 2
+
+
+def test_checkpoints_come_after_whole_calls() -> None:
+    settings = {"run": {"steps_per_loop": 8}, "checkpoint": {"every_steps": 20}}
+    with pytest.raises(ConfigError, match=r"every_steps = 20 .* set it to 24"):
+        config_lib.resolve(config_lib.from_dict(settings), resolution=(32, 32))
+    settings["checkpoint"]["every_steps"] = 24
+    config_lib.resolve(config_lib.from_dict(settings), resolution=(32, 32))
 
 
 def test_batch_arithmetic_wants_a_resolved_config() -> None:

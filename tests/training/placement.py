@@ -52,21 +52,28 @@ telemetry: {tensorboard: false}
 
 @dataclass(frozen=True)
 class Placement:
-    """Where and in how many pieces a batch is computed; `replicas` are those of one worker."""
+    """Where and in how many pieces a batch is computed; `replicas` are those of one worker.
+
+    With several steps in each call, ticks come at other steps.
+    """
 
     workers: int = 1
     replicas: int = 1
     rounds: int = 1
     batch: int = 16
+    steps_per_loop: int = 1
 
     def __str__(self) -> str:
         each = self.batch // (self.workers * self.replicas * self.rounds)
-        return f"{self.workers} workers x {self.replicas} x {self.rounds} rounds x {each}"
+        in_a_row = f", {self.steps_per_loop} in a row" if self.steps_per_loop > 1 else ""
+        return (
+            f"{self.workers} workers x {self.replicas} x {self.rounds} rounds x {each}{in_a_row}"
+        )
 
     @property
     def whole(self) -> Placement:
         """The same batch in one piece."""
-        return Placement(batch=self.batch)
+        return Placement(batch=self.batch, steps_per_loop=self.steps_per_loop)
 
 
 @dataclass(frozen=True)
@@ -94,7 +101,7 @@ PLACEMENTS = tuple(
     Placement(workers, replicas, rounds, 32 if workers * replicas * rounds > 8 else 16)
     for workers, replicas in SHAPES
     for rounds in (1, 2, 4)
-)[1:]
+)[1:] + (Placement(replicas=2, steps_per_loop=4), Placement(workers=2, steps_per_loop=4))
 
 
 # ------------------------------------------------------------------------------ running
@@ -122,6 +129,7 @@ def run(
     settings = {
         "run.precision": precision,
         "run.cpu_replicas": placement.replicas,
+        "run.steps_per_loop": placement.steps_per_loop,
         "training.batch_size": placement.batch,
         "training.rounds": placement.rounds,
         "training.total_kimg": STEPS * kimg,
@@ -237,7 +245,7 @@ def _train(order: str, flags: list[str]) -> None:
 
     def created(self: TrainStep, *args: Any, **kwargs: Any) -> None:
         create(self, *args, **kwargs)
-        steps.append(self._step)
+        steps.append(self._steps)
 
     TrainStep.__init__ = created  # type: ignore[method-assign]
 
@@ -269,7 +277,7 @@ def run_all(
     wanted = list(dict.fromkeys([*(each.whole for each in placements), *placements]))
 
     def outcome(placement: Placement) -> Outcome:
-        name = str(placement).replace(" ", "-")
+        name = str(placement).replace(",", "").replace(" ", "-")
         return run(placement, data, folder / f"{placement.batch}-{name}", precision=precision)
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -289,7 +297,7 @@ TABLES = {
 
 def table(outcomes: dict[Placement, Outcome]) -> str:
     """For each placement the largest difference of a tensor in each part of the state."""
-    lines = [f"{'relative L2 to the batch in one piece':<34}" + "".join(f"{n:>9}" for n in TABLES)]
+    lines = [f"{'relative L2 to the batch in one piece':<44}" + "".join(f"{n:>9}" for n in TABLES)]
     for placement, outcome in outcomes.items():
         if placement == placement.whole:
             continue
@@ -298,7 +306,7 @@ def table(outcomes: dict[Placement, Outcome]) -> str:
             max(value for name, value in found.items() if name.startswith(prefix))
             for prefix in TABLES.values()
         ]
-        lines.append(f"{placement!s:<34}" + "".join(f"{value:>9.1e}" for value in largest))
+        lines.append(f"{placement!s:<44}" + "".join(f"{value:>9.1e}" for value in largest))
     return "\n".join(lines)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -207,6 +207,57 @@ def test_nothing_is_traced_again(squares: Manifest) -> None:
     functions = [f for f in vars(run.step).values() if hasattr(f, "experimental_get_tracing_count")]
     assert len(functions) > 5
     assert {function.experimental_get_tracing_count() for function in functions} == {0, 1}
+
+
+# ------------------------------------------------------------------------------ several steps
+
+
+def test_steps_in_a_row_are_the_same_steps(squares: Manifest) -> None:
+    """With a regulariser that is due in some of them, and statistics that add up."""
+    settings = {"training": {"pl_weight": 0, "d_reg_interval": 2}}
+    one, row = Run(squares, PLAIN, settings), Run(squares, PLAIN, settings)
+    tf.config.run_functions_eagerly(True)
+    reports = one.steps(3)
+    tf.config.run_functions_eagerly(False)
+    batches = [next(row.stream) for _ in range(3)]
+    report = row.step(*(tf.concat(values, 0) for values in zip(*batches, strict=True)))
+    assert [float(r["Dreg"]["gradients"]) > 0 for r in reports] == [True, False, True]
+    tf.nest.map_structure(
+        lambda value, wanted: np.testing.assert_allclose(value, wanted, rtol=1e-4, atol=1e-6),
+        report,
+        reports[-1],
+    )
+    values = row.values()
+    for name, wanted in one.values().items():
+        np.testing.assert_allclose(values[name], wanted, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_the_host_reads_no_variable_between_programs(
+    squares: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would wait for the device: what is due follows from the groups' numbers."""
+    run = Run(squares, {"training": {"g_reg_interval": 2, "d_reg_interval": 3}})
+    strategy = run.step._strategy
+
+    def as_a_program(function: Callable[..., Any], args: Any) -> Any:
+        return tf.function(lambda *values: function(*values), autograph=False)(*args)
+
+    monkeypatch.setattr(strategy, "run", as_a_program)
+    specs = [tf.TensorSpec([3, *value.shape], value.dtype) for value in next(run.stream)]
+    first_step = tf.TensorSpec([], tf.int64)
+    graph = run.step._steps.get_concrete_function(*specs, first_step).graph
+    definition = graph.as_graph_def()
+    functions = {f.signature.name: f for f in definition.library.function}
+    programs = 0
+    pending = [definition.node]
+    while pending:
+        for node in pending.pop():
+            assert node.op not in ("ReadVariableOp", "AssignVariableOp"), node.name
+            programs += node.op in ("PartitionedCall", "StatefulPartitionedCall")
+            for branch in ("then_branch", "else_branch", "body", "cond"):
+                if branch in node.attr:
+                    pending.append(functions[node.attr[branch].func.name].node_def)
+    assert programs == 5  # four phases, and the end of a step
 
 
 # ------------------------------------------------------------------------------ reports

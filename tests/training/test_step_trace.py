@@ -129,10 +129,10 @@ class Trace:
 
     def iterate(self, iteration: int) -> dict[str, dict[str, Any]]:
         self.draws.select(iteration)
-        self.state.step.assign(0)  # the recorded run regularised at every iteration
         real = self._golden[f"it{iteration}/real"].transpose(0, 2, 3, 1)[ORDER]
         images = tf.constant(real.reshape(2, 4, 32, 32, 3))
         labels = tf.fill([2, 4], tf.constant(-1, tf.int64))
+        # The recorded run regularised at every iteration, which the step does with its first groups.
         return self.step(images, labels, tf.range(2, dtype=tf.int64))
 
 

@@ -47,6 +47,7 @@ _FREE_KEYS = frozenset(
         "run.tpu",
         "run.cpu_replicas",
         "run.jit",
+        "run.steps_per_loop",
         "run.compilation_cache",
         "run.join_timeout",
         "run.worker_timeout",
@@ -166,6 +167,9 @@ class RunConfig(_Section):
         16-bit blocks and the clamp off (NVIDIA: float16, or --fp32). 'float64' computes everything
         in 64 bits, for proofs: rounding can't hide a mistake there. Random numbers stay the same.
       jit: compile the step with XLA; 'auto' decides by platform, see distribution/strategy.py.
+      steps_per_loop: steps made in one call, with no word from the host in between; for TPUs, where
+        asking takes time. Ticks, checkpoints and the end of the run come after whole calls, so it
+        must divide `checkpoint.every_steps`.
       compilation_cache: local directory in which compiled programs are kept, so that the next
         start of the run compiles nothing; '' keeps none. Must be the user's own.
       join_timeout: seconds in which all workers must have started.
@@ -185,6 +189,7 @@ class RunConfig(_Section):
     cpu_replicas: int = _key(1, _AT_LEAST_1)
     precision: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     jit: Literal["auto", "on", "off"] = "auto"
+    steps_per_loop: int = _key(1, _AT_LEAST_1)
     compilation_cache: str = ""
     join_timeout: float = _key(600.0, _POSITIVE)
     worker_timeout: float = _key(120.0, _POSITIVE)
@@ -691,7 +696,7 @@ def resolve(config: Config, *, resolution: tuple[int, int]) -> Config:
       resolution: (height, width) of the data set.
 
     Raises:
-      ConfigError: the networks cannot make this resolution.
+      ConfigError: the networks cannot make this resolution, or keys don't fit each other.
     """
     grid = base_grid(resolution)
     side = max(resolution)
@@ -723,6 +728,12 @@ def resolve(config: Config, *, resolution: tuple[int, int]) -> Config:
         raise ConfigError(
             f"model.channel_base = {channel_base} leaves the highest resolution without channels; "
             f"set it to {nominal} or more"
+        )
+    every, in_a_row = config.checkpoint.every_steps, config.run.steps_per_loop
+    if every % in_a_row:
+        raise ConfigError(
+            f"checkpoint.every_steps = {every} is no multiple of run.steps_per_loop = {in_a_row}; "
+            f"set it to {-(-every // in_a_row) * in_a_row}"
         )
     return resolved
 

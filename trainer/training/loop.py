@@ -113,7 +113,7 @@ def train(
     stream = ImageStream(
         manifest,
         group_size=arithmetic.group_size,
-        groups_per_batch=arithmetic.groups_per_step,
+        groups_per_batch=arithmetic.groups_per_step * config.run.steps_per_loop,
         seed=config.run.seed,
         start_group=images // arithmetic.group_size,
         worker=placement.worker,
@@ -175,7 +175,8 @@ def train(
     try:
         while images < total_images:
             train_step(*next(stream))
-            images, step = images + arithmetic.global_batch, step + 1
+            images += arithmetic.global_batch * config.run.steps_per_loop
+            step += config.run.steps_per_loop
             if first:
                 state.step.numpy()  # waits for the step
                 first = False

@@ -222,15 +222,14 @@ def measure(run: Run, repeats: int) -> StepSpeed:
         config, run.data, run.generator, run.discriminator, static_shapes=run.jit
     )
     train_step = TrainStep(config, arithmetic, strategy, state, phases, draw, jit=run.jit)
-    batch = _random_batch(run)
+    images, labels, numbers = _random_batch(run)
     plan = schedule(config)
     # A GPU is given several steps at a time, as in a run, where nothing waits for each of them.
     burst = 8 if run.placement.accelerated else 1
 
     def at(step: int) -> Callable[[], None]:
         def call() -> None:
-            state.step.assign(step)
-            train_step(*batch)
+            train_step(images, labels, numbers + step * arithmetic.groups_per_step)
 
         return call
 
@@ -239,7 +238,7 @@ def measure(run: Run, repeats: int) -> StepSpeed:
     for call in whole.values():
         _seconds(call)
     host, gpu = resources.peak_host_memory_gb(), resources.peak_gpu_memory_gb()
-    main = _main_phases(run, train_step, phases, draw, state, batch)
+    main = _main_phases(run, train_step, phases, draw, state, (images, labels, numbers))
     timings = _in_turns({**whole, **main, **_convolutions(run)}, repeats, burst)
     g, d = (timings[name] * arithmetic.rounds for name in main)
     steps = {due: timings[due] for due in plan}

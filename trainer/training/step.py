@@ -103,20 +103,28 @@ class TrainStep:
         self._g_update = compiled(self._g_adam.update)
         self._d_update = compiled(self._d_adam.update)
         self._lerp = compiled(_lerp)
-        self._step = tf.function(self._run, autograph=False)
+        self._steps = tf.function(self._run, autograph=False)
 
     def __call__(self, images: tf.Tensor, labels: tf.Tensor, group_index: tf.Tensor) -> Reports:
-        """Makes one step.
+        """Makes a step, or several in a row without the host in between.
+
+        Whether a regulariser is due follows from the groups' numbers, which the host knows: reading
+        `state.step` would have it wait for the step before.
 
         Args:
-          images: [groups, size, H, W, C] uint8, or floats in [-1, 1]: the reals of this process.
+          images: [groups, size, H, W, C] uint8, or floats in [-1, 1]: the reals of this process, of
+            as many steps as there are whole batches of them.
           labels: [groups, size] int64, their classes, or -1.
           group_index: [groups] int64, the groups' numbers from the start of the run.
 
         Returns:
-          What each phase reported.
+          What each phase reported in the last of the steps.
         """
-        return self._step(*(self._split(value) for value in (images, labels, group_index)))
+        a = self._arithmetic
+        groups = a.groups_per_step // a.num_replicas * self._local_replicas
+        batch = [tf.reshape(v, [-1, groups, *v.shape[1:]]) for v in (images, labels, group_index)]
+        first_step = group_index[0] // a.groups_per_step
+        return self._steps(*(self._split(value) for value in batch), first_step)
 
     @property
     def programs(self) -> dict[str, Callable[..., Any]]:
@@ -136,29 +144,53 @@ class TrainStep:
         """The `Reports` of a step in which no phase ran."""
         return {phase: self._empty(phase) for phase in _PHASE_REPORTS}
 
+    @property
+    def _local_replicas(self) -> int:
+        """Replicas of this process."""
+        if self._strategy.num_replicas_in_sync == 1:
+            return 1
+        return len(self._strategy.extended.worker_devices)
+
     def _split(self, value: tf.Tensor) -> Any:
-        """Shares out a process's groups to its replicas."""
+        """Shares out a process's [steps, groups, ...] to its replicas."""
         if self._strategy.num_replicas_in_sync == 1:
             return value
-        parts = tf.split(value, len(self._strategy.extended.worker_devices))
+        parts = tf.split(value, self._local_replicas, axis=1)
         return self._strategy.experimental_distribute_values_from_function(
             lambda context: parts[context.replica_id_in_sync_group % len(parts)]
         )
 
     # ---------------------------------------------------------------------------------- phases
 
-    def _run(self, images: Any, labels: Any, group_index: Any) -> Reports:
-        state, training = self._state, self._config.training
+    def _run(self, images: Any, labels: Any, group_index: Any, first_step: tf.Tensor) -> Reports:
+        steps = self._strategy.experimental_local_results(images)[0].shape[0]
+        values = images, labels, group_index
+        if steps == 1:
+            return self._run_one(values, tf.constant(0, tf.int64), first_step)
+
+        def body(index: tf.Tensor, _: Reports) -> tuple[tf.Tensor, Reports]:
+            return index + 1, self._run_one(values, index, first_step + index)
+
+        start = tf.constant(0, tf.int64), self.no_reports()
+        # One iteration at a time: each changes what the next one reads.
+        return tf.while_loop(lambda i, _: i < steps, body, start, parallel_iterations=1)[1]
+
+    def _run_one(self, values: tuple[Any, ...], index: tf.Tensor, step: tf.Tensor) -> Reports:
+        """Makes the step of which the values are at `index`."""
+        training = self._config.training
 
         def run(function: Callable[..., Report]) -> Report:
-            report = self._strategy.run(function, args=(images, labels, group_index))
+            def of_this_step(index: tf.Tensor, *values: tf.Tensor) -> Report:
+                return function(*(value[index] for value in values))
+
+            report = self._strategy.run(of_this_step, args=(index, *values))
             return tf.nest.map_structure(
                 lambda value: self._strategy.experimental_local_results(value)[0], report
             )
 
         def every(interval: int, phase: str, function: Callable[..., Report]) -> Report:
             # A conditional around the replicas, not in them: collectives can't be conditional.
-            due = tf.equal(state.step % interval, 0)
+            due = tf.equal(step % interval, 0)
             return tf.cond(due, lambda: run(function), lambda: self._empty(phase))
 
         reports = {"Gmain": run(self._run_gmain), "Greg": self._empty("Greg")}
