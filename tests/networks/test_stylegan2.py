@@ -375,12 +375,22 @@ def test_channels_follow_the_nominal_resolution() -> None:
 @pytest.mark.parametrize(
     ("g_architecture", "d_architecture"), [("skip", "resnet"), ("resnet", "skip")]
 )
-@pytest.mark.parametrize("widest_packed", [0, 8, 64])
+@pytest.mark.parametrize(
+    ("pack_channels", "max_side", "sides"),
+    [(0, 4, [1, 1, 1]), (16, 4, [1, 1, 2]), (128, 4, [1, 2, 4]), (128, 2, [1, 2, 2])],
+)
 def test_formulas_give_the_same_networks(
-    g_architecture: str, d_architecture: str, widest_packed: int, monkeypatch: pytest.MonkeyPatch
+    g_architecture: str,
+    d_architecture: str,
+    pack_channels: int,
+    max_side: int,
+    sides: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """On TPUs with no map, the finest or all of them packed: images, logits and gradients."""
-    monkeypatch.setattr(ops, "PACK_MAX_CHANNELS", widest_packed)
+    """Images, logits and gradients. On TPUs with no map packed, the finest, all on one grid, and
+    all, on several grids."""
+    monkeypatch.setattr(ops, "PACK_CHANNELS", pack_channels)
+    monkeypatch.setattr(ops, "_PACK_MAX_SIDE", max_side)
     results = []
     for formulas in ops.Formulas:
         shared: dict[str, Any] = {
@@ -390,8 +400,9 @@ def test_formulas_give_the_same_networks(
         }
         generator = small_generator(architecture=g_architecture, **shared)
         discriminator = small_discriminator(architecture=d_architecture, **shared)
-        packed = [block.packed for block in (*generator.blocks, *discriminator.blocks)]
-        assert any(packed) == (formulas is ops.Formulas.TPU and widest_packed > 0)
+        expected = sides if formulas is ops.Formulas.TPU else [1, 1, 1]
+        assert [block.side for block in generator.blocks] == expected
+        assert [block.side for block in discriminator.blocks] == expected[:0:-1]
         g, d = (constants(randomized(n), tf.float64) for n in (generator, discriminator))
         random = normal(4, sum(height * width for height, width in generator.noise_shapes))
         with tf.GradientTape() as tape:

@@ -66,9 +66,7 @@ class Placement:
     def __str__(self) -> str:
         each = self.batch // (self.workers * self.replicas * self.rounds)
         in_a_row = f", {self.steps_per_loop} in a row" if self.steps_per_loop > 1 else ""
-        return (
-            f"{self.workers} workers x {self.replicas} x {self.rounds} rounds x {each}{in_a_row}"
-        )
+        return f"{self.workers} workers x {self.replicas} x {self.rounds} rounds x {each}{in_a_row}"
 
     @property
     def whole(self) -> Placement:

@@ -41,9 +41,11 @@ class Formulas(enum.Enum):
     GENERIC = "generic"
 
 
-# On TPUs maps of up to so many channels are packed, those of up to so many are resampled by one
-# dense convolution, and images of up to so many are filtered by shifting.
-PACK_MAX_CHANNELS = 64
+# On TPUs maps are packed until they have so many channels, in blocks of at most so many pixels a
+# side; those of up to so many are resampled by one dense convolution, and images of up to so many
+# are filtered by shifting.
+PACK_CHANNELS = 128
+_PACK_MAX_SIDE = 4
 _BLOCKS_MAX_CHANNELS = 128
 _SHIFT_MAX_CHANNELS = 4
 
@@ -399,7 +401,7 @@ def conv2d_resample(
     up: int = 1,
     down: int = 1,
     formulas: Formulas = Formulas.GENERIC,
-    packed: tuple[bool, bool] = (False, False),
+    sides: tuple[int, int] = (1, 1),
 ) -> tf.Tensor:
     """Convolution with optional 2x up- or downsampling (StyleGAN2, section 4.2 and appendix B).
 
@@ -411,18 +413,18 @@ def conv2d_resample(
       up: 1 or 2.
       down: 1 or 2.
       formulas: how it is computed.
-      packed: whether `x` is packed and the result shall be, see `block_conv2d`.
+      sides: how `x` is packed and the result shall be, see `block_conv2d`.
 
     Returns:
       [N, H * up / down, W * up / down, out], or packed.
     """
-    if any(packed):
-        return block_conv2d(x, weight, taps, up, down, packed)
+    if sides != (1, 1):
+        return block_conv2d(x, weight, taps, up, down, sides=sides)
     size, _, inputs, outputs = weight.shape
     if formulas is Formulas.TPU and up == 2 and outputs <= _BLOCKS_MAX_CHANNELS:
-        return unpack(block_conv2d(x, weight, taps, up, packed=(False, True)))
+        return unpack(block_conv2d(x, weight, taps, up, sides=(1, 2)), 2)
     if formulas is Formulas.TPU and down == 2 and inputs <= _BLOCKS_MAX_CHANNELS:
-        return block_conv2d(pack(x), weight, taps, down=down, packed=(True, False))
+        return block_conv2d(pack(x, 2), weight, taps, down=down, sides=(2, 1))
     if up == 2 and size == 1:
         return upsample2d(conv2d(x, weight, formulas), taps, formulas)
     if up == 2:
@@ -443,35 +445,56 @@ def conv2d_resample(
 # Convolution over blocks of pixels, and lane packing
 #
 # A TPU works on 128 channels at a time, and pads maps that have fewer, in memory too. Such maps are
-# kept with the four pixels of each 2x2 block side by side in the channels, and convolved by a
-# kernel over blocks, which holds each weight in every place where it acts and zeros elsewhere. Four
-# times the multiplications, but all lanes are in use. Resampling is the same with blocks on one
-# side only, so that a strided or transposed convolution and its filter become one dense kernel.
+# kept with the pixels of each square block side by side in the channels, and convolved by a kernel
+# over blocks, which holds each weight in every place where it acts and zeros elsewhere. Several
+# times the multiplications, but all lanes are in use. Resampling is the same with larger blocks on
+# one side, so that a strided or transposed convolution and its filter become one dense kernel; and
+# where each doubling of the resolution halves the channels, all maps stay on one grid.
 
 
-def pack(x: tf.Tensor) -> tf.Tensor:
-    """[N, H, W, C] -> [N, H/2, W/2, 4C]: row parity, column parity, channel."""
+def pack_side(channels: int) -> int:
+    """Pixels along each side of the blocks in which a TPU keeps maps of so many channels."""
+    side = 1
+    while side < _PACK_MAX_SIDE and 2 * side * channels <= PACK_CHANNELS:
+        side *= 2
+    return side
+
+
+def pack(x: tf.Tensor, side: int) -> tf.Tensor:
+    """[N, H, W, C] -> [N, H/s, W/s, s*s*C]: row in the block, column in the block, channel."""
+    if side == 1:
+        return x
     _, height, width, channels = x.shape
-    blocks = tf.reshape(x, [-1, height // 2, 2, width // 2, 2, channels])
+    blocks = tf.reshape(x, [-1, height // side, side, width // side, side, channels])
     blocks = tf.transpose(blocks, [0, 1, 3, 2, 4, 5])
-    return tf.reshape(blocks, [-1, height // 2, width // 2, 4 * channels])
+    return tf.reshape(blocks, [-1, height // side, width // side, side**2 * channels])
 
 
-def unpack(x: tf.Tensor) -> tf.Tensor:
+def unpack(x: tf.Tensor, side: int) -> tf.Tensor:
     """The inverse of `pack`."""
+    if side == 1:
+        return x
     _, height, width, channels = x.shape
-    blocks = tf.reshape(x, [-1, height, width, 2, 2, channels // 4])
+    blocks = tf.reshape(x, [-1, height, width, side, side, channels // side**2])
     blocks = tf.transpose(blocks, [0, 1, 3, 2, 4, 5])
-    return tf.reshape(blocks, [-1, 2 * height, 2 * width, channels // 4])
+    return tf.reshape(blocks, [-1, side * height, side * width, channels // side**2])
 
 
-def pack_noise(noise: tf.Tensor, channels: int) -> tf.Tensor:
-    """One value for all channels of a pixel: [N, H, W, 1] -> [N, H/2, W/2, 4 * channels].
+def repack(x: tf.Tensor, side: int, new_side: int) -> tf.Tensor:
+    """A packed map in blocks of another size."""
+    return x if side == new_side else pack(unpack(x, side), new_side)
+
+
+def pack_noise(noise: tf.Tensor, channels: int, side: int) -> tf.Tensor:
+    """One value for all channels of a pixel: [N, H, W, 1] -> packed maps of `channels`.
 
     A matrix product spreads the values: copying from lane to lane takes a TPU much longer.
     """
-    spread = np.kron(np.eye(4), np.ones([1, channels]))[np.newaxis, np.newaxis]
-    return tf.nn.conv2d(pack(noise), tf.constant(spread, noise.dtype), strides=1, padding="SAME")
+    if side == 1:
+        return noise
+    spread = np.kron(np.eye(side**2), np.ones([1, channels]))[np.newaxis, np.newaxis]
+    spread = tf.constant(spread, noise.dtype)
+    return tf.nn.conv2d(pack(noise, side), spread, strides=1, padding="SAME")
 
 
 @functools.cache
@@ -518,7 +541,8 @@ def block_conv2d(
     taps: np.ndarray = RESAMPLE_FILTER,
     up: int = 1,
     down: int = 1,
-    packed: tuple[bool, bool] = (True, True),
+    *,
+    sides: tuple[int, int],
 ) -> tf.Tensor:
     """`conv2d_resample` as one dense convolution, between maps of which any may be packed.
 
@@ -526,15 +550,15 @@ def block_conv2d(
       x: [N, H, W, in], or packed.
       weight: [k, k, in, out].
       taps: the resampling filter.
-      up: 1 or 2. Upsampling to packed maps keeps their grid.
-      down: 1 or 2. Downsampling from packed maps keeps their grid.
-      packed: whether the input and the output are packed. Both have the same number of blocks: if
-        it goes up, only the output may be packed and must be, if it goes down, only the input.
+      up: 1 or 2.
+      down: 1 or 2.
+      sides: pixels along each side of a block of the input and of the output, 1 if not packed. Both
+        maps have the same number of blocks.
 
     Returns:
       What `conv2d_resample` does, packed or not.
     """
-    pixels_in, pixels_out = (2 if each else 1 for each in packed)
+    pixels_in, pixels_out = sides
     assert pixels_in * up == pixels_out * down
     size, _, inputs, outputs = weight.shape
     matrix = _block_matrix(size, tuple(taps.tolist()), up, down, pixels_in, pixels_out)
@@ -558,7 +582,7 @@ def modulated_conv2d(
     demodulate: bool = True,
     taps: np.ndarray = RESAMPLE_FILTER,
     formulas: Formulas = Formulas.GENERIC,
-    packed: tuple[bool, bool] = (False, False),
+    sides: tuple[int, int] = (1, 1),
 ) -> tf.Tensor:
     """Convolution whose weights are scaled by each sample's style (StyleGAN2, section 2.2).
 
@@ -571,7 +595,7 @@ def modulated_conv2d(
       demodulate: whether each output channel is scaled to unit expected variance (equation 3).
       taps: the resampling filter.
       formulas: how it is computed.
-      packed: whether `x` is packed and the result shall be, see `block_conv2d`.
+      sides: how `x` is packed and the result shall be, see `block_conv2d`.
 
     Returns:
       [N, H * up, W * up, out] in the dtype of `x`, or packed.
@@ -584,12 +608,12 @@ def modulated_conv2d(
             * float(np.prod(weight.shape[:3]))
         )
         styles *= tf.math.rsqrt(tf.reduce_max(tf.square(styles), 1, keepdims=True))
-    y = _scale(x, _for_each_pixel(tf.cast(styles, dtype), packed[0]), formulas)
-    y = conv2d_resample(y, tf.cast(weight, dtype), taps, up, 1, formulas, packed)
+    y = _scale(x, _for_each_pixel(tf.cast(styles, dtype), sides[0]), formulas)
+    y = conv2d_resample(y, tf.cast(weight, dtype), taps, up, 1, formulas, sides)
     if demodulate:
         energy = tf.reduce_sum(tf.square(weight), [0, 1])
         factors = tf.math.rsqrt(tf.linalg.matmul(tf.square(styles), energy) + 1e-8)
-        y = _scale(y, _for_each_pixel(tf.cast(factors, dtype), packed[1]), formulas)
+        y = _scale(y, _for_each_pixel(tf.cast(factors, dtype), sides[1]), formulas)
     return y if noise is None else y + tf.cast(noise, dtype)
 
 
@@ -597,9 +621,9 @@ def modulated_conv2d(
 # Scales, biases and activations
 
 
-def _for_each_pixel(values: tf.Tensor, packed: bool) -> tf.Tensor:
-    """[..., C] for maps, or [..., 4C] for packed ones."""
-    return tf.concat([values] * 4, -1) if packed else values
+def _for_each_pixel(values: tf.Tensor, side: int) -> tf.Tensor:
+    """[..., C] for maps, or [..., side**2 * C] for packed ones."""
+    return tf.concat([values] * side**2, -1) if side > 1 else values
 
 
 def _sum_over_pixels(x: tf.Tensor) -> tf.Tensor:
@@ -660,7 +684,7 @@ def bias_act(
     gain: float | None = None,
     clamp: float | None = None,
     formulas: Formulas = Formulas.GENERIC,
-    packed: bool = False,
+    side: int = 1,
 ) -> tf.Tensor:
     """Adds a bias, applies an activation, scales, and limits.
 
@@ -672,10 +696,10 @@ def bias_act(
       gain: a factor after the activation; None takes the one that keeps the variance.
       clamp: the result is limited to [-clamp, clamp]; None doesn't.
       formulas: how it is computed.
-      packed: whether `x` is packed.
+      side: pixels along each side of the blocks of `x`, 1 if it is not packed.
     """
     if bias is not None:
-        x = _add_bias(x, _for_each_pixel(tf.cast(bias, x.dtype), packed), formulas)
+        x = _add_bias(x, _for_each_pixel(tf.cast(bias, x.dtype), side), formulas)
     if gain is None:
         gain = _ACTIVATION_GAINS[activation]
     if activation == "lrelu":

@@ -176,11 +176,11 @@ def _conv(
     gain: float = 1.0,
     clamp: float | None = None,
     formulas: ops.Formulas,
-    packed: tuple[bool, bool] = (False, False),
+    sides: tuple[int, int] = (1, 1),
 ) -> tf.Tensor:
     """A convolution with equalised learning rate, bias and activation."""
     weight = tf.cast(_equalized(params[f"{name}.weight"]), x.dtype)
-    x = ops.conv2d_resample(x, weight, up=up, down=down, formulas=formulas, packed=packed)
+    x = ops.conv2d_resample(x, weight, up=up, down=down, formulas=formulas, sides=sides)
     act_gain = gain * (math.sqrt(2) if activation == "lrelu" else 1.0)
     act_clamp = None if clamp is None else clamp * gain
     bias = params.get(f"{name}.bias")
@@ -191,7 +191,7 @@ def _conv(
         gain=act_gain,
         clamp=act_clamp,
         formulas=formulas,
-        packed=packed[1],
+        side=sides[1],
     )
 
 
@@ -215,7 +215,8 @@ class Block:
       height, width: of its feature maps (the larger ones, for a discriminator block).
       inputs, outputs: channels. A generator's first block has no inputs.
       dtype: in which its convolutions run; None is that of the parameters.
-      packed: whether its feature maps are packed for a TPU's lanes (`ops.pack`).
+      side: pixels along each side of the blocks in which its feature maps are packed for a TPU's
+        lanes (`ops.pack`), 1 if they aren't.
     """
 
     name: str
@@ -224,15 +225,16 @@ class Block:
     inputs: int
     outputs: int
     dtype: tf.DType | None
-    packed: bool
+    side: int
 
 
 def _channels(level: int, channel_base: int, channel_max: int) -> int:
     return min(channel_base // (4 << level), channel_max)
 
 
-def _packed(level: int, channels: int, formulas: ops.Formulas) -> bool:
-    return formulas is ops.Formulas.TPU and level > 0 and channels <= ops.PACK_MAX_CHANNELS
+def _side(level: int, channels: int, formulas: ops.Formulas) -> int:
+    """Of a block `level` doublings above the base grid, which a block of pixels must divide."""
+    return min(ops.pack_side(channels), 1 << level) if formulas is ops.Formulas.TPU else 1
 
 
 def _level_dtype(
@@ -293,8 +295,8 @@ class Generator(Network):
             outputs = _channels(level, channel_base, channel_max)
             dtype = _level_dtype(level, doublings, num_fp16_res, half_dtype)
             size = f"b{4 << level}", height << level, width << level
-            packed = _packed(level, outputs, formulas)
-            self.blocks.append(Block(*size, inputs, outputs, dtype, packed))
+            side = _side(level, outputs, formulas)
+            self.blocks.append(Block(*size, inputs, outputs, dtype, side))
             inputs = outputs
         for block in self.blocks:
             self._declare(block)
@@ -450,7 +452,9 @@ class Generator(Network):
             )
             x = layer(params, f"{name}.conv1", x, w, noise)
         else:
-            x, packed = tf.cast(x, dtype), block.packed
+            side = block.side
+            sides = max(side // 2, 1), side
+            x = ops.repack(tf.cast(x, dtype), block.width // 2 // x.shape[2], sides[0])
             residual = self.architecture == "resnet"
             gain = _SQRT_HALF if residual else 1.0
             y = (
@@ -461,23 +465,23 @@ class Generator(Network):
                     up=2,
                     gain=gain,
                     formulas=self.formulas,
-                    packed=(False, packed),
+                    sides=sides,
                 )
                 if residual
                 else None
             )
-            x = layer(params, f"{name}.conv0", x, next(styles), noise, up=2, packed=(False, packed))
+            x = layer(params, f"{name}.conv0", x, next(styles), noise, up=2, sides=sides)
             x = layer(
-                params, f"{name}.conv1", x, next(styles), noise, gain=gain, packed=(packed, packed)
+                params, f"{name}.conv1", x, next(styles), noise, gain=gain, sides=(side, side)
             )
             x = x if y is None else x + y
         if img is not None:
             img = ops.upsample2d(img, ops.RESAMPLE_FILTER, self.formulas)
         last = next(styles)
         if self._has_torgb(block):
-            rgb = tf.cast(self._torgb(params, f"{name}.torgb", x, last, block.packed), full)
+            rgb = tf.cast(self._torgb(params, f"{name}.torgb", x, last, block.side), full)
             img = rgb if img is None else img + rgb
-        return (ops.unpack(x) if block.packed else x), img, last
+        return x, img, last
 
     def _layer(
         self,
@@ -488,7 +492,7 @@ class Generator(Network):
         noise: Iterator[tf.Tensor],
         up: int = 1,
         gain: float = 1.0,
-        packed: tuple[bool, bool] = (False, False),
+        sides: tuple[int, int] = (1, 1),
     ) -> tf.Tensor:
         """Modulated 3x3 convolution, noise, bias and leaky ReLU."""
         styles = _dense(params, f"{name}.affine", w)
@@ -496,11 +500,10 @@ class Generator(Network):
         image = next(noise, None)
         if image is not None:
             image = image[..., tf.newaxis] * params[f"{name}.noise_strength"]
-            if packed[1]:
-                image = image if image.shape.rank == 4 else image[tf.newaxis]
-                image = ops.pack_noise(tf.cast(image, x.dtype), weight.shape[3])
+            image = image if image.shape.rank == 4 else image[tf.newaxis]
+            image = ops.pack_noise(tf.cast(image, x.dtype), weight.shape[3], sides[1])
         x = ops.modulated_conv2d(
-            x, weight, styles, image, up=up, formulas=self.formulas, packed=packed
+            x, weight, styles, image, up=up, formulas=self.formulas, sides=sides
         )
         clamp = None if self.conv_clamp is None else self.conv_clamp * gain
         gain *= math.sqrt(2)
@@ -512,12 +515,10 @@ class Generator(Network):
             gain=gain,
             clamp=clamp,
             formulas=self.formulas,
-            packed=packed[1],
+            side=sides[1],
         )
 
-    def _torgb(
-        self, params: Params, name: str, x: tf.Tensor, w: tf.Tensor, packed: bool
-    ) -> tf.Tensor:
+    def _torgb(self, params: Params, name: str, x: tf.Tensor, w: tf.Tensor, side: int) -> tf.Tensor:
         weight = params[f"{name}.weight"]
         styles = _dense(params, f"{name}.affine", w)
         styles *= tf.constant(1 / math.sqrt(weight.shape[2]), styles.dtype)
@@ -527,11 +528,11 @@ class Generator(Network):
             styles,
             demodulate=False,
             formulas=self.formulas,
-            packed=(packed, packed),
+            sides=(side, side),
         )
-        x = ops.unpack(x) if packed else x
         bias = params[f"{name}.bias"]
-        return ops.bias_act(x, bias, clamp=self.conv_clamp, formulas=self.formulas)
+        x = ops.bias_act(x, bias, clamp=self.conv_clamp, formulas=self.formulas, side=side)
+        return ops.unpack(x, side)
 
 
 def _chain(first: tf.Tensor, rest: Iterator[tf.Tensor]) -> Iterator[tf.Tensor]:
@@ -584,8 +585,8 @@ class Discriminator(Network):
             outputs = _channels(level - 1, channel_base, channel_max)
             dtype = _level_dtype(level, doublings, num_fp16_res, half_dtype)
             size = f"b{4 << level}", height << level, width << level
-            packed = _packed(level, inputs, formulas)
-            self.blocks.append(Block(*size, inputs, outputs, dtype, packed))
+            side = _side(level, inputs, formulas)
+            self.blocks.append(Block(*size, inputs, outputs, dtype, side))
         # NVIDIA counts layers from the image inwards when it freezes the first of them.
         self._layers: list[str] = []
         for block in self.blocks:
@@ -651,17 +652,15 @@ class Discriminator(Network):
         cmap = _mapping_layers(params, None, c, self.mapping_layers)
         return tf.reduce_sum(x * cmap, 1, keepdims=True) / math.sqrt(self.cmap_dim)
 
-    def _fromrgb(
-        self, params: Params, name: str, img: tf.Tensor, packed: bool = False
-    ) -> tf.Tensor:
+    def _fromrgb(self, params: Params, name: str, img: tf.Tensor, side: int = 1) -> tf.Tensor:
         return _conv(
             params,
             name,
-            ops.pack(img) if packed else img,
+            ops.pack(img, side),
             activation="lrelu",
             clamp=self.conv_clamp,
             formulas=self.formulas,
-            packed=(packed, packed),
+            sides=(side, side),
         )
 
     def _block(
@@ -669,12 +668,13 @@ class Discriminator(Network):
     ) -> tuple[tf.Tensor, tf.Tensor]:
         name, clamp, formulas = block.name, self.conv_clamp, self.formulas
         dtype = block.dtype or params["b4.out.weight"].dtype
-        packed = block.packed
+        side = block.side
+        sides = side, max(side // 2, 1)
         if x is not None:
-            x = tf.cast(ops.pack(x) if packed else x, dtype)
+            x = ops.repack(tf.cast(x, dtype), block.width // x.shape[2], side)
         if f"{name}.fromrgb.weight" in params:
             img = tf.cast(img, dtype)
-            y = self._fromrgb(params, f"{name}.fromrgb", img, packed)
+            y = self._fromrgb(params, f"{name}.fromrgb", img, side)
             x = y if x is None else x + y
             if self.architecture == "skip":
                 img = ops.downsample2d(img, ops.RESAMPLE_FILTER, formulas)
@@ -689,7 +689,7 @@ class Discriminator(Network):
                 down=2,
                 gain=gain,
                 formulas=formulas,
-                packed=(packed, False),
+                sides=sides,
             )
             if residual
             else None
@@ -701,7 +701,7 @@ class Discriminator(Network):
             activation="lrelu",
             clamp=clamp,
             formulas=formulas,
-            packed=(packed, packed),
+            sides=(side, side),
         )
         x = _conv(
             params,
@@ -712,7 +712,7 @@ class Discriminator(Network):
             gain=gain,
             clamp=clamp,
             formulas=formulas,
-            packed=(packed, False),
+            sides=sides,
         )
         return (x if y is None else x + y), img
 
