@@ -26,6 +26,11 @@ def in_a_loop(function: Callable[[tf.Tensor], tf.Tensor]) -> Callable[[tf.Tensor
     return loop
 
 
+def saved(x: tf.Tensor) -> tf.Tensor:
+    with tf.control_dependencies([tf.io.write_file("values", tf.io.serialize_tensor(x))]):
+        return tf.identity(x)
+
+
 @pytest.mark.parametrize("wrap", [lambda f: f, in_a_function, in_a_loop])
 @pytest.mark.parametrize(
     ("bad", "named"),
@@ -33,6 +38,7 @@ def in_a_loop(function: Callable[[tf.Tensor], tf.Tensor]) -> Callable[[tf.Tensor
         (lambda x: tf.py_function(lambda v: v, [x], tf.float32), "EagerPyFunc"),
         (lambda x: tf.numpy_function(lambda v: v, [x], tf.float32), "PyFunc"),
         (lambda x: tf.strings.to_number(tf.strings.as_string(x)), "AsString"),
+        (saved, "WriteFile"),
         (lambda x: tf.cast(tf.unique(tf.reshape(x, [-1]))[1], tf.float32), "a shape unknown"),
     ],
 )

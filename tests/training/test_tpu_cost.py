@@ -10,6 +10,8 @@ import tensorflow as tf
 
 from trainer.core import config as config_lib
 from trainer.core.errors import ConfigError
+from trainer.data.manifest import Manifest
+from trainer.data.pipeline import ImageStream
 from trainer.distribution import tpu
 from trainer.training import build, tpu_compiler, tpu_estimate
 from trainer.training.tpu_cost import Phase, TpuRun
@@ -83,6 +85,24 @@ def test_the_step_asks_nothing_that_a_tpu_lacks(name: str) -> None:
 
 def test_the_state_has_no_counter_on_the_host() -> None:
     assert tpu.host_variables(small().state.variables().values()) == []
+
+
+def test_a_program_is_fed_what_the_pipeline_gives(squares: Manifest) -> None:
+    """Bytes, with their groups and channels as they come."""
+    a = small(replicas=1).arithmetic
+    data = build.DataShape(squares.resolution, squares.channels, tuple(squares.label_counts))
+    run = TpuRun.create(config_lib.from_dict(SMALL), data, "v5e:2x2", 1, None)
+    stream = ImageStream(
+        squares,
+        group_size=a.group_size,
+        groups_per_batch=a.groups_per_step,
+        seed=0,
+        use_labels=True,
+        window=8,
+    )
+    _, specs = run.program("Dmain", run.arithmetic)
+    assert tuple(specs) == tuple(tf.TensorSpec.from_tensor(value) for value in next(stream))
+    assert specs[0].dtype == tf.uint8
 
 
 def test_every_narrow_map_is_packed() -> None:

@@ -1,27 +1,30 @@
 """What training on TPUs asks of the code: written down here, and checked with no TPU.
 
-Replicas on CPUs and GPUs are forgiving; a TPU runs whole programs. What a program must be is held
-by tests (tests/distribution/test_tpu.py, tests/training/test_tpu_cost.py); how it is fed, iterated
-and saved from is only written down here.
+Replicas on CPUs and GPUs are forgiving; a TPU runs whole programs. After each point stands the test
+that holds it.
 
 * Each phase of `TrainStep.programs` is one program on each core, compiled by itself. Conditions and
   loops over phases and steps are around the programs, on the host: `TrainStep` has its tf.cond
-  around `strategy.run`, not in it, since a sum over replicas can't be conditional.
+  around `strategy.run`, not in it, since a sum over replicas can't be conditional
+  (training/test_tpu_cost.py; test_tpu_compiler.py puts programs to the real compiler).
 * Every shape in a program is known while tracing: batches are whole, augmentation draws on a canvas
-  of fixed size (`static_shapes`), draws have one size. `violations` finds shapes that aren't.
+  of fixed size (`static_shapes`), draws have one size. `violations` finds shapes that aren't
+  (distribution/test_tpu.py).
 * A program holds ops that XLA compiles and nothing else: no Python, no printing, no strings, no
-  file. `violations` compares with the ops that this TensorFlow can compile.
-* Counters are int64: XLA keeps int32 variables on the host, where a program can't change them.
+  file. `violations` compares with the ops that this TensorFlow can compile (the same).
+* Counters are int64: XLA keeps int32 variables on the host, where a program can't change them
+  (`host_variables`).
 * Random numbers come from `tf.random.stateless_*` without naming an algorithm: XLA ignores the
   seeds of others, and Philox takes 10 times as long as what a TPU has in hardware. So a TPU's
-  numbers are not a CPU's: a run may move between them, but its draws change.
+  numbers are not a CPU's: a run may move between them, but its draws change (test_house.py).
 * What is fed is the pipeline's own uint8, [groups, size, H, W, C], a quarter of the bytes of
   floats, and each replica gets its own groups. Channels come last but are not padded to 128 lanes
-  on the way: the compiler chooses an argument's layout.
-* The device iterates: nothing in a step waits for a value that the host would have to fetch for
-  the next one. Statistics add up in a variable, and the host reads them once a tick.
-* Checkpoints are written by the host, between steps, from the values of `TrainState.variables`;
-  no program saves anything.
+  on the way: the compiler chooses an argument's layout (training/test_tpu_cost.py).
+* The device iterates, `run.steps_per_loop` steps for each call: nothing in a step waits for a value
+  that the host would have to fetch for the next one. What is due is told from the groups' numbers,
+  statistics add up in a variable, and the host reads them once a tick (training/test_step.py).
+* Checkpoints are written by the host, between steps, from the values of `TrainState.variables`; no
+  program saves anything: the ops that would are among those that `violations` finds.
 * Products of float32 are computed from operands rounded to bfloat16 unless XLA is told otherwise.
 """
 
