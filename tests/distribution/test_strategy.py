@@ -235,6 +235,29 @@ def test_no_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
         choose(RunConfig(strategy="tpu"))
 
 
+_SILENT_TPU = """
+import socket
+from trainer.core.config import RunConfig
+from trainer.core.errors import TrainerError
+from trainer.distribution.strategy import choose
+
+with socket.create_server(("127.0.0.1", 0)) as silent:
+    address = f"grpc://127.0.0.1:{silent.getsockname()[1]}"
+    try:
+        choose(RunConfig(strategy="tpu", tpu=address, join_timeout=1.0))
+    except TrainerError as error:
+        print(error.exit_code, str(error).replace(address, "it"))
+"""
+
+
+def test_a_tpu_that_does_not_answer_ends_the_wait() -> None:
+    """In a process of its own: TensorFlow goes on waiting in a thread."""
+    done = subprocess.run(
+        [sys.executable, "-c", _SILENT_TPU], capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.startswith("75 TPU it hasn't answered for 1 s; "), done.stderr
+
+
 # ------------------------------------------------------------------------------ parts of a CPU
 
 _TWO_CPUS = """

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,7 @@ import tensorflow as tf
 from trainer.core import flags
 from trainer.core.config import RunConfig
 from trainer.core.errors import ConfigError
-from trainer.distribution.cluster import Cluster, find
+from trainer.distribution.cluster import Cluster, PeerError, find
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def choose(run: RunConfig, cluster: Cluster | None = None) -> tuple[Placement, b
         return _multi_worker(run, cluster), compiled
     tpu, why = _find_tpu(run)
     if run.strategy == "tpu" or (run.strategy == "auto" and tpu):
-        return _tpu(tpu or "local", why), True
+        return _tpu(tpu or "local", why, run.join_timeout), True
     gpus = tf.config.list_logical_devices("GPU")
     return _one_process(run, gpus), compiled
 
@@ -204,11 +205,11 @@ def _find_tpu(run: RunConfig) -> tuple[str, str]:
     return "", "run.strategy = tpu"
 
 
-def _tpu(name: str, why: str) -> Placement:
+def _tpu(name: str, why: str, limit: float) -> Placement:
     try:
         resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=name)
         if name != "local":
-            tf.config.experimental_connect_to_cluster(resolver)
+            _connect(name, resolver, limit)
         tf.tpu.experimental.initialize_tpu_system(resolver)
         strategy = tf.distribute.TPUStrategy(resolver)
     except (tf.errors.OpError, ValueError, RuntimeError, ImportError, OSError) as error:
@@ -218,6 +219,28 @@ def _tpu(name: str, why: str) -> Placement:
         ) from error
     count = strategy.num_replicas_in_sync
     return Placement(strategy, f"TPU {name} with {count} cores ({why})", "TPU")
+
+
+def _connect(name: str, resolver: Any, limit: float) -> None:
+    """Connects to a TPU on another machine; TensorFlow alone would wait for it without end."""
+    failed: list[Exception] = []
+
+    def connect() -> None:
+        try:
+            tf.config.experimental_connect_to_cluster(resolver)
+        except Exception as error:  # for the thread that waits
+            failed.append(error)
+
+    thread = threading.Thread(target=connect, name="connect to TPU", daemon=True)
+    thread.start()
+    thread.join(limit)
+    if thread.is_alive():
+        raise PeerError(
+            f"TPU {name} hasn't answered for {limit:g} s; see whether it runs and this machine "
+            "reaches it, or raise run.join_timeout"
+        )
+    if failed:
+        raise failed[0]
 
 
 def _reason(error: Exception) -> str:
