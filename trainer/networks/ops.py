@@ -43,9 +43,10 @@ class Formulas(enum.Enum):
 
 # On TPUs maps are packed until they have so many channels, in blocks of at most so many pixels a
 # side; those of up to so many are resampled by one dense convolution, and images of up to so many
-# are filtered by shifting.
+# are filtered by shifting. Sides of 4 for 32 channels at 1024x1024 keep the next lower grid and
+# save copies, but modelled on v5e the block took 92 ms instead of 74, and 8.8 GiB instead of 6.0.
 PACK_CHANNELS = 128
-_PACK_MAX_SIDE = 4
+_PACK_MAX_SIDE = 2
 _BLOCKS_MAX_CHANNELS = 128
 _SHIFT_MAX_CHANNELS = 4
 
