@@ -473,6 +473,21 @@ def test_convolution_over_blocks_is_the_plain_one(
         assert error(actual, expected) < 1e-12
 
 
+@pytest.mark.parametrize(("up", "down"), [(2, 1), (1, 2)])
+def test_a_wide_pointwise_kernel_on_a_tpu_is_the_plain_one(
+    up: int, down: int, rng: np.random.Generator
+) -> None:
+    x, weight = (
+        tf.constant(rng.standard_normal(s))
+        for s in ([2, 8, 4, ops.PACK_CHANNELS], [1, 1, ops.PACK_CHANNELS, ops.PACK_CHANNELS])
+    )
+    apart = [
+        ops.conv2d_resample(x, weight, ops.setup_filter([1, 2, 3, 4]), up, down, formulas)
+        for formulas in (ops.Formulas.TPU, ops.Formulas.GENERIC)
+    ]
+    assert error(*apart) < 1e-12
+
+
 @pytest.mark.parametrize("side", [2, 4])
 @pytest.mark.parametrize("demodulate", [True, False])
 def test_packed_modulated_conv2d_is_the_plain_one(

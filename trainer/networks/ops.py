@@ -420,12 +420,12 @@ def conv2d_resample(
       [N, H * up / down, W * up / down, out], or packed.
     """
     if sides != (1, 1):
-        return block_conv2d(x, weight, taps, up, down, sides=sides)
+        return _block_resample(x, weight, taps, up, down, sides)
     size, _, inputs, outputs = weight.shape
     if formulas is Formulas.TPU and up == 2 and outputs <= _BLOCKS_MAX_CHANNELS:
-        return unpack(block_conv2d(x, weight, taps, up, sides=(1, 2)), 2)
+        return unpack(_block_resample(x, weight, taps, up, 1, (1, 2)), 2)
     if formulas is Formulas.TPU and down == 2 and inputs <= _BLOCKS_MAX_CHANNELS:
-        return block_conv2d(pack(x, 2), weight, taps, down=down, sides=(2, 1))
+        return _block_resample(pack(x, 2), weight, taps, 1, down, (2, 1))
     if up == 2 and size == 1:
         return upsample2d(conv2d(x, weight, formulas), taps, formulas)
     if up == 2:
@@ -568,6 +568,31 @@ def block_conv2d(
     shape = [blocks, blocks, pixels_in**2 * inputs, pixels_out**2 * outputs]
     kernel = tf.cast(tf.reshape(kernel, shape), x.dtype)
     return tf.nn.conv2d(x, kernel, strides=1, padding="SAME")
+
+
+def _block_resample(
+    x: tf.Tensor,
+    weight: tf.Tensor,
+    taps: np.ndarray,
+    up: int,
+    down: int,
+    sides: tuple[int, int],
+) -> tf.Tensor:
+    """`block_conv2d`, but a 1x1 kernel apart from the filter where that has all lanes to itself: it
+    has no weights to learn, and the kernel then acts on the smaller map."""
+    size, _, inputs, outputs = weight.shape
+    if size == 1 and up == 2 and outputs >= PACK_CHANNELS:
+        x = block_conv2d(x, weight, sides=(sides[0], sides[0]))
+        return block_conv2d(x, _identity(outputs, x.dtype), taps, up, sides=sides)
+    if size == 1 and down == 2 and inputs >= PACK_CHANNELS:
+        x = block_conv2d(x, _identity(inputs, x.dtype), taps, down=down, sides=sides)
+        return block_conv2d(x, weight, sides=(sides[1], sides[1]))
+    return block_conv2d(x, weight, taps, up, down, sides=sides)
+
+
+def _identity(channels: int, dtype: tf.DType) -> tf.Tensor:
+    """The 1x1 kernel that changes nothing."""
+    return tf.eye(channels, dtype=dtype)[tf.newaxis, tf.newaxis]
 
 
 # --------------------------------------------------------------------------------------
