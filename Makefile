@@ -15,7 +15,7 @@ STAMP := $(VENV)/.installed
 SMOKE := runs/smoke
 
 .DEFAULT_GOAL := help
-.PHONY: help install smoke smoke-replicas placement test test-slow test-matrix lint types format clean
+.PHONY: help install smoke smoke-replicas smoke-gcs placement chaos test test-slow test-matrix locks lint types format clean
 
 help: ## list what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +44,13 @@ smoke-replicas: $(STAMP) ## train for a moment on two logical CPUs, then in two 
 	$(QUICK) --set=run.cpu_replicas=2 --workdir=$(SMOKE)-replicas/mirrored
 	@echo; $(call WORKER,1) & $(call WORKER,0) && wait $$!
 
+smoke-gcs: $(STAMP) ## convert, train, kill, resume, generate on a local Cloud Storage
+	$(BIN)/python -m tests.gcs.smoke
+
+chaos: $(STAMP) ## kill a small run 20 times, on a local Cloud Storage that fails, and compare
+	$(BIN)/python -m tests.training.chaos --kills=20 --steps=60
+	$(BIN)/python -m tests.training.chaos --kills=5 --steps=24 --workers=2
+
 placement: $(STAMP) ## show how far the same steps are apart on other placements
 	$(BIN)/python -m tests.training.placement
 
@@ -59,6 +66,21 @@ test-matrix: ## run the tests, without the slow proofs, on every supported Tenso
 		PINS="tensorflow-cpu==2.17.1 numpy==1.26.4 protobuf==4.25.9"
 	$(MAKE) test VENV=$(VENV)-2.20 PINS=tensorflow-cpu==2.20.0
 	$(MAKE) test VENV=$(VENV)-2.21 PINS=tensorflow-cpu==2.21.0
+
+# What the images install, to the byte: uv answers for every dependency with its hashes. Which
+# registry it asks, the environment says (UV_DEFAULT_INDEX, UV_INDEX, UV_FIND_LINKS).
+LOCK = $(BIN)/uv pip compile --quiet --upgrade setup.py --python-version 3.11 \
+	--python-platform x86_64-manylinux_2_31 --constraints docker/constraints.in --generate-hashes \
+	--no-emit-index-url --no-annotate --custom-compile-command "make locks" \
+	--extra gcs --extra tensorboard
+
+locks: $(STAMP) ## pin anew what the images install
+	for target in gpu tpu; do \
+		$(LOCK) --extra $$target --output-file docker/requirements-$$target.txt && \
+		$(LOCK) --extra $$target --extra dev --extra video \
+			--constraints docker/requirements-$$target.txt \
+			--output-file docker/requirements-$$target-test.txt || exit 1; \
+	done
 
 lint: $(STAMP) ## check style and formatting
 	$(BIN)/ruff check .

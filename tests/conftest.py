@@ -8,13 +8,15 @@ import sys
 import hypothesis
 import pytest
 
+from tests.gcs.fixture import gcs, gcs_emulator  # noqa: F401
 from trainer.distribution import host
 
 # Before any test module imports TensorFlow. Parity is a matter of float32 on the CPU: a GPU that
 # happens to be there must not take part.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
-host.choose_emitters()  # as the commands do
+host.tune_cloud_storage()  # these two as the commands do
+host.choose_emitters()
 
 VIRTUAL_CPUS = 4
 

@@ -23,7 +23,7 @@ from PIL import Image
 
 from trainer import convert
 from trainer.core.errors import DataError, TrainerError, UsageError
-from trainer.data import conversion, images, manifest, pipeline
+from trainer.data import conversion, images, manifest, shards
 
 RNG = np.random.default_rng(1)
 
@@ -105,13 +105,13 @@ def test_every_image_is_in_the_data_set_once_with_its_label_and_pixels(folder, t
         expected = images.encode((folder / name).read_bytes(), images.ImageOptions((8, 8)))
         assert encoded == expected.data
     for shard in range(8):
-        pipeline.check_shard(data, shard)
+        shards.check_shard(data, shard)
 
 
 def test_the_index_points_at_records(folder, tmp_path):
     data = run(folder, tmp_path / "dest", shards=1)
     rows = parsed(data)
-    found, _ = pipeline.read_images(data, range(40))
+    found, _ = shards.read_images(data, range(40))
     expected = [np.asarray(Image.open(io.BytesIO(encoded))) for _, _, encoded in rows]
     np.testing.assert_array_equal(found, expected)
 
@@ -461,7 +461,13 @@ def test_a_killed_command_goes_on_to_the_same_bytes_and_leaves_nobody_behind(tmp
     arguments = command(
         f"--source={source}", f"--dest={dest}", "--resolution=128", "--workers=2", "--shards=16"
     )
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # Shells have what runs in the background ignore it, which is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
         first = dest / ".partial" / "dest-00000-of-00016.tfrecord.json"
         while not first.exists() and process.poll() is None:
             time.sleep(0.01)

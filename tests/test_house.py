@@ -20,6 +20,7 @@ FLOORS = {
     "distribution": 1,
     "metrics": 1,
     "telemetry": 1,
+    "vertex": 1,
     "training": 2,
     "commands": 3,
 }
@@ -43,7 +44,8 @@ PLACES = {
     "keras": (),
     "torch": (),
 }
-OPENERS = ("trainer.core.storage", "trainer.data.records")
+# The second is what the first has for URLs that are not gs://.
+OPENERS = ("trainer.core.storage", "trainer.core.fsspec_storage", "trainer.data.records")
 # Methods that open a file whatever they are called on, and the names they are harmless on.
 OPENING_METHODS = {
     "open": {"Image", "PIL.Image"},
@@ -218,7 +220,8 @@ def test_configs_hold_no_unfinished_work_and_no_machine_paths() -> None:
 def test_light_modules_import_neither_tensorflow_nor_fsspec() -> None:
     code = (
         "import sys, trainer.__main__, trainer.core.config, trainer.core.flags, "
-        "trainer.core.storage; print({'tensorflow', 'fsspec', 'gcsfs'} & set(sys.modules))"
+        "trainer.core.storage, trainer.submit; "
+        "print({'tensorflow', 'fsspec', 'gcsfs', 'google.cloud.aiplatform_v1'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.stdout.strip(), done.returncode) == ("set()", 0), done.stderr

@@ -28,11 +28,11 @@ def test_lists_the_commands(arguments: list[str]) -> None:
     done = trainer(*arguments)
     assert done.returncode == 0
     names = re.findall(r"^  (\w+)  ", done.stdout, re.MULTILINE)
-    assert names == ["train", "convert", "generate", "probe"]
+    assert names == ["train", "convert", "generate", "export", "probe"]
 
 
 def test_every_listed_command_exists() -> None:
-    for module in ("task", "convert", "generate", "probe"):
+    for module in ("task", "convert", "generate", "export", "probe"):
         assert importlib.util.find_spec(f"trainer.{module}"), module
 
 

@@ -16,6 +16,7 @@ from trainer import probe
 from trainer.core import config as config_lib
 from trainer.core.config import Config
 from trainer.core.errors import ConfigError, UsageError
+from trainer.data.speed import Reading
 from trainer.training import speed, tpu_compiler, tpu_estimate
 from trainer.training.speed import Convolution, Row, Timing
 from trainer.training.tpu_cost import Phase
@@ -175,11 +176,62 @@ def test_data_sets_the_pipeline_against_the_step(
     absl_flags.FLAGS.config, absl_flags.FLAGS.seconds = tiny, 0.3
     absl_flags.FLAGS.step_sec_per_kimg = need
     probe.main(["probe", "data"])
-    last = capsys.readouterr().out.splitlines()[-1]
+    out = capsys.readouterr().out
+    cells = r"( +[\d,.]+ MB/s [\d,]+/s)"
+    assert re.search(rf"^[\d.]+ MB {cells}{{4}}$", out, re.M)
+    assert re.search(rf"^needed {cells}$", out, re.M)
+    last = out.splitlines()[-1]
     assert last.endswith(verdict)
     numbers = re.search(r"needs ([\d,.]+) images/s, the pipeline gives ([\d,]+): (\S+) times", last)
     assert numbers
     assert float(numbers[1].replace(",", "")) == pytest.approx(1000 / need, abs=0.05)
+
+
+def test_reading_is_shown_by_size_and_number() -> None:
+    readings = [
+        Reading(readers, size * 1e6, readers * size * 1e6, readers * size * 100.0)
+        for size in (1.0, 4.0)
+        for readers in (1, 4)
+    ]
+    assert probe.reading_table(readings, 50.0, 2.5e6).splitlines() == [
+        "reading                  1 at a time           4 at a time",
+        "1.00 MB               1.0 MB/s 100/s        4.0 MB/s 400/s",
+        "4.00 MB               4.0 MB/s 400/s     16.0 MB/s 1,600/s",
+        "needed                 2.5 MB/s 50/s",
+    ]
+
+
+@pytest.mark.usefixtures("_restored")
+def test_checkpoint_leaves_nothing_behind(
+    tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine").write_text("")
+    absl_flags.FLAGS.config, absl_flags.FLAGS.workdir = tiny, str(tmp_path / "run")
+    absl_flags.FLAGS.steps, absl_flags.FLAGS.step_sec_per_kimg = 2, 20.0
+    probe.main(["probe", "checkpoint"])
+    out = capsys.readouterr().out
+    assert re.search(r"^checkpoint +[\d.]+ MB, \d+ variables$", out, re.M)
+    assert re.search(r"^save +the loop .* of a tick of 80\.0 s, [\d.e-]+ steps$", out, re.M)
+    background = r"^background +committed .* MB/s; the next save comes after 80\.0 s$"
+    assert re.search(background, out, re.M)
+    assert re.search(r"^restore +[\d.]+ s .* MB/s$", out, re.M)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine"]
+
+
+def test_the_stall_is_a_share_of_a_tick() -> None:
+    """A tick of 4 kimg at 100 images/s is 40 s; a step of 8 images 80 ms."""
+    from trainer.training import build
+    from trainer.training.checkpoint_speed import CheckpointSpeed
+
+    run = speed.Run.create(config(batch_size=8), build.DataShape((8, 8), 3, ()))
+    found = CheckpointSpeed(5, 400_000_000, Timing(2.0, 1.0), Timing(38.0, 30.0), Timing(4.0, 2.0))
+    lines = dict(probe.checkpoint_lines(run, found, 100.0, "given"))
+    assert lines["checkpoint"] == "400.0 MB, 5 variables"
+    assert "5.000% of a tick of 40.0 s, 25 steps" in lines["save"]
+    assert "38.00 s later (fastest 30.00), 10 MB/s" in lines["background"]
+    assert "after 40.0 s and waits" in lines["background"]
+    assert lines["restore"] == "4.00 s (fastest 2.00), 100 MB/s"
 
 
 def compiled(seconds: float, hbm: float, missing: dict[str, int]) -> Estimate:
@@ -236,10 +288,11 @@ def test_a_phase_that_does_not_compile_has_its_error_in_the_table() -> None:
     ("arguments", "settings", "error", "message"),
     [
         (["stpe"], {}, UsageError, "'stpe' is no probe; did you mean step?"),
-        ([], {}, UsageError, "give one of step, data, tpu"),
+        ([], {}, UsageError, "give one of step, data, checkpoint, tpu"),
         (["step"], {"config": None}, UsageError, "--config is needed"),
         (["step"], {"set": ["data.path="]}, UsageError, "--resolution to do without"),
         (["data"], {"set": ["data.path="]}, UsageError, "give --data"),
+        (["checkpoint"], {}, UsageError, "give --workdir"),
         (["tpu"], {"topology": "v9:2x2"}, ConfigError, "--topology=v9:2x2 names no TPU"),
         (["step"], {"resolution": "64x"}, UsageError, "--resolution=64x is neither"),
         (
@@ -277,4 +330,4 @@ def test_ends_in_one_line_and_the_exit_code_of_usage_errors() -> None:
         timeout=120,
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: 'memory' is no probe; give one of step, data, tpu\n"
+    assert done.stderr == "error: 'memory' is no probe; give one of step, data, checkpoint, tpu\n"

@@ -14,6 +14,7 @@ _COMMANDS = {
     "train": "train a network: --config, --data, --workdir",
     "convert": "turn images into a data set: --source, --dest, --resolution",
     "generate": "draw images with a trained network: --run, --seeds, --out",
+    "export": "make a SavedModel of a trained network: --run, --dest",
     "probe": "measure what a config costs: step|data, --config",
 }
 

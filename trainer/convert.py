@@ -5,6 +5,7 @@ The command behind `python -m trainer.convert`; the work is done in `trainer.dat
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 import time
@@ -16,13 +17,16 @@ from tqdm import tqdm
 from trainer import data
 from trainer.core import flags as command
 from trainer.core.errors import UsageError
-from trainer.data import conversion, images, manifest
+from trainer.data import beam, conversion, images, manifest
 
 USAGE = """Convert a folder or zip archive of images into sharded TFRecords with a manifest.
 
   python -m trainer.convert --source=photos/ --dest=data/photos256 --resolution=256
   python -m trainer.convert --source=gs://bucket/photos.zip --dest=gs://bucket/photos \\
       --resolution=256x128 --labels=folders --channels=rgb --background=white
+  python -m trainer.convert --source=gs://bucket/photos --dest=gs://bucket/photos256 \\
+      --resolution=256 --runner=DataflowRunner --beam=project=mine --beam=region=europe-west4 \\
+      --beam=temp_location=gs://bucket/beam --beam=setup_file=./setup.py
 
 PNG, JPEG, WebP, BMP and TIFF files are found by their names, in folders of any depth; hidden files
 are left out. Images that already are what is asked for keep their own bytes; all others become
@@ -84,6 +88,14 @@ def define_flags() -> None:
         "max_bad", 100, "With --on_bad=skip: stop when more than so many are bad.", lower_bound=0
     )
     flags.DEFINE_integer("workers", 0, "Processes; 0: one for each processor.", lower_bound=0)
+    flags.DEFINE_enum(
+        "runner",
+        None,
+        list(beam.RUNNERS),
+        "Let Apache Beam do it, on Dataflow by many machines; the result is the same. By default "
+        "--workers processes of this machine do it.",
+    )
+    flags.DEFINE_multi_string("beam", [], "An option for Beam, as region=europe-west4.")
     flags.DEFINE_bool("overwrite", False, "Replace the data set at --dest.")
 
 
@@ -186,8 +198,11 @@ def main(argv: Sequence[str]) -> None:
     """Runs the command; `argv` is the program's name."""
     del argv
     progress = _Progress()
+    runner = None
+    if FLAGS.runner:
+        runner = functools.partial(beam.convert, runner=FLAGS.runner, options=FLAGS.beam)
     try:
-        result, report = conversion.convert(_settings(), progress)
+        result, report = conversion.convert(_settings(), progress, runner)
     finally:
         progress.close()
     _print_result(result, report)

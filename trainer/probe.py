@@ -2,6 +2,8 @@
 
   python -m trainer.probe step --config=configs/emoji64.yaml --resolution=64
   python -m trainer.probe data --config=configs/smoke.yaml --step_sec_per_kimg=20
+  python -m trainer.probe checkpoint --config=configs/paper256.yaml --resolution=256 \
+      --workdir=gs://BUCKET/runs/probe
   python -m trainer.probe tpu --config=configs/paper256.yaml --topology=v5e:2x2 --resolution=256
 
 `step` times the training step of a run on random images: the first step, each phase, s/kimg with
@@ -11,7 +13,13 @@ operations a second. A step's operations are those of plain convolutions, so a s
 of them (Winograd) can have more than 100%. Among several workers (TF_CONFIG) it times the step that
 they make together.
 
-`data` times the input pipeline and bare decoding, and sets it against what the step takes.
+`data` times the input pipeline and bare decoding, and sets it against what the step takes. It also
+times reading alone, from random places, by blocks read at a time and by their size. What is on this
+machine already (a local disk's cache, TensorFlow's of gs://) is faster than what must come first.
+
+`checkpoint` saves and restores a run's state in a directory of its own below the workdir, which is
+removed: bytes, how long the loop stands still for a save (as a share of a tick, too), MB/s, and how
+long a restore takes. What was written a moment ago is read back, on a local disk from memory.
 
 `tpu` compiles each phase of the training step for a slice of TPUs, with the real compiler and with
 no TPU (extra `tpu-probe`), and prints what each needs and about how long it will take: a raw time
@@ -39,7 +47,9 @@ from trainer.distribution import cluster
 # TensorFlow takes seconds to import; mistakes in the call are told before.
 if TYPE_CHECKING:
     from trainer.data.manifest import Manifest
+    from trainer.data.speed import Reading
     from trainer.training.build import DataShape
+    from trainer.training.checkpoint_speed import CheckpointSpeed
     from trainer.training.speed import Row, Run, StepSpeed
     from trainer.training.tpu_cost import Phase
 
@@ -53,15 +63,17 @@ def define_flags() -> None:
     text("config", None, "YAML preset or config, local or gs://.")
     text("data", None, "Directory of the converted data set; overrides data.path.")
     several("set", [], "section.key=value, overrides the config; may be repeated.")
-    text("resolution", None, "step, tpu: needs no data set then; 64, or WIDTHxHEIGHT as 256x128.")
-    whole("channels", 3, "step, tpu, with --resolution: of the images.", 1, 4)
-    whole("num_classes", 0, "step, tpu, with --resolution: of the images.", lower_bound=0)
+    text("workdir", None, "checkpoint: where to write, local or gs://.")
+    size = "step, checkpoint, tpu: needs no data set then; 64, or WIDTHxHEIGHT as 256x128."
+    text("resolution", None, size)
+    whole("channels", 3, "With --resolution: of the images.", 1, 4)
+    whole("num_classes", 0, "With --resolution: of the images.", lower_bound=0)
     text("topology", "v5e:2x2", "tpu: generation and shape of the slice.")
     whole("replicas", None, "tpu: devices that take part; all by default.", lower_bound=1)
     whole("batch", None, "tpu: images per replica; else the config's batch is divided.", 1)
-    whole("steps", 8, "step: how often everything is timed.", lower_bound=1)
+    whole("steps", 8, "step, checkpoint: how often everything is timed.", lower_bound=1)
     real("seconds", 10.0, "data: how long to measure.", lower_bound=0.1)
-    purpose = "data: seconds the step needs for 1000 images; else estimated by a convolution."
+    purpose = "data, checkpoint: the step's seconds for 1000 images; else by a bare convolution."
     real("step_sec_per_kimg", None, purpose, lower_bound=1e-6)
 
 
@@ -80,7 +92,12 @@ def parse_resolution(text: str) -> tuple[int, int]:
 
 def main(argv: Sequence[str]) -> None:
     """Measures what the command line names."""
-    probes = {"step": probe_step, "data": probe_data, "tpu": probe_tpu}
+    probes = {
+        "step": probe_step,
+        "data": probe_data,
+        "checkpoint": probe_checkpoint,
+        "tpu": probe_tpu,
+    }
     name = argv[1] if len(argv) > 1 else ""
     if name not in probes:
         close = difflib.get_close_matches(name, probes, n=1)
@@ -224,12 +241,30 @@ def probe_data(config: Config) -> None:
             ("step", f"{need:,.1f} images/s, {source}"),
         ]
     )
+    readings = data_speed.measure_reading(manifest, seconds=FLAGS.seconds)
+    mean = sum(shard.bytes for shard in manifest.shards) / manifest.num_images
+    print(f"\n{reading_table(readings, need, need * mean)}\n")
     times = found.pipeline / need
     verdict = "the step never waits" if times >= 1 else "the step waits for its data"
     print(
         f"the step needs {need:,.1f} images/s, the pipeline gives {found.pipeline:,.0f}: "
         f"{times:.3g} times, {verdict}"
     )
+
+
+def reading_table(found: Sequence[Reading], need: float, need_bytes: float) -> str:
+    """MB/s and images/s of reading alone: a line for each size of blocks, their number across."""
+    readers = sorted({each.readers for each in found})
+    titles = "".join(f"{f'{n} at a time':>22}" for n in readers)
+    lines = [f"{'reading':<14}{titles}"]
+    for size in sorted({each.block_bytes for each in found}):
+        cells = {
+            e.readers: f"{e.bytes / 1e6:,.1f} MB/s {e.images:,.0f}/s"
+            for e in found
+            if e.block_bytes == size
+        }
+        lines.append(f"{f'{size / 1e6:.2f} MB':<14}" + "".join(f"{cells[n]:>22}" for n in readers))
+    return "\n".join([*lines, f"{'needed':<14}{f'{need_bytes / 1e6:,.1f} MB/s {need:,.0f}/s':>22}"])
 
 
 def _need(run: Run) -> tuple[float, str]:
@@ -243,6 +278,61 @@ def _need(run: Run) -> tuple[float, str]:
     return run.devices * bare / gflop, (
         f"estimated: {gflop:.2f} GFLOP per image at the {bare:.0f} GFLOP/s of a bare convolution"
     )
+
+
+# ------------------------------------------------------------------------------- checkpoint
+
+
+def probe_checkpoint(config: Config) -> None:
+    """Times saving and restoring, and says how much of the run's time it takes."""
+    if not FLAGS.workdir:
+        raise UsageError("no place to write to: give --workdir, local or gs://")
+    data = _data_shape(config)
+    from trainer.training import checkpoint_speed, speed
+
+    run = speed.Run.create(config, data)
+    found = checkpoint_speed.measure(run, storage.resolve(FLAGS.workdir), FLAGS.steps)
+    need, source = _need(run)
+    _print_rows(checkpoint_lines(run, found, need, source))
+
+
+def checkpoint_lines(
+    run: Run, found: CheckpointSpeed, need: float, source: str
+) -> list[tuple[str, str]]:
+    """What a save and a restore take, each with its name.
+
+    Args:
+      run: of which the state was saved.
+      found: what was measured.
+      need: images per second that the step takes.
+      source: where that is from.
+    """
+    megabytes = found.bytes / 1e6
+    step = run.arithmetic.global_batch / need
+    tick = max(run.config.telemetry.tick_kimg * 1000 / need, step)
+    between = run.config.checkpoint.every_steps * step
+    total = found.stall.median + found.write.median
+    return [
+        ("checkpoint", f"{megabytes:,.1f} MB, {found.variables} variables"),
+        ("step", f"{need:,.1f} images/s, {source}"),
+        (
+            "save",
+            f"the loop stands still for {found.stall.median:.4f} s (fastest "
+            f"{found.stall.fastest:.4f}): {found.stall.median / tick:.3%} of a tick of "
+            f"{tick:,.1f} s, {found.stall.median / step:.3g} steps",
+        ),
+        (
+            "background",
+            f"committed {found.write.median:.2f} s later (fastest {found.write.fastest:.2f}), "
+            f"{megabytes / total:,.0f} MB/s; the next save comes after {between:,.1f} s"
+            + ("" if total < between else " and waits"),
+        ),
+        (
+            "restore",
+            f"{found.restore.median:.2f} s (fastest {found.restore.fastest:.2f}), "
+            f"{megabytes / found.restore.median:,.0f} MB/s",
+        ),
+    ]
 
 
 # -------------------------------------------------------------------------------------- tpu

@@ -1,18 +1,24 @@
 """Trains a network: `python -m trainer.task --config=... --data=... --workdir=...`.
 
-Run the same command again to go on from the newest checkpoint in the workdir.
+Run the same command again to go on from the newest checkpoint in the workdir. Exit code 75 asks for
+that: the machine was taken away, or the time was up, and the run is saved. In a job on Vertex AI the
+workdir is by default the one that the job's base output directory says.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from absl import flags as absl_flags
 
 from trainer.core import config as config_lib
 from trainer.core import flags, storage
+from trainer.core.config import Config
 from trainer.core.errors import UsageError
 from trainer.distribution import cluster, compilation
+from trainer.vertex import environment
+from trainer.vertex.environment import Choice
 
 FLAGS = absl_flags.FLAGS
 
@@ -24,9 +30,12 @@ def define_flags() -> None:
     text, several = absl_flags.DEFINE_string, absl_flags.DEFINE_multi_string
     text("config", None, "YAML preset or config, local or gs://.")
     text("data", None, "Directory of the converted data set; overrides data.path.")
-    text("workdir", None, "Directory of the run, local or gs://.")
+    text("workdir", None, "Directory of the run, local or gs://; that of AIP_CHECKPOINT_DIR.")
     for name in _SHORTHANDS:
         text(name, None, f"The same as --set run.{name}=...")
+    absl_flags.DEFINE_float(
+        "max_run_hours", None, "Save, stop and exit with 75 after so many hours; run.max_hours."
+    )
     several("set", [], "section.key=value, overrides the config; may be repeated.")
     absl_flags.DEFINE_boolean("dry_run", False, "Print what would be done, and stop.")
     absl_flags.DEFINE_list(
@@ -36,33 +45,63 @@ def define_flags() -> None:
 
 def main(_: Sequence[str]) -> None:
     """Trains as the flags say."""
-    if not FLAGS.config or not (FLAGS.workdir or FLAGS.dry_run):
+    workdir = environment.workdir(FLAGS.workdir)
+    if not FLAGS.config or not (workdir.path or FLAGS.dry_run):
         raise UsageError("--config and --workdir are needed; --help lists the flags")
     overrides = list(FLAGS.set)
-    given = {name: FLAGS[name].value for name in _SHORTHANDS}
+    given = {name: FLAGS[name].value for name in _SHORTHANDS} | {"max_hours": FLAGS.max_run_hours}
     overrides += [f"run.{name}={value}" for name, value in given.items() if value is not None]
     if FLAGS.data:
         overrides.append(f"data.path={FLAGS.data}")
     config = config_lib.load(FLAGS.config, overrides)
     if not config.data.path:
         raise UsageError("no data set: give --data, the directory that trainer.convert wrote")
+    events = environment.tensorboard_dir(config.telemetry.tensorboard_dir)
+    model = environment.model_dir(config.checkpoint.export_dir)
+    for line in _sources(config, workdir, events, model):
+        print(line, flush=True)
+    config = dataclasses.replace(
+        config,
+        telemetry=dataclasses.replace(config.telemetry, tensorboard_dir=events.path),
+        checkpoint=dataclasses.replace(config.checkpoint, export_dir=model.path),
+    )
     try:
         workers = cluster.find(config.run.strategy)
     except cluster.EvaluatorTask as nothing:
         print(f"nothing to do: {nothing}")
         return
+    from trainer.training import preemption
+
     compilation.keep(config.run.compilation_cache)
-    with cluster.member(workers, config):
-        # TensorFlow takes seconds to import; a mistake above is told before.
+    # TensorFlow takes seconds to import; a mistake above is told before.
+    with (
+        cluster.member(workers, config) as members,
+        preemption.Preemption(config.run, members) as stop,
+    ):
         from trainer.training import loop
 
         loop.train(
             config,
-            storage.resolve(FLAGS.workdir or ""),
+            storage.resolve(workdir.path),
             dry_run=FLAGS.dry_run,
             allow_change=FLAGS.allow_change,
             cluster=workers,
+            stop=stop,
         )
+
+
+def _sources(config: Config, workdir: Choice, events: Choice, model: Choice) -> list[str]:
+    """Where each path came from, and in which job this is."""
+    paths = [
+        ("config", Choice(FLAGS.config, "--config")),
+        ("data", Choice(config.data.path, "--data" if FLAGS.data else "data.path")),
+        ("workdir", workdir),
+        ("tensorboard", events),
+        ("export", model),
+    ]
+    shown = ", ".join(f"{name} {choice}" for name, choice in paths if choice.path)
+    job = environment.job()
+    return [f"paths     {shown}"] + ([f"vertex    {job}"] if job else [])
 
 
 if __name__ == "__main__":

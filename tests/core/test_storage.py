@@ -1,23 +1,28 @@
-"""Paths, atomic writes and error messages, on the disk and on a store behind fsspec."""
+"""Paths, atomic writes and error messages, on the disk, on Cloud Storage and behind fsspec."""
 
 from __future__ import annotations
 
 import errno
 import os
 import pathlib
+import sys
 from collections.abc import Iterator
+from concurrent import futures
 
 import fsspec
 import pytest
 
-from trainer.core import storage
+from trainer.core import cloud_storage, storage
 from trainer.core.errors import CheckpointError, StorageError
 
 
-@pytest.fixture(params=["local", "remote"])
+@pytest.fixture(params=["local", "gs", "fsspec"])
 def root(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> Iterator[str]:
     if request.param == "local":
         yield str(tmp_path)
+        return
+    if request.param == "gs":
+        yield f"{request.getfixturevalue('gcs').url}/run"
         return
     yield "memory://bucket/run"
     fsspec.filesystem("memory").store.clear()
@@ -35,6 +40,12 @@ def test_write_read_list_remove(root: str) -> None:
     assert storage.listdir(storage.join(root, "a")) == ["b.txt", "c.bin"]
     assert storage.isdir(storage.join(root, "a"))
     assert not storage.isdir(path)
+    assert storage.isfile(path)
+    assert not storage.isfile(storage.join(root, "a"))
+    assert storage.exists(storage.join(root, "a"))
+    found = storage.walk(root)
+    assert {name: digest.bytes for name, digest in found.items()} == {"a/b.txt": 9, "a/c.bin": 2}
+    assert storage.walk(storage.join(root, "none")) == {}
     storage.remove_tree(path)
     assert storage.listdir(storage.join(root, "a")) == ["c.bin"]
     storage.remove_tree(storage.join(root, "a"))
@@ -44,9 +55,12 @@ def test_write_read_list_remove(root: str) -> None:
 
 def test_write_replaces_and_append_adds(root: str) -> None:
     path = storage.join(root, "log.jsonl")
-    storage.append_text(path, "1\n")
-    storage.append_text(path, "2\n")
-    assert storage.read_text(path) == "1\n2\n"
+    storage.append(path, b"1\n")
+    storage.append(path, b"2\n")
+    storage.append(path, "\u2603\n".encode())
+    storage.flush_appended()
+    assert storage.read_text(path) == "1\n2\n\u2603\n"
+    assert storage.listdir(root) == ["log.jsonl"]
     storage.write_text_atomic(path, "3\n")
     assert storage.read_text(path) == "3\n"
 
@@ -57,6 +71,59 @@ def test_open_read_seeks(root: str) -> None:
     with storage.open_read(path) as file:
         file.seek(7)
         assert file.read(2) == b"78"
+
+
+def test_read_range(root: str) -> None:
+    path = storage.join(root, "x")
+    storage.write_bytes_atomic(path, b"0123456789")
+    assert storage.read_range(path, 3, 4) == b"3456"
+    assert storage.read_range(path, 8, 4) == b"89"
+    assert storage.read_range(path, 10, 4) == storage.read_range(path, 3, 0) == b""
+
+
+def test_digest(root: str) -> None:
+    path = storage.join(root, "x")
+    storage.write_bytes_atomic(path, b"123456789")
+    assert storage.digest(path) == storage.Digest(9, 0xE3069283)  # the check value of CRC32C
+    with pytest.raises(StorageError, match="does not exist"):
+        storage.digest(storage.join(root, "none"))
+
+
+def test_remove_files(root: str) -> None:
+    paths = [storage.join(root, name) for name in "abc"]
+    for path in paths:
+        storage.write_bytes_atomic(path, b"")
+    storage.remove(paths[0])
+    storage.remove(paths[0])
+    storage.remove_files(paths[:2])
+    assert storage.listdir(root) == ["c"]
+
+
+def test_only_one_of_many_writes_a_version(root: str) -> None:
+    path = storage.join(root, "lease")
+    assert storage.read_version(path) is None
+    with futures.ThreadPoolExecutor(8) as pool:
+        tries = [pool.submit(storage.write_version, path, b"%d" % n, None) for n in range(8)]
+    winners = [n for n, task in enumerate(tries) if not task.exception()]
+    assert len(winners) == 1
+    assert {type(t.exception()) for t in tries if t.exception()} == {storage.ConflictError}
+    first = tries[winners[0]].result()
+    assert storage.read_version(path) == (b"%d" % winners[0], first)
+    second = storage.write_version(path, b"renewed", first)
+    for attempt in (
+        lambda: storage.write_version(path, b"late", first),
+        lambda: storage.write_version(path, b"late", None),
+        lambda: storage.remove_version(path, first),
+    ):
+        with pytest.raises(storage.ConflictError, match="changed by somebody else"):
+            attempt()
+    assert storage.read_version(path) == (b"renewed", second)
+    storage.remove_version(path, second)
+    assert storage.read_version(path) is None
+    with pytest.raises(storage.ConflictError):
+        storage.write_version(path, b"late", second)
+    with pytest.raises(storage.ConflictError):
+        storage.remove_version(path, second)
 
 
 def test_rename_file_and_directory(root: str) -> None:
@@ -87,6 +154,7 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(root: str) -> None:
 def test_makedirs_twice_is_fine(root: str) -> None:
     for _ in range(2):
         storage.makedirs(storage.join(root, "a", "b"))
+    storage.write_text_atomic(storage.join(root, "a", "b", "x"), "")
     assert storage.isdir(storage.join(root, "a", "b"))
 
 
@@ -132,7 +200,7 @@ def test_system_error_becomes_one_line_and_old_content_stays(
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
 def test_full_disk() -> None:
     with pytest.raises(StorageError, match="cannot write /dev/full: the disk is full"):
-        storage.append_text("/dev/full", "x" * 2**20)
+        storage.append("/dev/full", b"x" * 2**20)
 
 
 def test_file_where_a_directory_should_be(tmp_path: pathlib.Path) -> None:
@@ -182,9 +250,11 @@ def test_unknown_scheme_is_one_line() -> None:
 
 
 def test_missing_client_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
+    from google import cloud
 
-    monkeypatch.setitem(sys.modules, "fsspec", None)
+    monkeypatch.delattr(cloud, "storage", raising=False)
+    monkeypatch.setitem(sys.modules, "google.cloud.storage", None)
+    cloud_storage.forget_client()
     with pytest.raises(StorageError, match=r"stylegan-trainer\[gcs\]"):
         storage.read_bytes("gs://bucket/x")
 

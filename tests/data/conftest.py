@@ -27,10 +27,10 @@ def png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def numbered_payload(number: int, label: int) -> bytes:
+def numbered_payload(number: int, label: int, source: str = "") -> bytes:
     pixels = numbered_pixels(number)
     image = images.EncodedImage(png(pixels), "png", *pixels.shape, False, False, False)
-    return records.encode_record(image, label, f"{number}.png")
+    return records.encode_record(image, label, source or f"{number}.png")
 
 
 Build = Callable[..., manifest.Manifest]
@@ -90,6 +90,6 @@ def pixels_of() -> Callable[[int], np.ndarray]:
 
 
 @pytest.fixture(scope="session")
-def payload_of() -> Callable[[int, int], bytes]:
+def payload_of() -> Callable[..., bytes]:
     """`numbered_payload`."""
     return numbered_payload

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from trainer.core.errors import DataError, UsageError
-from trainer.data import images, pipeline
+from trainer.data import images, shards
 from trainer.data.images import ImageOptions, encode
 
 RNG = np.random.default_rng(0)
@@ -37,7 +37,7 @@ def pixels(data: bytes) -> np.ndarray:
 
 
 def decoded_by_tensorflow(data: bytes) -> np.ndarray:
-    return pipeline.decode(tf.constant(data)).numpy()
+    return shards.decode(tf.constant(data)).numpy()
 
 
 @pytest.mark.parametrize("image_format", ["PNG", "JPEG"])

@@ -159,14 +159,29 @@ LIMIT, LONG_LIMIT, SILENCE = 6.0, 60.0, 5.0
 
 # A worker that does as its argument says once all have met.
 _WORKER = """
-import os, signal, sys, time
+import os, random, signal, sys, threading, time
 from trainer.core import config as config_lib, flags
-from trainer.core.errors import DataError
+from trainer.core.errors import DataError, PreemptedError
 from trainer.distribution import cluster
 
 behaviour = sys.argv.pop(1)
 cluster._GRACE_SEC = 1.5
 os.environ["CUDA_VISIBLE_DEVICES"] = "0,1" if behaviour == "two GPUs" else "-1"
+
+def make_steps(members):
+    # As fast as it can, at a pace of its own; "steps N" wants to stop after N milliseconds.
+    _, *after = behaviour.split()
+    for each in after:
+        threading.Timer(float(each) / 1000, members.ask_to_stop, ["SIGTERM"]).start()
+    pace, step, ends = random.Random(members._cluster.index), 0, time.monotonic() + 1
+    while time.monotonic() < ends:
+        if (reason := members.begin(step + 2)) is not None:
+            print(f"stopped after {step}: {reason}", flush=True)
+            if members._cluster.is_chief:
+                time.sleep(1)  # saves
+            raise PreemptedError(f"saved {step}")
+        step += 2
+        time.sleep(pace.random() * 0.002)
 
 def main(_):
     config = config_lib.from_dict(
@@ -176,8 +191,10 @@ def main(_):
     if behaviour == "other version":
         versions = cluster.identity(config)
         cluster.identity = lambda _: {**versions, "TensorFlow": "2.17.1"}
-    with cluster.member(cluster.find("auto"), config):
+    with cluster.member(cluster.find("auto"), config) as members:
         print("met", flush=True)
+        if behaviour.startswith("steps"):
+            make_steps(members)
         time.sleep(0.3)
         if behaviour == "dies":
             os._exit(9)
@@ -271,6 +288,61 @@ def test_none_stays_alone(behaviours: tuple[str, ...], message: str, code: int) 
         assert len(result.err.splitlines()) == 1
         assert result.err.startswith("error: ")
         assert message in result.err
+
+
+@pytest.mark.parametrize(
+    "behaviours",
+    [
+        ("steps", "steps 300", "steps"),
+        ("steps 300", "steps", "steps"),
+        ("steps 0", "steps", "steps"),
+        # All machines are told at once, and some twice.
+        ("steps 200 210", "steps 200", "steps 201 202"),
+    ],
+)
+def test_all_stop_after_the_same_step(behaviours: tuple[str, ...]) -> None:
+    """However far each has come: here nothing holds them together."""
+    ports = _ports(len(behaviours))
+    results = workers(*behaviours, ports=ports)
+    stops = set()
+    for result in results.values():
+        met, line = result.out.splitlines()
+        stop, _, reason = line.partition(": ")
+        stops.add(stop)
+        assert met == "met"
+        asking = [index for index, each in enumerate(behaviours) if each != "steps"]
+        assert reason in [f"SIGTERM on worker:{i} (localhost:{ports[i]})" for i in asking]
+        # Nobody takes the end of another for its death.
+        assert result.code == 75
+        assert result.err == f"error: saved {stop.removeprefix('stopped after ')}\n"
+    assert len(stops) == 1
+
+
+def test_what_follows_a_greeting_is_not_lost() -> None:
+    """The chief may hold all while another is still being told to go."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        theirs = socket.create_connection(server.getsockname())
+        ours, _ = server.accept()
+    with theirs:
+        theirs.sendall(b'{"go": true}\n{"hold": "SIGTERM"}\n')
+        line = cluster_lib._Line(ours)
+        assert line.wait_for(time.monotonic() + 5) == {"go": True}
+        assert line.receive() == [{"hold": "SIGTERM"}]
+        line.close()
+
+
+def test_who_wants_to_stop_too_late_disturbs_nobody() -> None:
+    results = workers("steps", "steps 999.9")
+    assert {result.code for result in results.values()} in ({0}, {75})
+
+
+def test_a_worker_that_dies_while_the_others_hold() -> None:
+    """The answer that never comes is not waited for."""
+    ports = _ports(3)
+    results = workers("steps 300", "dies", "steps", ports=ports)
+    for index in (0, 2):
+        assert results[index].code == 75
+        assert f"worker:1 (localhost:{ports[1]}) has ended" in results[index].err
 
 
 def test_a_missing_worker_is_named() -> None:

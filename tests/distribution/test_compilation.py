@@ -63,6 +63,35 @@ def test_the_next_start_compiles_nothing(tmp_path: pathlib.Path) -> None:
     assert programs(tmp_path).items() > kept.items()
 
 
+@pytest.mark.slow
+def test_a_resumed_run_compiles_nothing(tmp_path: pathlib.Path) -> None:
+    """Though the first start has drawn its images before it trained, and this one hasn't."""
+    settings = [
+        "model.channel_max=8",
+        "training.pl_weight=0",
+        "training.r1_gamma=0",
+        f"run.compilation_cache={tmp_path}/kept",
+    ]
+    found = []
+    for total_kimg in (0.016, 0.032):
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "trainer.task", "--config=configs/smoke.yaml"),
+                *(f"--workdir={tmp_path}/run", f"--set=training.total_kimg={total_kimg}"),
+                *(f"--set={setting}" for setting in settings),
+            ],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == 0, done.stderr
+        found.append(programs(tmp_path / "kept"))
+    assert "resuming from" in done.stdout
+    assert found[0]
+    assert found[1] == found[0]
+
+
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test sets is taken back."""

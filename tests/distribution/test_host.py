@@ -104,3 +104,24 @@ def test_an_older_tensorflow_gets_no_flag_it_would_abort_on(
     monkeypatch.setattr(host.metadata, "version", lambda name: "2.17.1")
     host.choose_emitters()
     assert "XLA_FLAGS" not in os.environ
+
+
+def test_cloud_storage_is_tuned_unless_the_user_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in host._CLOUD_STORAGE:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("GCS_READ_CACHE_MAX_SIZE_MB", "1024")
+    host.tune_cloud_storage()
+    assert os.environ["GCS_READ_CACHE_MAX_SIZE_MB"] == "1024"
+    assert os.environ["GCS_READ_CACHE_BLOCK_SIZE_MB"] == "1"
+    for name in host._CLOUD_STORAGE:
+        monkeypatch.delenv(name)
+
+
+def test_a_process_without_accelerators(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TF_PLUGGABLE_DEVICE_LIBRARY_PATH", "/lib/libtpu.so")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    environment = host.without_accelerators()
+    assert "TF_PLUGGABLE_DEVICE_LIBRARY_PATH" not in environment
+    assert environment["CUDA_VISIBLE_DEVICES"] == "-1"
+    assert environment["PATH"] == os.environ["PATH"]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"

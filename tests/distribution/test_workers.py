@@ -89,7 +89,8 @@ def test_an_evaluator_ends_well(flags: list[str]) -> None:
     process = start([*flags, "--workdir=unused"], tf_config({"type": "evaluator", "index": 0}))
     out, err = process.communicate(timeout=600)
     assert (process.returncode, err) == (0, "")
-    assert out == "nothing to do: this task is an evaluator, which takes no part in training\n"
+    last = out.splitlines()[-1]
+    assert last == "nothing to do: this task is an evaluator, which takes no part in training"
 
 
 def test_unreachable_workers(flags: list[str]) -> None:
@@ -174,3 +175,35 @@ def test_a_worker_that_dies_takes_all_along(flags: list[str], tmp_path: pathlib.
     lines = (workdir / "stats.jsonl").read_text().splitlines()
     numbers = [json.loads(line)["Progress/tick"]["mean"] for line in lines]
     assert numbers == sorted(set(numbers))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told", [0, 1])
+def test_a_worker_that_is_preempted_has_all_saved(
+    flags: list[str], tmp_path: pathlib.Path, told: int
+) -> None:
+    """The chief or the other: both stop after the same step, which is saved, in the grace time."""
+    workdir = tmp_path / "run"
+    settings = ("training.total_kimg=1000", "checkpoint.every_steps=100000")
+    more = [f"--workdir={workdir}", *(f"--set={setting}" for setting in settings)]
+    processes = [start([*flags, *more], environment) for environment in environments(2)]
+    try:
+        while not (workdir / "stats.jsonl").exists():
+            assert processes[0].poll() is None, processes[0].communicate()
+            time.sleep(0.2)
+        processes[told].send_signal(signal.SIGTERM)
+        asked = time.monotonic()
+        errors = [process.communicate(timeout=300)[1] for process in processes]
+        assert time.monotonic() - asked < 28
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    assert [process.returncode for process in processes] == [RESTART, RESTART], errors
+    lines = [[line for line in err.splitlines() if line.startswith("error: ")] for err in errors]
+    assert lines[0] == lines[1]
+    (line,) = lines[0]
+    assert f"error: SIGTERM on worker:{told} (localhost:" in line
+    saved = max(path.parent.name for path in workdir.glob("checkpoints/*/COMMITTED"))
+    assert f"stopped after step {int(saved.removeprefix('step-'))} (kimg" in line
+    assert not (workdir / "lease.json").exists()

@@ -11,19 +11,28 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
 
+from trainer.core import storage
 from trainer.telemetry import images, tensorboard
 from trainer.telemetry.statsfile import Stat
 from trainer.telemetry.writers import Telemetry
 
 
-def _run(workdir: Path, ticks: list[int], loss: float, resume: float = 0.0) -> None:
-    telemetry = Telemetry(str(workdir), tensorboard=True, total_kimg=100, resume_kimg=resume)
+def _run(
+    workdir: Path, ticks: list[int], loss: float, resume: float = 0.0, images: int = 4000
+) -> None:
+    telemetry = Telemetry(
+        str(workdir),
+        tensorboard=str(workdir / "tensorboard"),
+        total_kimg=100,
+        resume_kimg=resume,
+        resume_tick=ticks[0] if resume else 0,
+    )
     for tick in ticks:
         stats = {"Loss/G/loss": Stat(64, loss, 0.1), "Loss/pl_penalty": Stat(0, np.nan, np.nan)}
         telemetry.tick(
             stats,
             tick=tick,
-            nimg=tick * 4000,
+            nimg=tick * images,
             augment_p=0.25,
             total_sec=tick * 20.0,
             tick_sec=16.0,
@@ -82,6 +91,52 @@ def test_resume_writes_no_tick_twice(tmp_path: Path) -> None:
     assert points == [(4, 0.5), (8, 0.5), (12, 0.25), (16, 0.25), (20, 0.25)]
 
 
+def test_ticks_that_share_a_step_are_told_apart(tmp_path: Path) -> None:
+    """Of four in a step, two are in the checkpoint; resumed twice from it."""
+    _run(tmp_path, [0, 1, 2, 3], loss=0.5, images=250)
+    for loss, ticks in ((0.25, [2, 3, 4]), (0.125, [2, 3])):
+        _run(tmp_path, ticks, loss=loss, resume=0.5, images=250)
+        points = [(0, 0.5), (0, 0.5), (0, loss), (0, loss), (1, loss)]
+        assert _scalars(tmp_path, "Loss/G/loss") == points[: 2 + len(ticks)]
+    # What held nothing that stays is gone.
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2
+
+
+def test_images_stay_with_their_tick(tmp_path: Path) -> None:
+    """They are there when a checkpoint can follow, and go with a tick that is taken back."""
+    telemetry = Telemetry(str(tmp_path), tensorboard=str(tmp_path / "tensorboard"), total_kimg=100)
+
+    def tick(number: int) -> None:
+        telemetry.tick(
+            {},
+            tick=number,
+            nimg=number * 100,
+            augment_p=0.0,
+            total_sec=1.0,
+            tick_sec=1.0,
+            maintenance_sec=0.0,
+        )
+
+    picture = np.zeros((4, 4, 3), np.uint8)
+    telemetry.image("Reals", picture, 0.0)
+    for number in range(3):
+        tick(number)
+        telemetry.image("Fakes", picture + number, number / 10)
+    # Killed here: nothing is closed. The last checkpoint was that after tick 1.
+    telemetry = Telemetry(
+        str(tmp_path),
+        tensorboard=str(tmp_path / "tensorboard"),
+        total_kimg=100,
+        resume_kimg=0.1,
+        resume_tick=2,
+    )
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"tensors": 0})
+    events.Reload()
+    assert len(events.Tensors("Reals")) == 1
+    assert len(events.Tensors("Fakes")) == len(events.Tensors("Progress/tick")) == 2
+    telemetry.close()
+
+
 def test_starting_over_forgets_the_old_run(tmp_path: Path) -> None:
     _run(tmp_path, [1, 2, 3], loss=0.5)
     _run(tmp_path, [1], loss=0.25)
@@ -93,8 +148,7 @@ def test_starting_over_forgets_step_zero_too(tmp_path: Path) -> None:
     logdir = str(tmp_path / "tensorboard")
     for loss in (0.5, 0.25):
         board = tensorboard.TensorBoard(logdir, 0)
-        board.scalars({"Loss/G/loss": Stat(1, loss, 0.0)}, 999)
-        board.close()
+        board.scalars({"Loss/G/loss": Stat(1, loss, 0.0), "Progress/tick": Stat(1, 0, 0.0)}, 999)
     assert _scalars(tmp_path, "Loss/G/loss") == [(0, 0.25)]
 
 
@@ -105,11 +159,11 @@ def test_a_torn_event_file_does_not_stop_a_resume(tmp_path: Path) -> None:
     events.write_bytes(whole[:-7])
     _run(tmp_path, [3], loss=0.25, resume=8.0)
     assert _scalars(tmp_path, "Loss/G/loss") == [(4, 0.5), (8, 0.5), (12, 0.25)]
-    assert all("partial" not in path.name for path in (tmp_path / "tensorboard").iterdir())
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2
 
 
 def test_a_run_without_tensorboard_writes_no_events(tmp_path: Path) -> None:
-    telemetry = Telemetry(str(tmp_path), tensorboard=False, total_kimg=1)
+    telemetry = Telemetry(str(tmp_path), tensorboard="", total_kimg=1)
     telemetry.image("fakes", np.zeros((4, 4, 3), np.uint8), 0.0)
     telemetry.close()
     assert list(tmp_path.iterdir()) == []
@@ -120,7 +174,7 @@ def test_images_reach_tensorboard(tmp_path: Path, channels: int) -> None:
     grid = images.tile(
         np.random.RandomState(0).randint(0, 256, (4, 8, 8, channels)).astype(np.uint8), (2, 2)
     )
-    telemetry = Telemetry(str(tmp_path), tensorboard=True, total_kimg=1)
+    telemetry = Telemetry(str(tmp_path), tensorboard=str(tmp_path / "tensorboard"), total_kimg=1)
     telemetry.image("fakes", grid, 4.0)
     telemetry.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
@@ -136,7 +190,6 @@ def test_events_are_what_tensorboards_own_functions_write(tmp_path: Path) -> Non
     ours = tensorboard.TensorBoard(str(tmp_path / "ours"), 0)
     ours.scalars({"Loss/G/loss": Stat(2, 0.5, 0.1)}, 4000)
     ours.image("fakes", image, 4000)
-    ours.close()
     with tf.summary.create_file_writer(str(tmp_path / "theirs")).as_default(step=4):
         tf.summary.scalar("Loss/G/loss", 0.5)
         tf.summary.image("fakes", image[np.newaxis])
@@ -155,8 +208,31 @@ def test_events_are_what_tensorboards_own_functions_write(tmp_path: Path) -> Non
 def test_large_grids_are_thinned_out_for_tensorboard(tmp_path: Path) -> None:
     board = tensorboard.TensorBoard(str(tmp_path), 0)
     board.image("fakes", np.zeros((1024, 4100, 1), np.uint8), 0)
-    board.close()
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     width, height = (int(x) for x in events.Tensors("fakes")[0].tensor_proto.string_val[:2])
     assert (width, height) == (1367, 342)
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_other_files_stay(tmp_path: Path, told: bool) -> None:
+    """Those of others in the directory, and in one that is given."""
+    _run(tmp_path, [1, 2, 3], loss=0.5)
+    others = [tmp_path / "tensorboard" / "events.out.tfevents.1700000000.host.1.0.v2"]
+    others += [tmp_path / "tensorboard" / "plugins" / "events.out.tfevents.tick000000009.1.h.1.0"]
+    for path in others:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"not to be read")
+    files = storage.walk(str(tmp_path)) if told else None
+    Telemetry(
+        str(tmp_path),
+        tensorboard=str(tmp_path / "tensorboard"),
+        files=files,
+        total_kimg=100,
+        resume_kimg=4.0,
+        resume_tick=2,
+    ).close()
+    assert [path.read_bytes() for path in others] == [b"not to be read"] * 2
+    for path in others:
+        path.unlink()
+    assert _scalars(tmp_path, "Loss/G/loss") == [(4, 0.5)]

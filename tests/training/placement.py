@@ -95,11 +95,16 @@ class Outcome:
 # One, two and four replicas in one process, two and four in two, each in one, two and four rounds.
 # Four replicas in four rounds need sixteen groups.
 SHAPES = ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2))
-PLACEMENTS = tuple(
-    Placement(workers, replicas, rounds, 32 if workers * replicas * rounds > 8 else 16)
-    for workers, replicas in SHAPES
-    for rounds in (1, 2, 4)
-)[1:] + (Placement(replicas=2, steps_per_loop=4), Placement(workers=2, steps_per_loop=4))
+PLACEMENTS = (
+    *(
+        Placement(workers, replicas, rounds, 32 if workers * replicas * rounds > 8 else 16)
+        for workers, replicas in SHAPES
+        for rounds in (1, 2, 4)
+        if workers * replicas * rounds > 1
+    ),
+    Placement(replicas=2, steps_per_loop=4),
+    Placement(workers=2, steps_per_loop=4),
+)
 
 
 # ------------------------------------------------------------------------------ running

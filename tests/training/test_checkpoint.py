@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -62,6 +64,13 @@ def small(workdir: pathlib.Path, **settings: int) -> Checkpoints:
     return Checkpoints(str(workdir), CheckpointConfig(**settings), {"number": number})
 
 
+def save(checkpoints: Checkpoints, step: int, info: dict[str, Any]) -> str:
+    """Saves, waits until it is done, and returns where."""
+    checkpoints.save(step, info)
+    checkpoints.wait()
+    return storage.join(checkpoints._workdir, "checkpoints", f"step-{step:09d}")
+
+
 def names(workdir: pathlib.Path) -> list[str]:
     return sorted(path.name for path in (workdir / "checkpoints").iterdir())
 
@@ -76,7 +85,7 @@ def steps(workdir: pathlib.Path) -> list[int]:
 def test_what_was_saved_comes_back_bit_for_bit(tmp_path: pathlib.Path) -> None:
     state = scrambled()
     wanted = {name: variable.numpy() for name, variable in state.variables().items()}
-    path = Checkpoints(str(tmp_path), CheckpointConfig(), state.variables()).save(12, info(0.192))
+    path = save(Checkpoints(str(tmp_path), CheckpointConfig(), state.variables()), 12, info(0.192))
     assert names(tmp_path) == ["step-000000012"]
     found, skipped = checkpoint.newest(str(tmp_path))
     assert found is not None
@@ -89,7 +98,7 @@ def test_what_was_saved_comes_back_bit_for_bit(tmp_path: pathlib.Path) -> None:
 
 def test_parameters_can_be_read_without_the_rest(tmp_path: pathlib.Path) -> None:
     state = scrambled()
-    Checkpoints(str(tmp_path), CheckpointConfig(), state.variables()).save(3, info())
+    save(Checkpoints(str(tmp_path), CheckpointConfig(), state.variables()), 3, info())
     found = checkpoint.find(str(tmp_path))
     for prefix, table in (("G", state.g), ("D", state.d), ("G_ema", state.g_ema)):
         read = checkpoint.read_parameters(found, prefix)
@@ -101,7 +110,7 @@ def test_parameters_can_be_read_without_the_rest(tmp_path: pathlib.Path) -> None
 @pytest.mark.parametrize("name", ["", "checkpoints/step-000000003", "checkpoints/step-000000003/"])
 def test_the_generator_of_a_run_or_a_checkpoint(tmp_path: pathlib.Path, name: str) -> None:
     state = scrambled()
-    Checkpoints(str(tmp_path), CheckpointConfig(), state.variables()).save(3, info(0.096))
+    save(Checkpoints(str(tmp_path), CheckpointConfig(), state.variables()), 3, info(0.096))
     where = storage.join(str(tmp_path), name) if name else str(tmp_path)
     generator, params, config, found = checkpoint.load_generator(where)
     assert (generator.resolution, generator.c_dim, generator.z_dim) == ((8, 8), 2, 8)
@@ -147,7 +156,7 @@ DAMAGE: dict[str, tuple[str, Callable[[pathlib.Path], object], str]] = {
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_checkpoint_does_not_exist(tmp_path: pathlib.Path, kind: str) -> None:
     checkpoints = small(tmp_path)
-    good, bad = checkpoints.save(10, info()), checkpoints.save(20, info())
+    good, bad = save(checkpoints, 10, info()), save(checkpoints, 20, info())
     name, damage, reason = DAMAGE[kind]
     damage(pathlib.Path(bad, name))
     found, skipped = checkpoint.newest(str(tmp_path))
@@ -161,8 +170,77 @@ def test_a_damaged_checkpoint_does_not_exist(tmp_path: pathlib.Path, kind: str) 
     assert "\n" not in str(caught.value)
 
 
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A workdir with checkpoints of steps 10 and 20."""
+    workdir = tmp_path_factory.mktemp("two")
+    checkpoints = small(workdir)
+    for step in (10, 20):
+        save(checkpoints, step, info(step))
+    return workdir
+
+
+FILES = ("COMMITTED", "state.json", "state.index", "state.data-00000-of-00001")
+
+
+def assert_not_taken_for_whole(workdir: pathlib.Path) -> None:
+    """Step 20 is damaged: it is passed over, or nothing of it that is used has changed."""
+    found, skipped = checkpoint.newest(str(workdir))
+    assert found is not None
+    assert (found.step, len(skipped)) in {(10, 1), (20, 0)}
+    assert found.info == info(found.step)
+    number = tf.Variable(0.0)
+    Checkpoints(str(workdir), CheckpointConfig(), {"number": number}).restore(found)
+    assert number.numpy() == 1.5
+    if skipped:
+        assert re.search(r"never completed|missing|damaged|is not", skipped[0])
+        assert "\n" not in skipped[0]
+
+
+@hypothesis.settings(max_examples=150)
+@hypothesis.given(
+    name=hypothesis.strategies.sampled_from(FILES),
+    where=hypothesis.strategies.floats(0, 1, exclude_max=True),
+    kind=hypothesis.strategies.sampled_from(["cut", "flip", "other", "insert", "lose", "append"]),
+    bits=hypothesis.strategies.integers(1, 255),
+)
+def test_any_damage_to_any_file_is_found(
+    two: pathlib.Path, name: str, where: float, kind: str, bits: int
+) -> None:
+    path = two / "checkpoints" / "step-000000020" / name
+    before = path.read_bytes()
+    place, other = int(where * len(before)), bytes([bits])
+    after = {
+        "cut": before[:place],
+        "flip": before[:place] + bytes([before[place] ^ bits]) + before[place + 1 :],
+        "other": before[:place] + other + before[place + 1 :],
+        "insert": before[:place] + other + before[place:],
+        "lose": before[:place] + before[place + 1 :],
+        "append": before + other,
+    }[kind]
+    try:
+        path.write_bytes(after)
+        assert_not_taken_for_whole(two)
+    finally:
+        path.write_bytes(before)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_torn_at_any_byte_is_found(two: pathlib.Path, name: str) -> None:
+    path = two / "checkpoints" / "step-000000020" / name
+    before = path.read_bytes()
+    try:
+        for length in range(0, len(before), 1 if len(before) < 500 else 7):
+            path.write_bytes(before[:length])
+            found, skipped = checkpoint.newest(str(two))
+            assert found is not None
+            assert (found.step, len(skipped)) == (10, 1), length
+    finally:
+        path.write_bytes(before)
+
+
 def test_a_file_too_many_is_no_damage(tmp_path: pathlib.Path) -> None:
-    path = small(tmp_path).save(10, info())
+    path = save(small(tmp_path), 10, info())
     pathlib.Path(path, "notes.txt").write_text("the good one")
     found, skipped = checkpoint.newest(str(tmp_path))
     assert found is not None
@@ -170,7 +248,7 @@ def test_a_file_too_many_is_no_damage(tmp_path: pathlib.Path) -> None:
 
 
 def test_strangers_beside_the_checkpoints(tmp_path: pathlib.Path) -> None:
-    small(tmp_path).save(10, info())
+    save(small(tmp_path), 10, info())
     for name in ("step-20", "best", "step-000000030.tmp"):
         (tmp_path / "checkpoints" / name).mkdir()
     found, skipped = checkpoint.newest(str(tmp_path))
@@ -181,11 +259,11 @@ def test_strangers_beside_the_checkpoints(tmp_path: pathlib.Path) -> None:
 def test_steps_are_ordered_as_numbers(tmp_path: pathlib.Path) -> None:
     checkpoints = small(tmp_path, keep_last=5)
     for step in (999_999_999, 1_000_000_000, 5):
-        checkpoints.save(step, info())
+        save(checkpoints, step, info())
     # 5 was written last: what is newer was not restored, so it doesn't count.
     assert steps(tmp_path) == [5]
-    checkpoints.save(999_999_999, info())
-    checkpoints.save(1_000_000_000, info())
+    save(checkpoints, 999_999_999, info())
+    save(checkpoints, 1_000_000_000, info())
     found, _ = checkpoint.newest(str(tmp_path))
     assert found is not None
     assert found.step == 1_000_000_000
@@ -196,7 +274,7 @@ def test_the_remains_of_a_save_give_way(tmp_path: pathlib.Path) -> None:
     remains.mkdir(parents=True)
     (remains / "state.data-00000-of-00001").write_bytes(b"half")
     (remains / "leftover").write_bytes(b"")
-    path = small(tmp_path).save(10, info())
+    path = save(small(tmp_path), 10, info())
     assert checkpoint.find(path).step == 10
     assert not (remains / "leftover").exists()
 
@@ -207,14 +285,14 @@ def test_the_remains_of_a_save_give_way(tmp_path: pathlib.Path) -> None:
 def test_the_last_few_are_kept(tmp_path: pathlib.Path) -> None:
     checkpoints = small(tmp_path, keep_last=2)
     for step in (10, 20, 30):
-        checkpoints.save(step, info())
+        save(checkpoints, step, info())
     assert steps(tmp_path) == [20, 30]
 
 
 def test_one_for_each_period_is_kept(tmp_path: pathlib.Path) -> None:
     checkpoints = small(tmp_path, keep_last=1, keep_every_kimg=10)
     for step, kimg in ((1, 4), (2, 8), (3, 12), (4, 16), (5, 20), (6, 24), (7, 36)):
-        checkpoints.save(step, info(kimg))
+        save(checkpoints, step, info(kimg))
     # The first at or after 10, 20 and 30 thousand; the last is also the newest.
     assert steps(tmp_path) == [3, 5, 7]
 
@@ -224,24 +302,24 @@ def test_damaged_ones_do_not_displace_good_ones(
     tmp_path: pathlib.Path, damage: tuple[str, Callable[[pathlib.Path], object]]
 ) -> None:
     checkpoints = small(tmp_path, keep_last=1, keep_every_kimg=100)
-    checkpoints.save(10, info())
+    save(checkpoints, 10, info())
     shutil.copytree(tmp_path / "checkpoints", tmp_path / "kept")
-    bad = checkpoints.save(30, info())
+    bad = save(checkpoints, 30, info())
     shutil.copytree(tmp_path / "kept", tmp_path / "checkpoints", dirs_exist_ok=True)
     damage[1](pathlib.Path(bad, damage[0]))
     found, _ = checkpoint.newest(str(tmp_path))
     assert found is not None
     assert found.step == 10
     # The run goes on from 10 and comes to 25, before where the damaged one is.
-    checkpoints.save(25, info())
+    save(small(tmp_path, keep_last=1, keep_every_kimg=100), 25, info())
     assert steps(tmp_path) == [25]
     assert checkpoint.find(str(tmp_path)).step == 25
 
 
 def test_damaged_counters_do_not_stop_a_run(tmp_path: pathlib.Path) -> None:
     checkpoints = small(tmp_path, keep_last=2, keep_every_kimg=1)
-    corrupt(pathlib.Path(checkpoints.save(10, info(5)), "state.json"))
-    checkpoints.save(20, info(6))
+    corrupt(pathlib.Path(save(checkpoints, 10, info(5)), "state.json"))
+    save(checkpoints, 20, info(6))
     assert steps(tmp_path) == [10, 20]
 
 
@@ -249,7 +327,7 @@ def test_damaged_counters_do_not_stop_a_run(tmp_path: pathlib.Path) -> None:
 
 
 def test_of_other_networks(tmp_path: pathlib.Path) -> None:
-    Checkpoints(str(tmp_path), CheckpointConfig(), make_state().variables()).save(1, info())
+    save(Checkpoints(str(tmp_path), CheckpointConfig(), make_state().variables()), 1, info())
     other = make_state(channel_max=4)
     before = {name: variable.numpy() for name, variable in other.variables().items()}
     checkpoints = Checkpoints(str(tmp_path), CheckpointConfig(), other.variables())
@@ -264,7 +342,7 @@ def test_of_other_networks(tmp_path: pathlib.Path) -> None:
 
 
 def test_with_variables_missing(tmp_path: pathlib.Path) -> None:
-    small(tmp_path).save(1, info())
+    save(small(tmp_path), 1, info())
     checkpoints = Checkpoints(
         str(tmp_path), CheckpointConfig(), {"number": tf.Variable(0.0), "G/x.y": tf.Variable(0.0)}
     )
@@ -277,7 +355,7 @@ def test_find_says_what_is_missing(tmp_path: pathlib.Path) -> None:
         checkpoint.find(str(tmp_path))
     with pytest.raises(CheckpointError, match="no such directory"):
         checkpoint.find(str(tmp_path / "checkpoints" / "step-000000007"))
-    bad = small(tmp_path).save(9, info())
+    bad = save(small(tmp_path), 9, info())
     pathlib.Path(bad, "COMMITTED").unlink()
     with pytest.raises(CheckpointError, match="step-000000009: it was never completed"):
         checkpoint.find(str(tmp_path))
@@ -288,7 +366,7 @@ def test_a_failed_save_leaves_nothing_of_itself(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, file: str
 ) -> None:
     checkpoints = small(tmp_path, keep_last=1)
-    good = checkpoints.save(10, info())
+    good = save(checkpoints, 10, info())
     write = storage.write_text_atomic
 
     def full(path: str, text: str) -> None:
@@ -298,7 +376,7 @@ def test_a_failed_save_leaves_nothing_of_itself(
 
     monkeypatch.setattr(storage, "write_text_atomic", full)
     with pytest.raises(CheckpointError, match="disk is full.*goes on from the checkpoint before"):
-        checkpoints.save(20, info())
+        save(checkpoints, 20, info())
     assert names(tmp_path) == ["step-000000010"]
     assert checkpoint.find(str(tmp_path)).path == good
 
@@ -314,9 +392,11 @@ from trainer.training.checkpoint import Checkpoints
 values = tf.Variable(tf.random.stateless_uniform([1 << 16], [1, 2]))
 checkpoints = Checkpoints(sys.argv[1], CheckpointConfig(keep_last=1), {"values": values})
 checkpoints.save(10, {"kimg": 1.0})
+checkpoints.wait()
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))
 try:
     checkpoints.save(20, {"kimg": 2.0})
+    checkpoints.wait()
 except CheckpointError as error:
     print(error)
 """
@@ -341,7 +421,7 @@ def test_a_full_disk_while_values_are_written(tmp_path: pathlib.Path) -> None:
 def test_a_workdir_below_a_file(tmp_path: pathlib.Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="a part of the path is a file"):
-        small(tmp_path / "file").save(1, info())
+        save(small(tmp_path / "file"), 1, info())
 
 
 def test_the_marker_is_written_last(
@@ -356,5 +436,5 @@ def test_the_marker_is_written_last(
         write(path, text)
 
     monkeypatch.setattr(storage, "write_text_atomic", spy)
-    small(tmp_path).save(1, info())
+    save(small(tmp_path), 1, info())
     assert {"state.json", "state.index", "state.data-00000-of-00001"} <= set(seen)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,16 +20,20 @@ from PIL import Image
 
 from tests.training.conftest import TINY_MODEL
 from trainer.core import config as config_lib
+from trainer.core import lease
 from trainer.core.config import Config
 from trainer.core.errors import (
     CheckpointError,
     ConfigError,
     DataError,
     DivergedError,
+    PreemptedError,
     StorageError,
 )
 from trainer.data.manifest import Manifest
 from trainer.training import checkpoint, loop
+from trainer.training.preemption import Preemption
+from trainer.training.step import Reports, TrainStep
 
 ROOT = pathlib.Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore:Even though the `tf.config.experimental_run")
@@ -62,21 +68,34 @@ def parameters(workdir: pathlib.Path) -> dict[str, np.ndarray]:
     return {name: reader.get_tensor(name) for name in names}
 
 
+def events(workdir: pathlib.Path) -> list[tuple[str, int, bytes]]:
+    """Name, step and value of all that TensorBoard shows, but for times and resources."""
+    found = []
+    for path in (workdir / "tensorboard").iterdir():
+        for record in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
+            event = tf.compat.v1.Event.FromString(record)
+            found += [
+                (v.tag, event.step, v.tensor.SerializeToString()) for v in event.summary.value
+            ]
+    assert {"Loss/G/loss", "Reals", "Fakes"} <= {tag for tag, *_ in found}
+    return sorted(each for each in found if not each[0].startswith(("Timing/", "Resources/")))
+
+
 def files(workdir: pathlib.Path) -> dict[str, bytes]:
     return {str(p.relative_to(workdir)): p.read_bytes() for p in workdir.rglob("*") if p.is_file()}
 
 
 # ------------------------------------------------------------------------------ killed runs
 
-# Trains, and kills itself at the n-th write to a path that ends so. Op by op: for seven steps,
-# tracing would take longest.
+# Trains, and sends itself a signal at the n-th write to a path that ends so. Op by op: for seven
+# steps, tracing would take longest.
 PROGRAM = """
 import os, signal, sys
 import tensorflow as tf
-from trainer.core import config, storage
-from trainer.training import loop
+from trainer.core import config, errors, storage
+from trainer.training import loop, preemption
 
-path, workdir, suffix, count = sys.argv[1:]
+path, workdir, suffix, count, number = sys.argv[1:]
 left = int(count)
 
 def deadly(write):
@@ -85,31 +104,43 @@ def deadly(write):
         if suffix and path.endswith(suffix):
             left -= 1
             if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), int(number))
         write(path, text)
     return wrapped
 
 storage.write_text_atomic = deadly(storage.write_text_atomic)
-storage.append_text = deadly(storage.append_text)
+storage.append = deadly(storage.append)
 tf.config.run_functions_eagerly(True)
-loop.train(config.load(path), workdir)
+loaded = config.load(path)
+try:
+    with preemption.Preemption(loaded.run) as stop:
+        loop.train(loaded, workdir, stop=stop)
+except errors.PreemptedError as error:
+    print(error)
+    sys.exit(error.exit_code)
 """
 
 
 def train_in_a_process(
-    config: Config, workdir: pathlib.Path, suffix: str = "", count: int = 1
+    config: Config,
+    workdir: pathlib.Path,
+    suffix: str = "",
+    count: int = 1,
+    number: int = signal.SIGKILL,
 ) -> str:
-    """Trains, to the end or until it kills itself, and returns what it printed."""
+    """Trains, to the end or until its signal ends it, and returns what it printed."""
     path = workdir.with_suffix(".yaml")
     path.write_text(config_lib.to_yaml(config))
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(path), str(workdir), suffix, str(count)],
+        [sys.executable, "-c", PROGRAM, str(path), str(workdir), suffix, str(count), str(number)],
         cwd=ROOT,
+        env={**os.environ, "NO_GCE_CHECK": "true"},
         capture_output=True,
         text=True,
         timeout=600,
     )
-    assert done.returncode == (-9 if suffix else 0), done.stderr
+    codes = {signal.SIGKILL: -9, signal.SIGTERM: 75}
+    assert done.returncode == (codes[signal.Signals(number)] if suffix else 0), done.stderr
     return done.stdout
 
 
@@ -124,7 +155,10 @@ def undisturbed(
 
 def deterministic(manifest: Manifest) -> Config:
     return make(
-        manifest, run={"jit": "off", "deterministic": True}, data={"use_labels": True, "window": 8}
+        manifest,
+        run={"jit": "off", "deterministic": True},
+        data={"use_labels": True, "window": 8},
+        telemetry={**TINY["telemetry"], "tensorboard": True},
     )
 
 
@@ -137,6 +171,7 @@ def test_what_a_run_writes(undisturbed: tuple[pathlib.Path, str], squares: Manif
         "fakes_init.png",
         "reals.png",
         "stats.jsonl",
+        "tensorboard",
     }
     written = config_lib.load(str(workdir / "config.yaml"))
     assert written == config_lib.resolve(deterministic(squares), resolution=(8, 8))
@@ -172,12 +207,14 @@ def test_ticks(undisturbed: tuple[pathlib.Path, str]) -> None:
 def killed(
     squares: Manifest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[pathlib.Path, list[str]]:
-    """A run killed at the worst moments, and what each start printed."""
+    """A run stopped at the worst moments, and what each start printed."""
     workdir = tmp_path_factory.mktemp("runs") / "killed"
     config = deterministic(squares)
     printed = [
+        # The tick of step 3 is written, its checkpoint isn't whole.
         train_in_a_process(config, workdir, "step-000000004/COMMITTED"),
-        train_in_a_process(config, workdir, "stats.jsonl", 2),
+        train_in_a_process(config, workdir, "stats.jsonl", number=signal.SIGTERM),
+        train_in_a_process(config, workdir, "stats.jsonl"),
         train_in_a_process(config, workdir),
     ]
     return workdir, printed
@@ -186,13 +223,20 @@ def killed(
 def test_a_killed_run_goes_on_as_if_nothing_had_been(
     undisturbed: tuple[pathlib.Path, str], killed: tuple[pathlib.Path, list[str]]
 ) -> None:
-    """Bit for bit, and no tick is written twice."""
+    """Bit for bit, and no tick is written twice or missing."""
     workdir, printed = killed
     assert "resuming" not in printed[0]
     # Nothing but the marker of step 4 was missing.
     assert "step-000000004: it was never completed" in printed[1]
     assert "step-000000002: step 2, kimg 0.016" in printed[1]
-    assert "resuming from" in printed[2]
+    # Told to stop at the tick of step 3, it saved that step and nothing after it.
+    assert printed[1].splitlines()[-1] == (
+        f"SIGTERM: stopped after step 3 (kimg 0.024), which is saved in {workdir}; run the same "
+        "command again to go on"
+    )
+    assert "step-000000003: step 3, kimg 0.024" in printed[2]
+    # Killed before the tick of step 5 was written, after the checkpoint of step 4.
+    assert "step-000000004: step 4, kimg 0.032" in printed[3]
     wanted, found = parameters(undisturbed[0]), parameters(workdir)
     assert set(found) == set(wanted)
     for name, value in wanted.items():
@@ -206,6 +250,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(
         ]
 
     assert measured(workdir) == measured(undisturbed[0])
+    assert events(workdir) == events(undisturbed[0])
     for path in undisturbed[0].glob("*.png"):
         assert (workdir / path.name).read_bytes() == path.read_bytes(), path.name
 
@@ -339,7 +384,75 @@ def test_a_diverged_run_keeps_its_last_good_checkpoint(
     assert "is not finite at step 7" in message
     assert "the last good checkpoint is" in message
     assert "step-000000007" in message
+    assert "run the same command with --set=training.g_lr=5e+29 --set=training.d_lr=" in message
+    assert "--allow_change=training.g_lr,training.d_lr" in message
     assert checkpoint.find(str(finished)).step == STEPS
+
+
+@pytest.mark.usefixtures("eagerly")
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_state_that_is_not_finite_is_never_saved(
+    finished: pathlib.Path,
+    squares: Manifest,
+    monkeypatch: pytest.MonkeyPatch,
+    stopped: bool,
+) -> None:
+    """Not even if losses and gradients were: an update can overflow, too."""
+
+    def step_and_overflow(self: TrainStep, *batch: tf.Tensor) -> Reports:
+        reports = original(self, *batch)
+        # As if in this step, which ends as all others; there is no other one to notice it.
+        self._state.g_second["mapping.fc0.weight"].assign_add(
+            tf.fill(self._state.g_second["mapping.fc0.weight"].shape, np.inf)
+        )
+        return reports
+
+    original = TrainStep.__call__
+    monkeypatch.setattr(TrainStep, "__call__", step_and_overflow)
+    every = 100 if stopped else 8
+    config = labelled(
+        squares,
+        training={**TINY["training"], "total_kimg": 1},
+        checkpoint={"every_steps": every, "keep_last": 2},
+    )
+    with pytest.raises(DivergedError) as caught:
+        loop.train(config, str(finished), stop=StopsAt(8) if stopped else None)
+    message = str(caught.value)
+    assert "G_opt/second/mapping.fc0.weight is not finite after step 8; the last good" in message
+    assert checkpoint.find(str(finished)).step == STEPS
+    assert not (finished / "checkpoints" / "step-000000008").exists()
+
+
+class StopsAt(Preemption):
+    """Stops a run before it makes more steps than this."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+
+    def begin(self, steps: int) -> str | None:
+        return "enough" if steps > self._steps else None
+
+
+@pytest.mark.usefixtures("eagerly")
+def test_a_run_that_is_to_stop_at_once_saves_nothing_new(
+    finished: pathlib.Path, squares: Manifest
+) -> None:
+    config = labelled(squares, training={**TINY["training"], "total_kimg": 1})
+    before = files(finished)
+    with pytest.raises(PreemptedError, match=r"^enough: stopped after step 7 \(kimg 0.056\)"):
+        loop.train(config, str(finished), stop=StopsAt(STEPS))
+    changed = {name for name, content in files(finished).items() if before.get(name) != content}
+    assert changed <= {"config.yaml"}
+
+
+@pytest.mark.usefixtures("eagerly")
+def test_a_second_job_on_the_same_workdir_is_refused(
+    finished: pathlib.Path, squares: Manifest
+) -> None:
+    before = files(finished)
+    with lease.acquire(str(finished)), pytest.raises(StorageError, match="is in use by process"):
+        loop.train(labelled(squares), str(finished))
+    assert files(finished) == before
 
 
 @pytest.mark.usefixtures("eagerly")

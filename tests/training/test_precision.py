@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pathlib
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from trainer.distribution import precision as precision_lib
 from trainer.distribution.precision import full_dtype
 from trainer.networks.ops import Formulas
 from trainer.training import build, loop, loss_scale
+from trainer.training.checkpoint import Checkpoints
 from trainer.training.state import PHASES, TrainState
 from trainer.training.step import TrainStep
 
@@ -178,7 +180,7 @@ def test_without_any_signs_p_stays(squares: Manifest) -> None:
 
 
 @pytest.mark.usefixtures("eagerly")
-def test_too_many_in_a_row_are_named(squares: Manifest) -> None:
+def test_too_many_in_a_row_are_named(squares: Manifest, tmp_path: pathlib.Path) -> None:
     run = Run(squares, "float16", training={"pl_weight": 0, "r1_gamma": 0})
     weight = run.state.d["b8.conv0.weight"]
     weight.assign(np.full(weight.shape, np.nan))
@@ -192,8 +194,10 @@ def test_too_many_in_a_row_are_named(squares: Manifest) -> None:
     )
     # Reports start over with the next tick, the count does not.
     loop._take_loss_scales(run.state)
+    config = config_lib.from_dict({})
+    checkpoints = Checkpoints(str(tmp_path), config.checkpoint, {})
     with pytest.raises(DivergedError, match=r"25 times in a row.*run.precision=float32"):
-        loop._check_finite(run.state, "nowhere")
+        loop._check_finite(run.state, config, checkpoints, str(tmp_path), variables=False)
 
 
 @pytest.mark.usefixtures("eagerly")

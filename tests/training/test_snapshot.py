@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.data import pipeline
+from trainer.data import shards
 from trainer.data.manifest import Manifest
 from trainer.networks.stylegan2 import Generator
 from trainer.telemetry import images
@@ -91,7 +91,7 @@ def test_a_row_for_each_class(squares: Manifest) -> None:
 def test_reals_are_those_of_the_layout(squares: Manifest) -> None:
     shots = Snapshots(generator()[0], squares, use_labels=False, seed=3)
     assert isinstance(shots.layout, GridLayout)
-    wanted, _ = pipeline.read_images(squares, shots.layout.indices)
+    wanted, _ = shards.read_images(squares, shots.layout.indices)
     np.testing.assert_array_equal(tiles(shots.reals()), wanted)
 
 

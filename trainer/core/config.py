@@ -14,6 +14,8 @@ others define the result.
 
     run.*, but for seed and precision           where and how a step is executed
     data.path                                   the data set's own fingerprint identifies it
+    data.max_bad_records, data.stall_timeout    when to give up; what is shown in a damaged record's
+                                                place depends on the data set alone
     training.rounds                             splits a step, does not change it
     training.total_kimg                         no schedule depends on the end
     checkpoint.*, telemetry.*                   what is written, and when
@@ -51,10 +53,14 @@ _FREE_KEYS = frozenset(
         "run.compilation_cache",
         "run.join_timeout",
         "run.worker_timeout",
+        "run.max_hours",
+        "run.grace_time",
         "run.collectives",
         "run.bytes_per_pack",
         "run.collective_timeout",
         "data.path",
+        "data.max_bad_records",
+        "data.stall_timeout",
         "training.rounds",
         "training.total_kimg",
     }
@@ -172,9 +178,13 @@ class RunConfig(_Section):
         must divide `checkpoint.every_steps`.
       compilation_cache: local directory in which compiled programs are kept, so that the next
         start of the run compiles nothing; '' keeps none. Must be the user's own.
-      join_timeout: seconds in which all workers must have started.
+      join_timeout: seconds in which all workers must have started, or a named TPU have answered.
       worker_timeout: seconds without a sign of life after which a worker counts as gone, and all
         others end.
+      max_hours: stop in time and ask to be started again (exit code 75) after so many hours of this
+        process, for machines that are lent for a time; null for no limit.
+      grace_time: seconds from SIGTERM, or from the notice that a Spot machine is taken away (30 s
+        before it is), after which the process ends even if the step or the checkpoint isn't done.
       collectives: how workers sum gradients; 'auto' takes NCCL where every worker has GPUs.
       bytes_per_pack: gradients are summed in packs of about this size, so that the first can start
         before the last is computed; 0 for one pack.
@@ -193,6 +203,8 @@ class RunConfig(_Section):
     compilation_cache: str = ""
     join_timeout: float = _key(600.0, _POSITIVE)
     worker_timeout: float = _key(120.0, _POSITIVE)
+    max_hours: float | None = _key(None, _POSITIVE)
+    grace_time: float = _key(28.0, _POSITIVE)
     collectives: Literal["auto", "ring", "nccl"] = "auto"
     bytes_per_pack: int = _key(0, _AT_LEAST_0)
     collective_timeout: float | None = _key(None, _POSITIVE)
@@ -210,12 +222,18 @@ class DataConfig(_Section):
       use_labels: train a class-conditional network on the data set's labels (NVIDIA: --cond).
       window: records read and permuted together; the unit of read-ahead and of resume, and so a
         part of the order of images.
+      max_bad_records: damaged records that each worker may meet since its start before the run
+        ends; each is reported once, and another record of its shard is shown in its place.
+      stall_timeout: seconds that the storage may stand still, or refuse to answer, before the run
+        ends; what stands still is reported long before.
     """
 
     path: str = ""
     mirror: bool = False
     use_labels: bool = False
     window: int = _key(256, _AT_LEAST_1)
+    max_bad_records: int = _key(0, _AT_LEAST_0)
+    stall_timeout: float = _key(300.0, _POSITIVE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -341,11 +359,16 @@ class CheckpointConfig(_Section):
       every_steps: steps between two checkpoints.
       keep_last: the newest this many are kept.
       keep_every_kimg: besides, one for every this many thousand images is kept; 0 for none.
+      export_dir: where the trained generator is exported at the end of the run, as by
+        `trainer.export --dest`; '' for nowhere.
+      export_snapshots: export it there with each image grid, too.
     """
 
     every_steps: int = _key(500, _AT_LEAST_1)
     keep_last: int = _key(3, _AT_LEAST_1)
     keep_every_kimg: int = _key(0, _AT_LEAST_0)
+    export_dir: str = ""
+    export_snapshots: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -356,11 +379,13 @@ class TelemetryConfig(_Section):
       tick_kimg: thousands of images between two lines of progress (NVIDIA: 4).
       snap_ticks: ticks between two image grids (NVIDIA: --snap, 50).
       tensorboard: also write TensorBoard events.
+      tensorboard_dir: where; '' for `tensorboard` in the workdir.
     """
 
     tick_kimg: float = _key(4.0, _POSITIVE)
     snap_ticks: int = _key(50, _AT_LEAST_1)
     tensorboard: bool = True
+    tensorboard_dir: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -420,6 +445,10 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key, str):
                 seen[key] = key_node.start_mark
         return super().construct_mapping(node, deep=deep)
+
+
+# Line breaks for YAML, besides those that it always quotes.
+_BREAKS = frozenset("\x85\u2028\u2029")
 
 
 class _Dumper(yaml.SafeDumper):
@@ -576,6 +605,15 @@ def from_dict(document: Mapping[str, Any], where: str = "config") -> Config:
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     """Plain nested dictionaries, in the order of the sections."""
     return dataclasses.asdict(config)
+
+
+def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    # Unquoted, what Unicode calls a line break would be read back as a space.
+    style = '"' if _BREAKS & set(text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
 
 
 def to_yaml(config: Config) -> str:

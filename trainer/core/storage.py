@@ -1,27 +1,42 @@
-"""Files and directories, on a local disk or behind any fsspec URL (`gs://...`).
+"""Files and directories, on a local disk, on Cloud Storage (`gs://...`) or behind any fsspec URL.
 
 Everything the trainer reads and writes goes through here, so that every path can be remote, no
 reader ever sees a half-written file, and every failure is one line that says what to do. Paths are
-text; take user input through `resolve` once. Local paths need nothing but the standard library;
-fsspec and gcsfs are imported when the first remote path is met.
+text; take user input through `resolve` once. Local paths need little but the standard library;
+the clients of remote stores are imported when the first remote path is met.
+
+Requests to Cloud Storage cost money and time: `isfile` is one, `exists` and `isdir` may list, and
+`digest` of a file reads nothing of it.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
+import fcntl
+import hashlib
+import importlib
 import os
 import posixpath
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
-from typing import IO, Any
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import IO
+
+import google_crc32c
 
 from trainer.core.errors import StorageError, TrainerError
 
 _PACKAGE_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _PACKAGE_PREFIX = "package:"
+
+_BLOCK = 1 << 22
 
 _REASONS = {
     errno.ENOSPC: "the disk is full; free some space or choose another path",
@@ -48,12 +63,14 @@ def resolve(path: str) -> str:
     """The path a user's text means.
 
     `package:data/x` is the directory `data/x` inside the installed package, `~` is the home
-    directory, `file://` is dropped; other URLs and paths stay as they are.
+    directory, `file://` is dropped, `gcs://` is `gs://`; other URLs and paths stay as they are.
     """
     if path.startswith(_PACKAGE_PREFIX):
         return os.path.join(_PACKAGE_ROOT, *path[len(_PACKAGE_PREFIX) :].split("/"))
     if path.startswith("file://"):
         return path[len("file://") :]
+    if path.startswith("gcs://"):
+        return f"gs://{path[len('gcs://') :]}"
     return path if is_remote(path) else os.path.expanduser(path)
 
 
@@ -73,7 +90,21 @@ def sibling(path: str, other: str) -> str:
     return os.path.normpath(os.path.join(os.path.dirname(path), target))
 
 
-def _reason(error: BaseException) -> str:
+def _store(path: str) -> ModuleType:
+    """The module that knows the store of a URL."""
+    if path.startswith("gs://"):
+        from trainer.core import cloud_storage
+
+        return cloud_storage
+    from trainer.core import fsspec_storage
+
+    return fsspec_storage
+
+
+def _reason(error: BaseException, path: str) -> str:
+    known = _store(path).reason(error, path) if is_remote(path) else None
+    if known is not None:
+        return known
     code = getattr(error, "errno", None)
     if code in _REASONS:
         return _REASONS[code]
@@ -92,26 +123,14 @@ def _reported(action: str, path: str) -> Iterator[None]:
         yield
     except TrainerError:
         raise
-    except OSError as error:
-        raise StorageError(f"cannot {action} {path}: {_reason(error)}") from error
     except Exception as error:
-        # The clients of object stores raise what they like: HTTP, credentials, a missing package.
-        if not is_remote(path):
+        # The clients of remote stores raise what they like: HTTP, credentials, a missing package.
+        if not is_remote(path) and not isinstance(error, OSError):
             raise
-        raise StorageError(f"cannot {action} {path}: {_reason(error)}") from error
+        raise StorageError(f"cannot {action} {path}: {_reason(error, path)}") from error
 
 
-def _remote(path: str) -> tuple[Any, str]:
-    """The fsspec file system of a URL and the path in it."""
-    try:
-        import fsspec
-
-        # Listings change behind our back (other hosts write too), so none is remembered.
-        return fsspec.core.url_to_fs(path, use_listings_cache=False)
-    except ImportError as error:
-        scheme = path.partition("://")[0]
-        extra = " (pip install 'stylegan-trainer[gcs]')" if scheme in {"gs", "gcs"} else ""
-        raise StorageError(f"cannot open {path}: {error}{extra}") from error
+# ---- looking -------------------------------------------------------------------------------------
 
 
 def exists(path: str) -> bool:
@@ -119,8 +138,15 @@ def exists(path: str) -> bool:
     if not is_remote(path):
         return os.path.exists(path)
     with _reported("look for", path):
-        fs, name = _remote(path)
-        return bool(fs.exists(name))
+        return bool(_store(path).exists(path))
+
+
+def isfile(path: str) -> bool:
+    """Whether there is a file."""
+    if not is_remote(path):
+        return os.path.isfile(path)
+    with _reported("look for", path):
+        return bool(_store(path).isfile(path))
 
 
 def isdir(path: str) -> bool:
@@ -128,52 +154,89 @@ def isdir(path: str) -> bool:
     if not is_remote(path):
         return os.path.isdir(path)
     with _reported("look for", path):
-        fs, name = _remote(path)
-        return bool(fs.isdir(name))
+        return bool(_store(path).isdir(path))
 
 
 def size(path: str) -> int:
     """Bytes in a file."""
     with _reported("read", path):
-        if not is_remote(path):
-            return os.path.getsize(path)
-        fs, name = _remote(path)
-        return int(fs.size(name))
+        return int(_store(path).size(path)) if is_remote(path) else os.path.getsize(path)
+
+
+@dataclass(frozen=True)
+class Digest:
+    """What a file is, without its content.
+
+    Attributes:
+      bytes: how many.
+      crc32c: of them; None where it is not known without reading.
+    """
+
+    bytes: int
+    crc32c: int | None
+
+
+def digest(path: str) -> Digest:
+    """Size and checksum of a file; Cloud Storage knows both without reading."""
+    with _reported("read", path):
+        if is_remote(path):
+            return Digest(*_store(path).digest(path))
+        length = crc = 0
+        with open(path, "rb") as file:
+            while block := file.read(_BLOCK):
+                length, crc = length + len(block), google_crc32c.extend(crc, block)
+        return Digest(length, crc)
 
 
 def listdir(path: str) -> list[str]:
     """The sorted names in a directory."""
     with _reported("list", path):
-        if not is_remote(path):
-            return sorted(os.listdir(path))
-        fs, name = _remote(path)
-        found = {posixpath.basename(entry.rstrip("/")) for entry in fs.ls(name, detail=False)}
-        return sorted(found - {"", posixpath.basename(name.rstrip("/"))})
+        return _store(path).listdir(path) if is_remote(path) else sorted(os.listdir(path))
 
 
-def makedirs(path: str) -> None:
-    """Makes a directory and those above it, where they are not there yet."""
-    with _reported("make directory", path):
-        if not is_remote(path):
-            os.makedirs(path, exist_ok=True)
-        else:
-            fs, name = _remote(path)
-            fs.makedirs(name, exist_ok=True)
+def walk(path: str) -> dict[str, Digest]:
+    """Every file below a directory, however deep, by its name from there on; by one listing.
+
+    {} where there is no directory. The checksums are known only on Cloud Storage.
+    """
+    with _reported("list", path):
+        if is_remote(path):
+            return {name: Digest(size, crc) for name, size, crc in _store(path).walk(path)}
+        found = {}
+        for folder, _, names in os.walk(path):
+            for name in names:
+                file = os.path.join(folder, name)
+                relative = os.path.relpath(file, path).replace(os.sep, "/")
+                found[relative] = Digest(os.path.getsize(file), None)
+        return found
+
+
+# ---- reading -------------------------------------------------------------------------------------
 
 
 def open_read(path: str) -> IO[bytes]:
     """A binary file object to read from, seekable."""
     with _reported("read", path):
-        if not is_remote(path):
-            return open(path, "rb")
-        fs, name = _remote(path)
-        return fs.open(name, "rb")
+        return _store(path).open_read(path) if is_remote(path) else open(path, "rb")
 
 
 def read_bytes(path: str) -> bytes:
     """The content of a file."""
-    with _reported("read", path), open_read(path) as file:
-        return file.read()
+    with _reported("read", path):
+        if is_remote(path):
+            return _store(path).read(path)[0]
+        with open(path, "rb") as file:
+            return file.read()
+
+
+def read_range(path: str, offset: int, length: int) -> bytes:
+    """A part of a file, in one request; less at the file's end."""
+    with _reported("read", path):
+        if is_remote(path):
+            return _store(path).read_range(path, offset, length)
+        with open(path, "rb") as file:
+            file.seek(offset)
+            return file.read(max(length, 0))
 
 
 def read_text(path: str) -> str:
@@ -183,6 +246,18 @@ def read_text(path: str) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise StorageError(f"cannot read {path}: it is not UTF-8 text ({error.reason})") from error
+
+
+# ---- writing -------------------------------------------------------------------------------------
+
+
+def makedirs(path: str) -> None:
+    """Makes a directory and those above it, where they are not there yet."""
+    with _reported("make directory", path):
+        if is_remote(path):
+            _store(path).makedirs(path)
+        else:
+            os.makedirs(path, exist_ok=True)
 
 
 @contextlib.contextmanager
@@ -216,11 +291,19 @@ def open_write_atomic(path: str) -> Iterator[IO[bytes]]:
 @contextlib.contextmanager
 def _write_remote(path: str) -> Iterator[IO[bytes]]:
     # Uploading while writing would leave the first half of an interrupted write as the object.
-    with _reported("write", path), tempfile.NamedTemporaryFile() as file:
-        yield file
-        file.flush()
-        fs, name = _remote(path)
-        fs.put_file(file.name, name)
+    with _reported("write", path):
+        try:
+            with tempfile.NamedTemporaryFile() as file:
+                yield file
+                file.flush()
+                _store(path).put_file(path, file.name)
+        except OSError as error:
+            if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+                raise
+            raise StorageError(
+                f"cannot write {path}: the disk of temporary files ({tempfile.gettempdir()}) is "
+                "full; free some space, or set TMPDIR to a directory on another"
+            ) from error
 
 
 def _sync_directory(folder: str) -> None:
@@ -233,8 +316,35 @@ def _sync_directory(folder: str) -> None:
             os.close(handle)
 
 
+def sync(path: str) -> None:
+    """Makes a local file that another library wrote survive a power cut."""
+    with _reported("write", path):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    _sync_directory(os.path.dirname(path) or ".")
+
+
+def upload(local: str, path: str) -> None:
+    """Copies a local file to a remote store, whole or not at all."""
+    with _reported("write", path):
+        _store(path).put_file(path, local)
+
+
+def download(path: str, local: str) -> None:
+    """Copies a file of a remote store to the disk."""
+    with _reported(f"copy to {os.path.dirname(local) or '.'} the file", path):
+        _store(path).get_file(path, local)
+
+
 def write_bytes_atomic(path: str, data: bytes) -> None:
     """Writes a file whole or not at all, over an older one if there is one."""
+    if is_remote(path):
+        with _reported("write", path):
+            _store(path).put(path, data)
+        return
     with open_write_atomic(path) as file:
         file.write(data)
 
@@ -244,28 +354,35 @@ def write_text_atomic(path: str, text: str) -> None:
     write_bytes_atomic(path, text.encode("utf-8"))
 
 
-def append_text(path: str, text: str) -> None:
-    """Adds UTF-8 text to the end of a file, which is made where there is none.
+# ---- removing and renaming -----------------------------------------------------------------------
 
-    Object stores cannot append: there the file is written anew, so keep it small.
-    """
-    data = text.encode("utf-8")
-    if is_remote(path):
-        write_bytes_atomic(path, (read_bytes(path) if exists(path) else b"") + data)
+
+def remove(path: str) -> None:
+    """Removes a file; nothing there is fine."""
+    with _reported("remove", path):
+        if is_remote(path):
+            _store(path).remove(path)
+            return
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path)
+
+
+def remove_files(paths: Iterable[str]) -> None:
+    """Removes files of one store, several at a time; those that are not there are fine."""
+    paths = list(paths)
+    if paths and paths[0].startswith("gs://"):
+        with _reported("remove", paths[0]):
+            _store(paths[0]).remove_files(paths)
         return
-    with _reported("write", path):
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with open(path, "ab") as file:
-            file.write(data)
+    for path in paths:
+        remove(path)
 
 
 def remove_tree(path: str) -> None:
     """Removes a file, or a directory with all it holds; nothing there is fine."""
     with _reported("remove", path):
         if is_remote(path):
-            fs, name = _remote(path)
-            if fs.exists(name):
-                fs.rm(name, recursive=True)
+            _store(path).remove_tree(path)
         elif os.path.isdir(path) and not os.path.islink(path):
             shutil.rmtree(path)
         elif os.path.lexists(path):
@@ -278,8 +395,197 @@ def rename(source: str, target: str) -> None:
     In one step locally; an object store copies and removes.
     """
     with _reported("rename to", target):
-        if not is_remote(source):
+        if is_remote(source):
+            _store(source).rename(source, target)
+        else:
             os.replace(source, target)
+
+
+# ---- versions: writing only what nobody else has changed -----------------------------------------
+
+
+class ConflictError(StorageError):
+    """Somebody else has written or removed the file since its version was read."""
+
+
+def read_version(path: str) -> tuple[bytes, str] | None:
+    """A file's content and its version, which every write changes; None if there is no file."""
+    with _reported("read", path):
+        try:
+            if is_remote(path):
+                data, generation = _store(path).read(path)
+                return data, str(generation)
+            with open(path, "rb") as file:
+                data = file.read()
+        except FileNotFoundError as error:
+            if type(error) is not FileNotFoundError:  # no bucket: more than a file is missing
+                raise
+            return None
+        return data, _version(data)
+
+
+def write_version(path: str, data: bytes, version: str | None) -> str:
+    """Writes a file if it is of this version still, in one step that cannot be divided.
+
+    Args:
+      path: the file.
+      data: its new content, such as no other process writes: it tells one's own success, if the
+        answer got lost, from another's.
+      version: as `read_version` told; None: only if there is no file.
+
+    Returns:
+      The new version.
+
+    Raises:
+      ConflictError: it is not; nothing was written.
+      StorageError: it cannot be written.
+    """
+    with _reported("write", path):
+        if is_remote(path):
+            new = _store(path).put_if(path, data, int(version or 0))
+            if new is None:
+                raise _conflict(path)
+            return str(new)
+        folder = os.path.dirname(path) or "."
+        os.makedirs(folder, exist_ok=True)
+        with _locked(folder):
+            if _version_now(path) != version:
+                raise _conflict(path)
+            write_bytes_atomic(path, data)
+        return _version(data)
+
+
+def remove_version(path: str, version: str) -> None:
+    """Removes a file if it is of this version still.
+
+    Raises:
+      ConflictError: it is not.
+    """
+    with _reported("remove", path):
+        if is_remote(path):
+            if not _store(path).remove_if(path, int(version)):
+                raise _conflict(path)
             return
-        fs, name = _remote(source)
-        fs.mv(name, _remote(target)[1], recursive=bool(fs.isdir(name)))
+        if not os.path.isdir(os.path.dirname(path) or "."):
+            raise _conflict(path)
+        with _locked(os.path.dirname(path) or "."):
+            if _version_now(path) != version:
+                raise _conflict(path)
+            os.remove(path)
+
+
+def _conflict(path: str) -> ConflictError:
+    return ConflictError(
+        f"{path} was changed by somebody else; make sure that only one job writes there"
+    )
+
+
+def _version(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _version_now(path: str) -> str | None:
+    try:
+        with open(path, "rb") as file:
+            return _version(file.read())
+    except FileNotFoundError:
+        return None
+
+
+@contextlib.contextmanager
+def _locked(folder: str) -> Iterator[None]:
+    """Keeps other processes on this file system out; they wait."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems lock no directories
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+# ---- appending -----------------------------------------------------------------------------------
+
+
+class _Appender:
+    """Adds to files of remote stores, to each no more often than they allow."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._pending: dict[str, bytes] = {}
+        self._written: dict[str, float] = {}  # when last
+
+    def add(self, path: str, data: bytes) -> None:
+        with self._lock:
+            self._pending[path] = self._pending.get(path, b"") + data
+            if self._wait(path) <= 0:
+                self._write(path)
+
+    def flush(self) -> None:
+        for path in list(self._pending):
+            time.sleep(max(0.0, self._wait(path)))
+            with self._lock:
+                if path in self._pending:
+                    self._write(path)
+
+    def _wait(self, path: str) -> float:
+        """Seconds until the file may be written again."""
+        if path not in self._written:
+            return 0.0
+        return self._written[path] + _store(path).REWRITE_SECONDS - time.monotonic()
+
+    def _write(self, path: str) -> None:
+        with _reported("write", path):
+            _store(path).append(path, self._pending[path])
+        del self._pending[path]
+        self._written[path] = time.monotonic()
+
+
+_appender = _Appender()
+atexit.register(_appender.flush)
+
+
+def append(path: str, data: bytes) -> None:
+    """Adds to the end of a file, which is made where there is none.
+
+    Object stores take an object anew no more than once a second. There bytes that come sooner wait
+    for the next call or for `flush_appended`, which is called when the program ends, too.
+    """
+    if is_remote(path):
+        _appender.add(path, data)
+        return
+    with _reported("write", path):
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(path, "ab") as file:
+            file.write(data)
+
+
+def flush_appended() -> None:
+    """Writes what `append` still holds back; to be called before a checkpoint counts on it."""
+    _appender.flush()
+
+
+# ---- TensorFlow's own file system ----------------------------------------------------------------
+
+
+def prepare_tensorflow(path: str) -> None:
+    """Makes sure that TensorFlow itself can open a path, for records, checkpoints and events.
+
+    Raises:
+      StorageError: it cannot, as some builds cannot open gs:// without tensorflow-io.
+    """
+    if not is_remote(path):
+        return
+    import tensorflow as tf
+
+    scheme = path.partition("://")[0]
+    if scheme in tf.io.gfile.get_registered_schemes():
+        return
+    try:
+        importlib.import_module("tensorflow_io")
+    except (ImportError, NotImplementedError) as error:
+        raise StorageError(
+            f"this TensorFlow ({tf.__version__}) cannot open {scheme}://, and tensorflow-io does "
+            f"not help ({error}); install TensorFlow 2.17 with the extra "
+            "(pip install 'stylegan-trainer[io]'), or a build of it that can"
+        ) from error

@@ -1,6 +1,6 @@
 """Records, manifest and the tf.data pipeline.
 
-Only `pipeline` and `speed` need TensorFlow; what the converter's worker processes import does not.
+Only `pipeline`, `shards` and `speed` need TensorFlow; what the converter's worker processes import does not.
 """
 
 from __future__ import annotations

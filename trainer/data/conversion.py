@@ -2,7 +2,11 @@
 
 The plan fixes beforehand which image goes into which shard at which place. So the result depends
 on the source, the options and the seed alone: not on the number of workers, nor on how often the
-conversion was interrupted. What is complete is kept in the journal, `<dest>/.partial/`.
+conversion was interrupted, nor on whether Apache Beam's machines did it (`trainer.data.beam`). What
+is complete is kept in the journal, `<dest>/.partial/`.
+
+A shard gets its name when it is complete: on a disk it is renamed, in an object store uploaded
+whole. Whoever makes it again, as a machine does whose success was not heard of, makes the same.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -25,7 +29,7 @@ from typing import Any
 import numpy as np
 import PIL
 
-from trainer.core import storage
+from trainer.core import storage, tfrecord
 from trainer.core.errors import DataError, TrainerError, UsageError
 from trainer.data import images, manifest, records, sources
 
@@ -35,6 +39,7 @@ _MAX_SHARDS = 1 << 16
 _CHUNK_BYTES = 1 << 20  # what goes to a worker and back at a time
 _MAX_CHUNK = 32
 _SAMPLES = 16
+_READERS = 8  # requests to an object store at a time
 
 
 @dataclass(frozen=True)
@@ -79,14 +84,22 @@ class Report:
 
 
 @dataclass(frozen=True)
-class _Task:
+class Task:
+    """An image to convert.
+
+    Attributes:
+      name: its path in the source.
+      member: where it lies in an archive; None in a folder.
+      label: its class, -1 for none.
+    """
+
     name: str
     member: sources.Member | None
     label: int
 
 
 @dataclass(frozen=True)
-class _Done:
+class Done:
     """One task's outcome: a record's payload, or the reason why there is none."""
 
     payload: bytes | None
@@ -98,6 +111,55 @@ class _Done:
 
 
 @dataclass(frozen=True)
+class Frame:
+    """What all shards of a conversion share, wherever they are made.
+
+    Attributes:
+      settings: what was asked for.
+      source: path of the images.
+      reference: the image whose channels all others must have.
+      channels: those.
+    """
+
+    settings: Settings
+    source: str
+    reference: str
+    channels: int
+
+    def check(self, task: Task, done: Done) -> Done | None:
+        """The outcome, or None for a bad image that may be left out.
+
+        Raises:
+          DataError: it may not be, or its channels are others.
+        """
+        if done.payload is None:
+            if self.settings.skip_bad:
+                return None
+            raise DataError(
+                f"{task.name} in {self.source}: {done.reason}; repair or remove it, or leave such "
+                "images out with --on_bad=skip"
+            )
+        if self.reference and done.channels != self.channels:
+            raise DataError(
+                f"{self.reference} has {self.channels} channels, {task.name} has {done.channels}; "
+                "pass --channels=rgb (or gray, rgba) to make them equal"
+            )
+        return done
+
+    def check_bad(self, count: int, name: str, reason: str) -> None:
+        """Stops when too many images were left out.
+
+        Raises:
+          DataError: `count`, with the last one and its reason, is more than are allowed.
+        """
+        if count > self.settings.max_bad:
+            raise DataError(
+                f"{count} images cannot be used, more than --max_bad={self.settings.max_bad}; the "
+                f"last one: {name}: {reason}"
+            )
+
+
+@dataclass(frozen=True)
 class _Plan:
     source: sources.Source
     labels: sources.Labels
@@ -106,22 +168,30 @@ class _Plan:
     channels: int
     chunk: int
 
-    def tasks(self, numbers: np.ndarray) -> list[_Task]:
+    def frame(self, settings: Settings) -> Frame:
+        return Frame(settings, self.source.path, self.reference, self.channels)
+
+    def tasks(self, numbers: np.ndarray) -> list[Task]:
         members = self.source.members
         return [
-            _Task(self.source.names[n], members[n] if members else None, self.labels.numbers[n])
+            Task(self.source.names[n], members[n] if members else None, self.labels.numbers[n])
             for n in numbers.tolist()
         ]
 
 
 def convert(
-    settings: Settings, progress: Callable[[int, int, int], None]
+    settings: Settings,
+    progress: Callable[[int, int, int], None],
+    beam: Callable[[Frame, str, dict[str, list[Task]]], None] | None = None,
 ) -> tuple[manifest.Manifest, Report]:
     """Makes a data set, or goes on with one that was interrupted.
 
     Args:
       settings: what to do.
       progress: called with the images of this run done, those done by earlier runs, and all.
+      beam: makes shards elsewhere, instead of this machine's processes: gets the frame, the
+        destination and each pending shard's tasks, and leaves the shards and their entries in the
+        journal there.
 
     Returns:
       The manifest and what is worth telling the user.
@@ -138,7 +208,7 @@ def convert(
     plan = _make_plan(settings, source)
     name = _dataset_name(dest)
     _open_journal(settings, plan, dest, name)
-    entries = _write_shards(settings, plan, dest, name, progress)
+    entries = _write_shards(settings, plan, dest, name, progress, beam)
     result = manifest.save(_summarise(settings, plan, name, entries), dest)
     storage.remove_tree(storage.join(dest, manifest.PARTIAL_NAME))
     report = Report(ignored=source.ignored)
@@ -187,36 +257,19 @@ def _shard_count(num_images: int, num_bytes: int) -> int:
 def _sample(settings: Settings, plan: _Plan) -> tuple[str, int, int]:
     """The first usable image, its channels, and the mean bytes of a few records."""
     numbers = np.sort(plan.shards[0])
-    reader = sources.Reader(plan.source.path)
+    reader, frame = sources.Reader(plan.source.path), plan.frame(settings)
     usable = (
         (task, done)
         for task in plan.tasks(numbers)
-        if (done := _checked(settings, plan, task, _encode(task, reader, settings.options)))
+        if (done := frame.check(task, encode(task, reader, settings.options)))
     )
     task, first = next(usable, (None, None))
     if task is None or first is None:
         raise DataError(f"none of the {len(numbers)} images in {plan.source.path} can be used")
     spread = numbers[np.linspace(0, len(numbers) - 1, _SAMPLES).astype(int)]
-    sampled = [_encode(task, reader, settings.options) for task in plan.tasks(spread)]
+    sampled = encode_all(plan.tasks(spread), reader, settings.options)
     sizes = [len(done.payload) for done in [first, *sampled] if done.payload]
     return task.name, first.channels, sum(sizes) // len(sizes)
-
-
-def _checked(settings: Settings, plan: _Plan, task: _Task, done: _Done) -> _Done | None:
-    """The outcome, or None for a bad image that may be left out."""
-    if done.payload is None:
-        if settings.skip_bad:
-            return None
-        raise DataError(
-            f"{task.name} in {plan.source.path}: {done.reason}; repair or remove it, or leave such "
-            "images out with --on_bad=skip"
-        )
-    if plan.reference and done.channels != plan.channels:
-        raise DataError(
-            f"{plan.reference} has {plan.channels} channels, {task.name} has {done.channels}; "
-            "pass --channels=rgb (or gray, rgba) to make them equal"
-        )
-    return done
 
 
 # ---- journal -------------------------------------------------------------------------------------
@@ -235,13 +288,13 @@ def _check_destination(settings: Settings, dest: str) -> None:
     """Refuses to touch a data set, or removes it and what is left of unfinished ones."""
     where = storage.join(dest, manifest.FILE_NAME)
     if not settings.overwrite:
-        if storage.exists(where):
+        if storage.isfile(where):
             raise UsageError(
                 f"{dest} holds a data set already; choose another --dest, or replace it with "
                 "--overwrite"
             )
         return
-    if storage.exists(where):
+    if storage.isfile(where):
         try:
             old = manifest.load(dest)
         except DataError as error:
@@ -249,15 +302,16 @@ def _check_destination(settings: Settings, dest: str) -> None:
                 f"{where} is not a manifest to overwrite; move it away or choose another --dest "
                 f"({error})"
             ) from error
-        storage.remove_tree(where)
-        for shard in range(len(old.shards)):
-            storage.remove_tree(old.path(shard))
+        storage.remove(where)
+        storage.remove_files(old.path(shard) for shard in range(len(old.shards)))
     partial = storage.join(dest, manifest.PARTIAL_NAME)
-    if storage.exists(partial):
-        for entry in storage.listdir(partial):
-            if entry.endswith(".tfrecord.json"):
-                storage.remove_tree(storage.join(dest, entry.removesuffix(".json")))
-        storage.remove_tree(partial)
+    shards = [name.removesuffix(".json") for name in storage.walk(partial) if _is_entry(name)]
+    storage.remove_files(storage.join(dest, name) for name in shards)
+    storage.remove_tree(partial)
+
+
+def _is_entry(name: str) -> bool:
+    return name.endswith(".tfrecord.json")
 
 
 def _identity(settings: Settings, plan: _Plan) -> dict[str, Any]:
@@ -268,7 +322,7 @@ def _identity(settings: Settings, plan: _Plan) -> dict[str, Any]:
         "format version": manifest.VERSION,
         "Pillow version": PIL.__version__,
         "images in the source": plan.source.fingerprint(),
-        "labels": records.checksum(labels.encode()),
+        "labels": tfrecord.checksum(labels.encode()),
         "--resolution": f"{width}x{height}",
         "--crop": settings.options.crop,
         "--filter": settings.options.filter,
@@ -285,10 +339,10 @@ def _open_journal(settings: Settings, plan: _Plan, dest: str, name: str) -> None
     partial = storage.join(dest, manifest.PARTIAL_NAME)
     where = storage.join(partial, "plan.json")
     identity = _identity(settings, plan)
-    found = _read_json(where) if storage.exists(where) else {}
+    found = _read_json(where) if storage.isfile(where) else {}
     changed = [key for key in identity if found.get(key) != identity[key]]
     if changed:
-        if not storage.exists(partial) or storage.listdir(partial) in ([], ["plan.json"]):
+        if not any(map(_is_entry, storage.walk(partial))):
             storage.makedirs(partial)
             storage.write_text_atomic(where, json.dumps(identity, indent=1))
             return  # nothing was complete that could be lost
@@ -311,14 +365,19 @@ def _read_json(where: str) -> dict[str, Any]:
     return document if isinstance(document, dict) else {}
 
 
-def _finished(dest: str, shard_name: str) -> dict[str, Any] | None:
-    """The journal's entry of a shard that is complete."""
-    where = storage.join(dest, manifest.PARTIAL_NAME, shard_name + ".json")
-    path = storage.join(dest, shard_name)
-    if not (storage.exists(where) and storage.exists(path)):
-        return None
-    entry = _read_json(where)
-    return entry if entry.get("bytes") == storage.size(path) else None
+def _finished(dest: str, names: list[str]) -> list[dict[str, Any] | None]:
+    """The journal's entries of the shards, None for those that are not complete."""
+    there = storage.walk(dest)
+
+    def entry(name: str) -> dict[str, Any] | None:
+        where = f"{manifest.PARTIAL_NAME}/{name}.json"
+        if name not in there or where not in there:
+            return None
+        found = _read_json(storage.join(dest, where))
+        return found if found.get("bytes") == there[name].bytes else None
+
+    with futures.ThreadPoolExecutor(_READERS) as pool:
+        return list(pool.map(entry, names))
 
 
 # ---- shards --------------------------------------------------------------------------------------
@@ -330,52 +389,94 @@ def _write_shards(
     dest: str,
     name: str,
     progress: Callable[[int, int, int], None],
+    beam: Callable[[Frame, str, dict[str, list[Task]]], None] | None,
 ) -> list[dict[str, Any]]:
     names = [_shard_name(name, shard, len(plan.shards)) for shard in range(len(plan.shards))]
-    entries = {shard: _finished(dest, shard_name) for shard, shard_name in enumerate(names)}
-    pending = [shard for shard, entry in entries.items() if entry is None]
+    entries = _finished(dest, names)
+    pending = [shard for shard, entry in enumerate(entries) if entry is None]
     total = sum(len(numbers) for numbers in plan.shards)
     earlier = total - sum(len(plan.shards[shard]) for shard in pending)
-    bad = sum(len(entry["skipped"]) for entry in entries.values() if entry)
+    progress(0, earlier, total)
+    frame = plan.frame(settings)
+    if beam is not None:
+        beam(frame, dest, {names[shard]: plan.tasks(plan.shards[shard]) for shard in pending})
+        entries = _finished(dest, names)
+        _check_all(frame, names, entries)
+        progress(total - earlier, earlier, total)
+        return [entry for entry in entries if entry is not None]
+    bad = sum(len(entry["skipped"]) for entry in entries if entry)
     count = 0
     outcomes = _run(settings, plan, pending)
+
+    def counted(shard: int) -> Iterator[tuple[Task, Done]]:
+        nonlocal count
+        for outcome in _of_shard(outcomes, len(plan.shards[shard])):
+            yield outcome
+            count += 1
+            progress(count, earlier, total)
+
     try:
-        progress(0, earlier, total)
         for shard in pending:
-            with storage.open_write_atomic(storage.join(dest, names[shard])) as file:
-                writer = records.ShardWriter(file)
-                tally = _Tally()
-                for task, done in _of_shard(outcomes, len(plan.shards[shard])):
-                    if (good := _checked(settings, plan, task, done)) is None:
-                        bad += 1
-                        _check_bad(settings, bad, task, done)
-                        tally.skip(task, done)
-                    else:
-                        writer.write(good.payload or b"")
-                        tally.add(task, good)
-                    count += 1
-                    progress(count, earlier, total)
-                if not writer.offsets:
-                    raise DataError(f"no image of shard {names[shard]} can be used; lower --shards")
-            entries[shard] = tally.entry(names[shard], writer)
-            where = storage.join(dest, manifest.PARTIAL_NAME, names[shard] + ".json")
-            storage.write_text_atomic(where, json.dumps(entries[shard]))
+            entries[shard] = entry = write_shard(frame, dest, names[shard], counted(shard), bad)
+            bad += len(entry["skipped"])
     finally:
         outcomes.close()
-    return [entry for shard in range(len(names)) if (entry := entries[shard]) is not None]
+    return [entry for entry in entries if entry is not None]
 
 
-def _of_shard(outcomes: Iterator[tuple[_Task, _Done]], count: int) -> Iterator[tuple[_Task, _Done]]:
+def _check_all(frame: Frame, names: list[str], entries: list[dict[str, Any] | None]) -> None:
+    """Looks at what other machines made."""
+    missing = [name for name, entry in zip(names, entries, strict=True) if entry is None]
+    if missing:
+        raise TrainerError(
+            f"{len(missing)} shards ({missing[0]}, ...) are still missing; run the same command "
+            "again, and it goes on"
+        )
+    skipped = [each for entry in entries if entry for each in entry["skipped"]]
+    if skipped:
+        frame.check_bad(len(skipped), skipped[-1]["name"], skipped[-1]["reason"])
+
+
+def write_shard(
+    frame: Frame, dest: str, name: str, outcomes: Iterable[tuple[Task, Done]], bad: int = 0
+) -> dict[str, Any]:
+    """Makes one shard and, when it is complete, its entry in the journal.
+
+    Args:
+      frame: what all shards share.
+      dest: directory of the data set.
+      name: of the shard.
+      outcomes: of its images, in order.
+      bad: images that were left out of other shards.
+
+    Returns:
+      The entry.
+
+    Raises:
+      DataError: an image cannot be used, or none can.
+    """
+    with storage.open_write_atomic(storage.join(dest, name)) as file:
+        writer = records.ShardWriter(file)
+        tally = _Tally()
+        for task, done in outcomes:
+            if (good := frame.check(task, done)) is None:
+                bad += 1
+                frame.check_bad(bad, task.name, done.reason)
+                tally.skip(task, done)
+            else:
+                writer.write(good.payload or b"")
+                tally.add(task, good)
+        if not writer.offsets:
+            raise DataError(f"no image of shard {name} can be used; lower --shards")
+    entry = tally.entry(name, writer)
+    where = storage.join(dest, manifest.PARTIAL_NAME, name + ".json")
+    storage.write_text_atomic(where, json.dumps(entry))
+    return entry
+
+
+def _of_shard(outcomes: Iterator[tuple[Task, Done]], count: int) -> Iterator[tuple[Task, Done]]:
     for _ in range(count):
         yield next(outcomes)
-
-
-def _check_bad(settings: Settings, bad: int, task: _Task, done: _Done) -> None:
-    if bad > settings.max_bad:
-        raise DataError(
-            f"{bad} images cannot be used, more than --max_bad={settings.max_bad}; the last one: "
-            f"{task.name}: {done.reason}"
-        )
 
 
 class _Tally:
@@ -386,10 +487,10 @@ class _Tally:
         self._flags: collections.Counter[str] = collections.Counter()
         self._skipped: list[dict[str, str]] = []
 
-    def skip(self, task: _Task, done: _Done) -> None:
+    def skip(self, task: Task, done: Done) -> None:
         self._skipped.append({"name": task.name, "reason": done.reason})
 
-    def add(self, task: _Task, done: _Done) -> None:
+    def add(self, task: Task, done: Done) -> None:
         self._labels[task.label] += 1
         for key in ("kept", "enlarged", "stretched"):
             self._flags[key] += getattr(done, key)
@@ -446,7 +547,7 @@ def _summarise(
 
 def _run(
     settings: Settings, plan: _Plan, pending: list[int]
-) -> Generator[tuple[_Task, _Done], None, None]:
+) -> Generator[tuple[Task, Done], None, None]:
     """The outcomes of the pending shards' images, in order, a bounded number under way."""
     chunks = (
         plan.tasks(numbers)
@@ -456,7 +557,7 @@ def _run(
     if settings.workers == 1:
         reader = sources.Reader(plan.source.path)
         for chunk in chunks:
-            yield from ((task, _encode(task, reader, settings.options)) for task in chunk)
+            yield from zip(chunk, encode_all(chunk, reader, settings.options), strict=True)
         return
     with futures.ProcessPoolExecutor(
         settings.workers,
@@ -465,7 +566,7 @@ def _run(
         initializer=_start_worker,
         initargs=(plan.source.path, settings.options),
     ) as pool:
-        under_way: collections.deque[tuple[list[_Task], futures.Future[list[_Done]]]]
+        under_way: collections.deque[tuple[list[Task], futures.Future[list[Done]]]]
         under_way = collections.deque()
         try:
             for chunk in chunks:
@@ -484,8 +585,8 @@ def _run(
 
 
 def _take(
-    item: tuple[list[_Task], futures.Future[list[_Done]]],
-) -> Iterator[tuple[_Task, _Done]]:
+    item: tuple[list[Task], futures.Future[list[Done]]],
+) -> Iterator[tuple[Task, Done]]:
     chunk, future = item
     return zip(chunk, future.result(), strict=True)
 
@@ -512,17 +613,35 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _encode_chunk(chunk: list[_Task]) -> list[_Done]:
+def _encode_chunk(chunk: list[Task]) -> list[Done]:
     reader, options = _worker
-    return [_encode(task, reader, options) for task in chunk]
+    return encode_all(chunk, reader, options)
 
 
-def _encode(task: _Task, reader: sources.Reader, options: images.ImageOptions) -> _Done:
+# ---- images --------------------------------------------------------------------------------------
+
+
+def encode_all(
+    tasks: list[Task], reader: sources.Reader, options: images.ImageOptions
+) -> list[Done]:
+    """`encode` of several images; from an object store, whose answers take time, several at once."""
+    if not reader.remote or len(tasks) == 1:
+        return [encode(task, reader, options) for task in tasks]
+    with futures.ThreadPoolExecutor(_READERS) as pool:
+        return list(pool.map(lambda task: encode(task, reader, options), tasks))
+
+
+def encode(task: Task, reader: sources.Reader, options: images.ImageOptions) -> Done:
+    """One image's record; the same wherever and however often it is made.
+
+    Raises:
+      StorageError: the object store did not give it.
+    """
     try:
         image = images.encode(reader.read(task.name, task.member), options)
     except DataError as error:
-        return _Done(None, reason=str(error))
-    return _Done(
+        return Done(None, reason=str(error))
+    return Done(
         payload=records.encode_record(image, task.label, task.name),
         channels=image.channels,
         kept=image.kept,

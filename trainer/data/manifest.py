@@ -151,12 +151,14 @@ def load(path: str) -> Manifest:
     """
     directory = storage.resolve(path)
     where = storage.join(directory, FILE_NAME)
-    if not storage.exists(where):
+    if not storage.isfile(where):
         raise DataError(_missing(path, directory))
     try:
         document = json.loads(storage.read_bytes(where))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is not JSON ({error}); convert the data set again") from error
+        raise DataError(
+            f"{where} is not JSON, or only a part of it ({error}); copy or convert the data set again"
+        ) from error
     if isinstance(document, dict) and "labels" in document and "shards" not in document:
         raise DataError(
             f"{where} holds labels of images, not a converted data set; make one: "

@@ -10,9 +10,11 @@ every W-th group see together what one host would see alone.
 
 from __future__ import annotations
 
-import concurrent.futures
-import re
-from collections.abc import Iterator
+import itertools
+import random
+import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,32 +28,57 @@ import tensorflow as tf  # noqa: E402
 
 from trainer import data  # noqa: E402
 from trainer.core import seeds, storage  # noqa: E402
-from trainer.data import records  # noqa: E402
+from trainer.data import shards  # noqa: E402
+from trainer.data.fetch import Fetcher  # noqa: E402
 from trainer.data.manifest import Manifest  # noqa: E402
 
 Batch = tuple[tf.Tensor, tf.Tensor, tf.Tensor]
 
-# What reading can raise. TensorFlow quotes a broken record in its message, which need not be text.
-ERRORS = (tf.errors.OpError, UnicodeDecodeError)
+# All lanes' windows together hold about this much, where a block for each lane allows. It is part
+# of the order of images. As much again is read ahead.
+_WINDOW_BYTES = 128 << 20
+_AHEAD_BYTES = 128 << 20
+# Lanes that would hold more all the same, in blocks and groups, are not held at all.
+_HELD_BYTES = 256 << 20
 
-# All lanes' windows together hold about this much, where a block for each lane allows.
-_WINDOW_BYTES = 1 << 30
-_READERS = 16
-_MAX_READ = 4 << 20
+_REMOTE_BUFFER = 256 << 10
+_MAX_BUFFER = 4 << 20
+_BLOCKS_AT_ONCE = 4
 
 # What one call of the decoding function makes at most: whole batches, for a batch put together
 # later is copied once more. The images of one call are decoded on all processors.
 _CALL_IMAGES = 256
 _CALLS = 2
+_SMALL_BATCH_BYTES = 64 << 20
+
+# Errors of the storage that pass away. Refused, broken and cut off requests TensorFlow makes anew
+# itself, ten times in 197 s; what comes here at once are names that could not be looked up and
+# credentials that were not renewed in time.
+_PASSING = (
+    tf.errors.AbortedError,
+    tf.errors.CancelledError,
+    tf.errors.DeadlineExceededError,
+    tf.errors.FailedPreconditionError,
+    tf.errors.InternalError,
+    tf.errors.ResourceExhaustedError,
+    tf.errors.UnauthenticatedError,
+    tf.errors.UnavailableError,
+    tf.errors.UnknownError,
+)
+_EXPIRED = "HTTP response code 401"
+# What TensorFlow calls a shard whose content is not what it should be.
+_CONTENT = (
+    tf.errors.DataLossError,
+    tf.errors.InvalidArgumentError,
+    tf.errors.OutOfRangeError,
+    UnicodeDecodeError,
+)
+_FIRST_REPORT_SEC = 30.0
+_LONGEST_PAUSE_SEC = 30.0
 
 _FOREVER = np.iinfo(np.int64).max
 
-_FEATURES = {
-    "image/encoded": tf.io.FixedLenFeature([], tf.string),
-    "image/height": tf.io.FixedLenFeature([], tf.int64),
-    "image/width": tf.io.FixedLenFeature([], tf.int64),
-    "image/class/label": tf.io.FixedLenFeature([], tf.int64),
-}
+_LANE = ("lane", "paths", "count", "blocks", "row")  # the tables with an entry for each lane
 
 
 def blocks_per_window(manifest: Manifest, window: int) -> int:
@@ -60,16 +87,20 @@ def blocks_per_window(manifest: Manifest, window: int) -> int:
     Args:
       manifest: the data set.
       window: records wanted; fewer are taken where the windows of all lanes would not fit in a
-        gigabyte, down to one block.
+        eighth of a gigabyte, down to one block.
 
     Raises:
       ConfigError: the window is not positive.
     """
     if window < 1:
         raise ConfigError(f"data.window is {window}; it must be at least 1 record")
-    mean_bytes = sum(shard.bytes for shard in manifest.shards) / manifest.num_images
-    fitting = int(_WINDOW_BYTES / len(manifest.shards) / mean_bytes)
+    fitting = int(_WINDOW_BYTES / len(manifest.shards) / _mean_bytes(manifest))
     return max(1, min(window, fitting) // manifest.block)
+
+
+def _mean_bytes(manifest: Manifest) -> float:
+    """Of a record."""
+    return sum(shard.bytes for shard in manifest.shards) / manifest.num_images
 
 
 def _order(seed: int, index: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
@@ -92,8 +123,6 @@ class _Lanes:
     blocks: np.ndarray
     row: np.ndarray  # where the lane's part of `index` starts
     index: np.ndarray  # [blocks of all lanes] bytes
-    step: np.ndarray  # the first window wanted, counted over all epochs
-    skip: np.ndarray  # records of that window that lie before the start
 
 
 class ImageStream:
@@ -101,7 +130,10 @@ class ImageStream:
 
     Iterating gives `(images, labels, group_index)`: uint8 [groups, size, H, W, C],
     int64 [groups, size] (class number, or -1 without `use_labels`) and int64 [groups], where
-    groups is `groups_per_batch // num_workers`. `dataset` gives the same as a tf.data.Dataset.
+    groups is `groups_per_batch // num_workers`.
+
+    A stream that fails starts again at the group that it has come to. What passes away is tried
+    until `stall_timeout`; a damaged record is replaced as `shards.mend` says.
 
     Args:
       manifest: the data set.
@@ -114,10 +146,15 @@ class ImageStream:
       use_labels: give class numbers.
       mirror: flip each image with probability 1/2, drawn by (seed, place in the stream).
       window: records that are held and permuted together; see `blocks_per_window`.
+      max_bad_records: damaged records that may be left out.
+      stall_timeout: seconds without a batch, for want of data, after which iterating fails.
+      tell: gets a line about each record left out, each new try, and each shard that stands still.
 
     Raises:
       ConfigError: the numbers do not fit together; says which to change.
-      DataError: a shard is missing or has another size, or there are no labels to use.
+      DataError: a shard is missing or has another size, or there are no labels to use. Iterating:
+        a shard is missing, damaged or stands still; names it.
+      StorageError: the storage cannot be read.
     """
 
     def __init__(
@@ -133,6 +170,9 @@ class ImageStream:
         use_labels: bool = False,
         mirror: bool = False,
         window: int = 256,
+        max_bad_records: int = 0,
+        stall_timeout: float = 300.0,
+        tell: Callable[[str], None] | None = None,
     ) -> None:
         self._manifest = manifest
         self._size = group_size
@@ -141,52 +181,156 @@ class ImageStream:
         self._use_labels = use_labels
         self._mirror = mirror
         self._window_blocks = blocks_per_window(manifest, window)
+        self._max_bad_records = max_bad_records
+        self._stall_timeout = stall_timeout
+        self._tell = tell or _to_stderr
         self._check(groups_per_batch, start_group, worker)
         self._groups = groups_per_batch // num_workers
         self._next_group = start_group + (worker - start_group) % num_workers
-        _check_files(manifest, range(worker, len(manifest.shards), num_workers))
-        with tf.device("CPU:0"):
-            self._dataset = self._build(self._lanes())
-        self._iterator: Iterator[Batch] | None = None
+        self._damaged: set[tuple[int, int]] = set()  # shard, record
+        self._mended: dict[tuple[int, int], list[bytes]] = {}  # of shard, block
+        self._failures = 0  # since the last batch
+        self._riddles = 0  # of these, complaints about a content that is found sound
+        self._waited = 0.0  # seconds since then
+        self._next_report = min(_FIRST_REPORT_SEC, stall_timeout / 4)
+        own = range(worker, len(manifest.shards), num_workers)
+        shards.check_files(manifest, own, content=max_bad_records == 0)
+        self._fetcher: Fetcher | None = None
+        self._start()
 
     @property
-    def dataset(self) -> tf.data.Dataset:
-        """The batches as a dataset; pass those `ERRORS` that it raises to `explain`."""
-        return self._dataset
+    def element_spec(self) -> tuple[tf.TensorSpec, tf.TensorSpec, tf.TensorSpec]:
+        """Shapes and types of what iterating gives."""
+        return self._graph.dataset.element_spec
 
     def __iter__(self) -> ImageStream:
         return self
 
     def __next__(self) -> Batch:
-        if self._iterator is None:
-            self._iterator = iter(self._dataset)
-        try:
-            batch = next(self._iterator)
-        except ERRORS as error:
-            raise self.explain(error, self._next_group) from error
-        self._next_group += self._groups * self._num_workers
-        return batch
-
-    def explain(self, error: Exception, group: int | None = None) -> DataError:
-        """What a failure of `dataset` means, found by reading the shards concerned again.
-
-        Args:
-          error: what TensorFlow raised.
-          group: the first group of the batch that failed; all the worker's shards are read if it
-            is not known.
-        """
-        lanes = len(self._manifest.shards)
-        first = self._next_group if group is None else group
-        count = lanes if group is None else self._groups
-        upcoming = [(first + k * self._num_workers) % lanes for k in range(count)]
-        for shard in dict.fromkeys(upcoming):
+        while True:
             try:
-                check_shard(self._manifest, shard)
-            except DataError as found:
-                return found
-        return DataError(
-            f"reading {self._manifest.directory} failed, though its shards are sound now "
-            f"({_reason(error)}); run the same command again"
+                if self._fetcher is None:
+                    self._fetcher = Fetcher(iter(self._graph.dataset))
+                batch = self._fetcher.next(self._wait)
+            except shards.ERRORS as error:
+                self._fetcher = None
+                self._recover(error)
+                self._start()
+                continue
+            self._next_group += self._groups * self._num_workers
+            self._failures, self._riddles, self._waited = 0, 0, 0.0
+            self._next_report = min(_FIRST_REPORT_SEC, self._stall_timeout / 4)
+            return batch
+
+    # ---- what goes wrong -------------------------------------------------------------------------
+
+    def _wait(self, seconds: float) -> None:
+        """Reports a stream that stands still, and ends it at last."""
+        self._waited += seconds
+        if self._waited >= self._stall_timeout:
+            raise DataError(
+                f"{self._standing()}; that is data.stall_timeout={self._stall_timeout:g}: check "
+                "the storage and the network, and run the same command again"
+            )
+        if self._waited >= self._next_report:
+            self._next_report *= 2
+            self._tell(self._standing())
+
+    def _standing(self) -> str:
+        """Which shard is read in vain: of those that are being read the one needed first."""
+        with tf.device("CPU:0"):
+            reading = set(self._graph.reading.export()[0].numpy().tolist())
+        manifest = self._manifest
+        needed = [shard for shard, _ in self._graph.needed(self._next_group)]
+        shard = next((each for each in [*needed, *reading] if each in reading), needed[0])
+        others = f" (and {len(reading) - 1} more)" if len(reading) > 1 else ""
+        return (
+            f"shard {manifest.shards[shard].name}{others} of {manifest.directory} has given "
+            f"nothing for {self._waited:.0f} s"
+        )
+
+    def _recover(self, error: Exception) -> None:
+        """Makes ready for another try, or raises what the failure means."""
+        manifest = self._manifest
+        self._failures += 1
+        needed = self._graph.needed(self._next_group)
+        if isinstance(error, _CONTENT):
+            if self._mend(needed):
+                return
+            self._riddles += 1
+            if self._riddles < 3:
+                self._pause(error)
+                return
+            raise DataError(
+                f"reading {manifest.directory} failed, though its shards are sound now "
+                f"({shards.reason(error)}); run the same command again"
+            )
+        if isinstance(error, tf.errors.NotFoundError):
+            for number in dict.fromkeys(shard for shard, _ in needed):
+                shards.check_files(manifest, range(number, number + 1))
+        elif not isinstance(error, _PASSING) and _EXPIRED not in str(error):
+            raise StorageError(f"cannot read {manifest.directory}: {shards.reason(error)}")
+        self._pause(error)
+
+    def _pause(self, error: Exception) -> None:
+        """Waits before the next try, longer each time and never just as long as other workers."""
+        pause = min(_LONGEST_PAUSE_SEC, 2.0**self._failures) * random.uniform(0.5, 1)
+        text = f"reading {self._manifest.directory} failed ({shards.reason(error)})"
+        if self._waited + pause >= self._stall_timeout:
+            raise StorageError(
+                f"{text} {self._failures} times in {self._waited:.0f} s; check the storage and the "
+                "network, and run the same command again"
+            )
+        self._tell(f"{text}; trying again in {pause:.0f} s")
+        time.sleep(pause)
+        self._waited += pause
+
+    def _mend(self, blocks: list[tuple[int, int]]) -> bool:
+        """Puts other records in the places of damaged ones, as far as that is allowed.
+
+        Returns:
+          whether there were any that were not known before.
+        """
+        manifest = self._manifest
+        for number in dict.fromkeys(shard for shard, _ in blocks):
+            shards.check_files(manifest, range(number, number + 1))
+        known = len(self._damaged)
+        for shard, block in blocks:
+            if (shard, block) in self._mended:
+                continue
+            mended, damaged = shards.mend(manifest, shard, block)
+            for record in damaged:
+                self._leave_out(record)
+            if not mended:
+                shards.check_shard(manifest, shard)
+            if damaged:
+                self._mended[shard, block] = mended
+        return len(self._damaged) > known
+
+    def _leave_out(self, record: shards.Damaged) -> None:
+        self._damaged.add((record.shard, record.record))
+        count, limit = len(self._damaged), self._max_bad_records
+        if count > limit:
+            more = f"; it is number {count} that is damaged" if limit else ""
+            raise DataError(
+                f"{record.text}{more}; copy or convert the data set again, or let more than "
+                f"{limit} be left out (data.max_bad_records)"
+            )
+        self._tell(f"left out: {record.text} ({count} of data.max_bad_records={limit})")
+
+    def _start(self) -> None:
+        """Builds the dataset from the next group on."""
+        self._graph = _Graph(
+            self._manifest,
+            size=self._size,
+            groups=self._groups,
+            seed=self._seed,
+            num_workers=self._num_workers,
+            use_labels=self._use_labels,
+            mirror=self._mirror,
+            window_blocks=self._window_blocks,
+            next_group=self._next_group,
+            mended=dict(self._mended),
         )
 
     def _check(self, groups_per_batch: int, start_group: int, worker: int) -> None:
@@ -208,124 +352,298 @@ class ImageStream:
             )
         self._manifest.condition_counts(self._use_labels)
 
+
+class _Graph:
+    """The dataset of a stream from one group on.
+
+    It is apart from the stream because its functions keep it alive, and all that it holds: a stream
+    that nobody has any more ends at once, with its threads.
+
+    Attributes:
+      dataset: of batches.
+      reading: table with the numbers of the shards that are being read.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        *,
+        size: int,
+        groups: int,
+        seed: int,
+        num_workers: int,
+        use_labels: bool,
+        mirror: bool,
+        window_blocks: int,
+        next_group: int,
+        mended: dict[tuple[int, int], list[bytes]],
+    ) -> None:
+        self._manifest = manifest
+        self._size = size
+        self._groups = groups
+        self._seed = seed
+        self._num_workers = num_workers
+        self._use_labels = use_labels
+        self._mirror = mirror
+        self._window_blocks = window_blocks
+        self._next_group = next_group
+        self._mended = mended
+        self._kept: list[Any] = []
+        with tf.device("CPU:0"):
+            self.reading = tf.lookup.experimental.MutableHashTable(tf.int64, tf.int64, -1)
+            self.dataset = self._build(self._lanes())
+
+    def needed(self, group: int) -> list[tuple[int, int]]:
+        """The blocks that the batch from a group on needs: (shard, block) in the order of need."""
+        shards, lanes = self._manifest.shards, len(self._manifest.shards)
+        found: dict[tuple[int, int], None] = {}
+        for k in range(self._groups):
+            number, lane = divmod(group + k * self._num_workers, lanes)
+            first, _ = self.place(lane, number * self._size)
+            last, _ = self.place(lane, (number + 1) * self._size - 1)
+            for step in range(first, last + 1):
+                lane_tensor, blocks = tf.constant(lane, tf.int64), len(shards[lane].index)
+                chosen = self._blocks(lane_tensor, blocks, step).numpy()
+                found.update({(lane, int(block)): None for block in chosen})
+        return list(found)
+
     def _lanes(self) -> _Lanes:
-        """The tables that the graph looks up, with each lane at its place."""
+        """The tables that the graph looks up."""
         manifest = self._manifest
         lanes = len(manifest.shards)
         # A lane's first group is the first one from the start on that belongs to it.
         first = self._next_group + self._num_workers * np.arange(lanes // self._num_workers)
-        shards = [manifest.shards[lane] for lane in first % lanes]
-        blocks = np.array([len(shard.index) for shard in shards])
-        places = [
-            self._place(int(lane), int(group) // lanes * self._size)
-            for lane, group in zip(first % lanes, first, strict=True)
-        ]
+        own = [manifest.shards[lane] for lane in first % lanes]
+        blocks = np.array([len(shard.index) for shard in own])
         return _Lanes(
             lane=first % lanes,
             paths=[manifest.path(int(lane)) for lane in first % lanes],
-            count=np.array([shard.count for shard in shards]),
+            count=np.array([shard.count for shard in own]),
             blocks=blocks,
             row=np.cumsum(blocks) - blocks,
-            index=np.concatenate([np.array(shard.index) for shard in shards]),
-            step=np.array([step for step, _ in places]),
-            skip=np.array([skip for _, skip in places]),
+            index=np.concatenate([np.array(shard.index) for shard in own]),
         )
 
-    def _place(self, lane: int, position: int) -> tuple[int, int]:
+    def place(self, lane: int, position: int) -> tuple[int, int]:
         """The window, counted over all epochs, and the record in it, of a lane's n-th image."""
         shard = self._manifest.shards[lane]
-        blocks, per_window = len(shard.index), self._window_blocks
+        number = tf.constant(lane, tf.int64)
+        step, skip = self._place_tensors(
+            {"lane": number, "count": shard.count, "blocks": len(shard.index)}, position
+        )
+        return int(step), int(skip)
+
+    def _place_tensors(self, row: dict[str, Any], position: Any) -> tuple[tf.Tensor, tf.Tensor]:
+        """`place` in a graph."""
+        blocks, per_window, block = row["blocks"], self._window_blocks, self._manifest.block
         windows = -(-blocks // per_window)
-        epoch, rest = divmod(position, shard.count)
-        index = tf.constant(self._draw(lane, epoch, windows, 0), tf.int64)
-        sizes = np.full(blocks, self._manifest.block)
-        sizes[-1] = shard.count - (blocks - 1) * self._manifest.block
-        starts = np.arange(0, blocks, per_window)
-        sizes = np.add.reduceat(sizes[_order(self._seed, index, blocks).numpy()], starts)
-        window = int(np.searchsorted(np.cumsum(sizes), rest, side="right"))
-        return epoch * windows + window, int(rest - sizes[:window].sum())
+        epoch, rest = position // row["count"], position % row["count"]
+        order = tf.cast(self._block_order(row["lane"], blocks, epoch), tf.int64)
+        sizes = tf.where(order == blocks - 1, row["count"] - (blocks - 1) * block, block)
+        sizes = tf.math.segment_sum(sizes, tf.range(tf.size(order)) // per_window)
+        ends = tf.cumsum(sizes)
+        window = tf.reduce_sum(tf.cast(ends <= rest, tf.int64))
+        return epoch * windows + window, rest - (ends[window] - sizes[window])
+
+    def _block_order(self, lane: tf.Tensor, blocks: Any, epoch: Any) -> tf.Tensor:
+        """All blocks of a lane as an epoch takes them."""
+        windows = -(-blocks // self._window_blocks)
+        return _order(self._seed, self._draw(lane, epoch, windows, 0), blocks)
+
+    def _blocks(self, lane: tf.Tensor, blocks: Any, step: Any) -> tf.Tensor:
+        """The blocks in a window, int64."""
+        per_window = self._window_blocks
+        windows = -(-blocks // per_window)
+        epoch, number = step // windows, step % windows
+        order = self._block_order(lane, blocks, epoch)
+        return tf.cast(order[number * per_window : (number + 1) * per_window], tf.int64)
 
     def _draw(self, lane: Any, epoch: Any, windows: Any, number: Any) -> Any:
         """The index of a draw: number 0 orders the blocks, 1 + k the records of window k."""
         return (epoch * (windows + 1) + number) * len(self._manifest.shards) + lane
 
     def _build(self, lanes: _Lanes) -> tf.data.Dataset:
-        count = len(lanes.paths)
-        prefetch = 1 if count <= 64 else 0
-        table = {
-            name: tf.constant(getattr(lanes, name))
-            for name in ("lane", "paths", "count", "blocks", "row", "index", "step", "skip")
-        }
-
-        def lane(number: tf.Tensor) -> tf.data.Dataset:
-            row = {name: value[number] for name, value in table.items() if name != "index"}
-            windows = tf.data.Dataset.range(row["step"], _FOREVER).flat_map(
-                lambda step: self._window(row, table["index"], step)
-            )
-            # A lane that waits for its next window holds up all others, unless it is there already.
-            if prefetch:
-                windows = windows.prefetch(prefetch)
-            return windows.rebatch(self._size)
-
-        groups = tf.data.Dataset.range(count).interleave(
-            lane,
-            cycle_length=count,
-            block_length=1,
-            num_parallel_calls=min(count, _READERS),
-            deterministic=True,
-        )
+        self._table = {name: tf.constant(getattr(lanes, name)) for name in (*_LANE, "index")}
+        self._set_mended(lanes)
+        count, mean = len(lanes.paths), _mean_bytes(self._manifest)
+        # A window is read as whole blocks, several at once where each waits for an answer.
+        remote = storage.is_remote(lanes.paths[0])
+        at_once = min(self._window_blocks, _BLOCKS_AT_ONCE, max(1, shards.READERS // count))
+        self._at_once = at_once if remote else 1
+        self._buffer = buffer_bytes(self._manifest)
+        group, block = self._size * mean, self._manifest.block * mean
+        large = count * (2 * group + block) > _HELD_BYTES
+        if large and self._window_blocks == 1 and self._manifest.block <= self._size:
+            groups = self._scattered(group)
+        else:
+            groups = self._held(count, group)
         numbers = tf.data.Dataset.range(self._next_group, _FOREVER, self._num_workers)
-        threads = data.processors()
         limit = max(1, _CALL_IMAGES // self._size)
         part = max(n for n in range(1, self._groups + 1) if n <= limit and self._groups % n == 0)
         dataset = tf.data.Dataset.zip((groups, numbers)).batch(part, drop_remainder=True)
         dataset = dataset.map(self._decode_groups, num_parallel_calls=_CALLS)
         if part < self._groups:
             dataset = dataset.rebatch(self._groups, drop_remainder=True)
-        return dataset.prefetch(2).with_options(_options(threads))
+        # The fetcher holds another one.
+        if np.prod(dataset.element_spec[0].shape) <= _SMALL_BATCH_BYTES:
+            dataset = dataset.prefetch(1)
+        return dataset.with_options(_options(data.processors()))
 
-    def _window(
-        self, row: dict[str, tf.Tensor], index: tf.Tensor, step: tf.Tensor
+    def _held(self, count: int, group_bytes: float) -> tf.data.Dataset:
+        """The groups, from lanes that each hold a window and have groups ready behind it."""
+        window = -(-self._window_blocks * self._manifest.block // self._size)
+        ahead = int(_AHEAD_BYTES / count / group_bytes)
+        return self._interleave(
+            tf.data.Dataset.range(count),
+            self._groups_from,
+            cycle=count,
+            ahead=max(1, min(ahead, window)),
+            parallel=min(count, shards.READERS),
+        )
+
+    def _scattered(self, group_bytes: float) -> tf.data.Dataset:
+        """The groups, each read by itself: nothing is held where a block has no more than a group.
+
+        A block that two groups share is read for both.
+        """
+
+        def group(number: tf.Tensor) -> tf.data.Dataset:
+            return self._groups_from(number).take(1)
+
+        parallel = int(np.clip(_AHEAD_BYTES / group_bytes, 1, shards.READERS))
+        numbers = tf.data.Dataset.range(_FOREVER)
+        return self._interleave(numbers, group, cycle=parallel, ahead=1, parallel=parallel)
+
+    def _groups_from(self, number: tf.Tensor) -> tf.data.Dataset:
+        """A lane's groups from this worker's n-th on."""
+        lanes, own = len(self._manifest.shards), len(self._manifest.shards) // self._num_workers
+        row = {name: self._table[name][number % own] for name in _LANE}
+        turn = (self._next_group + number * self._num_workers) // lanes
+        row["step"], row["skip"] = self._place_tensors(row, turn * self._size)
+        windows = tf.data.Dataset.range(row["step"], _FOREVER)
+        return windows.flat_map(lambda step: self._window(row, step)).rebatch(self._size)
+
+    def _interleave(
+        self,
+        numbers: tf.data.Dataset,
+        function: Callable[[tf.Tensor], tf.data.Dataset],
+        *,
+        cycle: int,
+        ahead: int,
+        parallel: int,
     ) -> tf.data.Dataset:
+        """`Dataset.interleave` in order, with a say in how much is ready beforehand.
+
+        Args:
+          numbers: what the function takes.
+          function: makes a dataset for each number.
+          cycle: datasets that take turns.
+          ahead: elements of each that are made before their turn.
+          parallel: datasets that make elements at a time.
+        """
+        spec: Any = None
+
+        def variant(number: tf.Tensor) -> tf.Tensor:
+            nonlocal spec
+            dataset = function(number)
+            spec = dataset.element_spec
+            return tf.data.experimental.to_variant(dataset)
+
+        traced = tf.function(variant, autograph=False).get_concrete_function(numbers.element_spec)
+        self._kept.append(traced)  # the dataset itself doesn't keep it
+        interleaved = tf.raw_ops.ParallelInterleaveDatasetV4(
+            input_dataset=tf.data.experimental.to_variant(numbers),
+            other_arguments=traced.captured_inputs,
+            cycle_length=cycle,
+            block_length=1,
+            buffer_output_elements=ahead,
+            prefetch_input_elements=0,
+            num_parallel_calls=parallel,
+            f=traced,
+            deterministic="true",
+            output_types=[each.dtype for each in spec],
+            output_shapes=[each.shape for each in spec],
+        )
+        return tf.data.experimental.from_variant(interleaved, spec)
+
+    def _window(self, row: dict[str, tf.Tensor], step: tf.Tensor) -> tf.data.Dataset:
         """One element: the encoded images and labels of a lane's window, in their order."""
-        block, per_window = self._manifest.block, self._window_blocks
+        block, per_window, lane = self._manifest.block, self._window_blocks, row["lane"]
         windows = -(-row["blocks"] // per_window)
         epoch, number = step // windows, step % windows
-        order = _order(
-            self._seed, self._draw(row["lane"], epoch, windows, tf.zeros_like(epoch)), row["blocks"]
-        )
-        chosen = tf.cast(order[number * per_window : (number + 1) * per_window], tf.int64)
+        chosen = self._blocks(lane, row["blocks"], step)
         last = chosen == row["blocks"] - 1
         rest = row["count"] - (row["blocks"] - 1) * block
         expected = tf.reduce_sum(tf.where(last, rest, block))
-        # The last block is read up to the end of the file, so that a surplus shows.
-        takes = tf.where(last, tf.constant(-1, tf.int64), block)
-        offsets = tf.gather(index, row["row"] + chosen)
         begin = tf.where(step == row["step"], row["skip"], 0)
 
         def shuffled(serialized: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            self.reading.remove(lane[tf.newaxis])
             count = tf.size(serialized, tf.int64)
             tf.debugging.assert_equal(count, expected, "records in a window")
             encoded, labels = self._parse(serialized)
-            draw = self._draw(row["lane"], epoch, windows, number + 1)
+            draw = self._draw(lane, epoch, windows, number + 1)
             picked = _order(self._seed, draw, count)[begin:]
             return tf.gather(encoded, picked), tf.gather(labels, picked)
 
-        buffer = _longest_block(self._manifest)
-        runs = tf.data.Dataset.from_tensor_slices((offsets, takes))
-        found = runs.flat_map(
-            lambda offset, take: _records(row["paths"], offset, buffer).take(take)
-        )
+        # The last block is read up to the end of the file, so that a surplus shows.
+        takes = tf.where(last, tf.constant(-1, tf.int64), block)
+        runs = tf.data.Dataset.from_tensor_slices((row["row"] + chosen, takes))
+
+        def read(place: tf.Tensor, take: tf.Tensor) -> tf.data.Dataset:
+            return self._read(row, place, take)
+
+        if self._at_once > 1:
+            found = runs.interleave(
+                read,
+                cycle_length=self._at_once,
+                block_length=block,
+                num_parallel_calls=self._at_once,
+                deterministic=True,
+            )
+        else:
+            found = runs.flat_map(read)
         return found.batch(per_window * block + 1).map(shuffled)
+
+    def _read(
+        self, row: dict[str, tf.Tensor], place: tf.Tensor, take: tf.Tensor
+    ) -> tf.data.Dataset:
+        """The serialized examples of a block, given by its place in the tables."""
+        # Not with the time: deterministic runs may not know it.
+        self.reading.insert(row["lane"][tf.newaxis], row["lane"][tf.newaxis])
+        offset = self._table["index"][place]
+        if not self._mended:
+            return records_from(row["paths"], offset, self._buffer).take(take)
+        mended = self._table["mended"][place]
+        take = tf.where(mended < 0, take, 0)
+        start, end = (self._table["splits"][mended + n] for n in (1, 2))
+        instead = tf.data.Dataset.from_tensor_slices(self._table["contents"][start:end])
+        return records_from(row["paths"], offset, self._buffer).take(take).concatenate(instead)
+
+    def _set_mended(self, lanes: _Lanes) -> None:
+        """Adds to the tables what is shown for blocks with damaged records."""
+        if not self._mended:
+            return
+        rows = dict(zip(lanes.lane.tolist(), lanes.row.tolist(), strict=True))
+        numbers = np.full(len(lanes.index), -1)
+        # The first row is for all sound blocks, and empty.
+        contents: list[list[bytes]] = [[], *self._mended.values()]
+        for number, (shard, block) in enumerate(self._mended):
+            numbers[rows[shard] + block] = number
+        self._table |= {
+            "mended": tf.constant(numbers),
+            "splits": tf.constant(np.cumsum([0, *map(len, contents)])),
+            "contents": tf.constant(list(itertools.chain(*contents)), tf.string),
+        }
 
     def _parse(self, serialized: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """The encoded images and the labels of serialized examples, checked."""
-        parsed = tf.io.parse_example(serialized, _FEATURES)
+        parsed = tf.io.parse_example(serialized, shards.FEATURES)
         height, width = self._manifest.resolution
         tf.debugging.assert_equal(parsed["image/height"], tf.constant(height, tf.int64))
         tf.debugging.assert_equal(parsed["image/width"], tf.constant(width, tf.int64))
         labels = parsed["image/class/label"]
-        low, high = _label_range(self._manifest)
+        low, high = shards.label_range(self._manifest)
         tf.debugging.assert_greater_equal(labels, tf.constant(low, tf.int64))
         tf.debugging.assert_less_equal(labels, tf.constant(high, tf.int64))
         return parsed["image/encoded"], labels if self._use_labels else -tf.ones_like(labels)
@@ -334,7 +652,7 @@ class ImageStream:
         encoded, labels = groups
         count = int(numbers.shape[0])
         names = tf.ensure_shape(encoded, [count, self._size])
-        decoded = [decode(each) for each in tf.unstack(tf.reshape(names, [-1]))]
+        decoded = [shards.decode(each) for each in tf.unstack(tf.reshape(names, [-1]))]
         if self._mirror:
             flips = tf.unstack(self._flips(numbers))
             decoded = [_flip(*pair) for pair in zip(decoded, flips, strict=True)]
@@ -357,10 +675,8 @@ def _flip(image: tf.Tensor, flip: tf.Tensor) -> tf.Tensor:
     return tf.raw_ops.Merge(inputs=[upright, tf.reverse(mirrored, [1])]).output
 
 
-def _reason(error: Exception) -> str:
-    """TensorFlow's message in one line, without the names of its nodes."""
-    lines = re.sub(r"\{\{.*?\}\}|\[Op:\w+\].*", "", str(error)).strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _options(threads: int) -> tf.data.Options:
@@ -374,13 +690,23 @@ def _options(threads: int) -> tf.data.Options:
     return options
 
 
-def _longest_block(manifest: Manifest) -> int:
-    """Bytes to read at a time: a block comes in one request, and little behind it with it."""
+def buffer_bytes(manifest: Manifest, blocks: int = 1) -> int:
+    """Bytes to take from a file at a time.
+
+    A local block comes in one piece. Of a remote file this is taken from what TensorFlow's file
+    system got in one request (GCS_READ_CACHE_BLOCK_SIZE_MB, see distribution/host.py).
+
+    Args:
+      manifest: the data set.
+      blocks: that are read one after the other.
+    """
+    if storage.is_remote(manifest.directory):
+        return _REMOTE_BUFFER
     ends = [np.diff([*shard.index, shard.bytes]).max() for shard in manifest.shards]
-    return int(min(max(ends), _MAX_READ))
+    return int(min(blocks * max(ends), _MAX_BUFFER))
 
 
-def _records(path: tf.Tensor, offset: tf.Tensor, buffer: int) -> tf.data.Dataset:
+def records_from(path: tf.Tensor, offset: tf.Tensor, buffer: int) -> tf.data.Dataset:
     """The serialized examples of a file from a record's start on.
 
     `tf.data.TFRecordDataset` is this operation without the offset.
@@ -392,134 +718,3 @@ def _records(path: tf.Tensor, offset: tf.Tensor, buffer: int) -> tf.data.Dataset
         byte_offsets=offset[tf.newaxis],
     )
     return tf.data.experimental.from_variant(variant, tf.TensorSpec([], tf.string))
-
-
-def decode(encoded: tf.Tensor) -> tf.Tensor:
-    """uint8 [H, W, C] of a PNG or a JPEG, exactly as Pillow reads it."""
-    # The operation goes by the content, not by its name, but only under this name can it be told
-    # to use the inverse DCT that all others use. It converts no channels, so a wrong count shows.
-    return tf.io.decode_jpeg(encoded, dct_method="INTEGER_ACCURATE")
-
-
-def _label_range(manifest: Manifest) -> tuple[int, int]:
-    return (0, manifest.num_classes - 1) if manifest.num_classes else (-1, -1)
-
-
-def _check_files(manifest: Manifest, shards: range) -> None:
-    """Finds missing and cut shards before the training starts."""
-
-    def check(number: int) -> None:
-        shard = manifest.shards[number]
-        try:
-            size = storage.size(manifest.path(number))
-        except StorageError as error:
-            raise DataError(
-                f"shard {shard.name} of {manifest.directory} cannot be read ({error}); copy or "
-                "convert the data set again"
-            ) from error
-        if size != shard.bytes:
-            raise DataError(
-                f"shard {shard.name} of {manifest.directory} has {size} bytes, the manifest says "
-                f"{shard.bytes}; copy or convert the data set again"
-            )
-
-    with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
-        list(pool.map(check, shards))
-
-
-def check_shard(manifest: Manifest, number: int) -> None:
-    """Reads all of a shard, images too.
-
-    Raises:
-      DataError: names the shard, and the record (counted from 0) that is wrong.
-    """
-    shard = manifest.shards[number]
-    _check_files(manifest, range(number, number + 1))
-    count = 0
-    try:
-        with storage.open_read(manifest.path(number)) as file:
-            for payload in records.read_records(file):
-                _check_record(manifest, payload)
-                count += 1
-    except DataError as error:
-        raise DataError(
-            f"record {count} of shard {shard.name} in {manifest.directory}: {error}; copy or "
-            "convert the data set again"
-        ) from error
-    if count != shard.count:
-        raise DataError(
-            f"shard {shard.name} in {manifest.directory} holds {count} records, the manifest says "
-            f"{shard.count}; copy or convert the data set again"
-        )
-
-
-def _check_record(manifest: Manifest, payload: bytes) -> tuple[np.ndarray, int]:
-    """A record's image and label; DataError with the reason alone."""
-    try:
-        parsed = tf.io.parse_single_example(payload, _FEATURES)
-    except ERRORS:
-        raise DataError("it is not an example with image, size and label") from None
-    size = (int(parsed["image/height"]), int(parsed["image/width"]))
-    if size != manifest.resolution:
-        raise DataError(f"it says {size[1]}x{size[0]} pixels, {_wanted(manifest)}")
-    label = int(parsed["image/class/label"])
-    low, high = _label_range(manifest)
-    if not low <= label <= high:
-        raise DataError(f"its label is {label}, the manifest says {low} to {high}")
-    try:
-        image = decode(parsed["image/encoded"]).numpy()
-    except ERRORS as error:
-        raise DataError(f"its image cannot be decoded ({_reason(error)})") from None
-    if image.shape != (*manifest.resolution, manifest.channels):
-        height, width, channels = image.shape
-        raise DataError(
-            f"its image has {width}x{height} pixels and {channels} channels, {_wanted(manifest)}"
-        )
-    return image, label
-
-
-def _wanted(manifest: Manifest) -> str:
-    height, width = manifest.resolution
-    return f"the manifest says {width}x{height} and {manifest.channels} channels"
-
-
-def read_images(manifest: Manifest, indices: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Single images of a data set, by their numbers over all shards in order.
-
-    Args:
-      manifest: the data set.
-      indices: n numbers from 0 to num_images - 1.
-
-    Returns:
-      uint8 [n, H, W, C] and int64 [n] class numbers, -1 without labels.
-
-    Raises:
-      DataError: a record is wrong; names shard and record.
-    """
-    wanted = np.asarray(indices, dtype=np.int64)
-    if wanted.size and not 0 <= wanted.min() <= wanted.max() < manifest.num_images:
-        raise IndexError(f"images are numbered 0 to {manifest.num_images - 1}")
-    ends = np.cumsum([shard.count for shard in manifest.shards])
-    images = np.empty([len(wanted), *manifest.resolution, manifest.channels], np.uint8)
-    labels = np.empty([len(wanted)], np.int64)
-    for place in np.argsort(wanted, kind="stable"):
-        shard = int(np.searchsorted(ends, wanted[place], side="right"))
-        record = int(wanted[place] - ends[shard] + manifest.shards[shard].count)
-        images[place], labels[place] = _read_image(manifest, shard, record)
-    return images, labels
-
-
-def _read_image(manifest: Manifest, shard: int, record: int) -> tuple[np.ndarray, int]:
-    block, skip = divmod(record, manifest.block)
-    offset = manifest.shards[shard].index[block]
-    with storage.open_read(manifest.path(shard)) as file:
-        try:
-            for number, payload in enumerate(records.read_records(file, offset)):
-                if number == skip:
-                    return _check_record(manifest, payload)
-            raise DataError("the file ends before it")
-        except DataError as error:
-            raise DataError(
-                f"record {record} of shard {manifest.shards[shard].name} in "
-                f"{manifest.directory}: {error}; copy or convert the data set again"
-            ) from error

@@ -1,47 +1,18 @@
-"""The record files: TFRecord framing around `tf.train.Example` messages, without TensorFlow.
+"""The record files: `tf.train.Example` messages in TFRecord frames, without TensorFlow.
 
 The converter writes millions of records from processes that must stay small and start fast, so the
-two formats, both frozen for years, are written here directly. The tests hold them against
-TensorFlow's own reader.
+message, frozen for years, is written here directly. The tests hold it against TensorFlow's own
+reader.
 """
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterator
 from typing import IO
 
 import google_crc32c
 
-from trainer.core.errors import DataError
+from trainer.core import tfrecord
 from trainer.data.images import EncodedImage
-
-_MAX_RECORD = 1 << 30
-_HEADER = struct.Struct("<QI")
-_CHECKSUM = struct.Struct("<I")
-
-
-def checksum(data: bytes) -> int:
-    """CRC32C."""
-    return int(google_crc32c.value(data))
-
-
-def _masked_crc(data: bytes) -> int:
-    crc = checksum(data)
-    return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
-
-
-def frame(payload: bytes) -> bytes:
-    """One record as it lies in the file: length, its checksum, payload, its checksum."""
-    length = struct.pack("<Q", len(payload))
-    return b"".join(
-        (
-            length,
-            _CHECKSUM.pack(_masked_crc(length)),
-            payload,
-            _CHECKSUM.pack(_masked_crc(payload)),
-        )
-    )
 
 
 def _varint(value: int) -> bytes:
@@ -108,29 +79,8 @@ class ShardWriter:
 
     def write(self, payload: bytes) -> None:
         """Adds a record."""
-        record = frame(payload)
+        record = tfrecord.frame(payload)
         self._file.write(record)
         self.offsets.append(self.bytes)
         self.bytes += len(record)
         self.crc32c = google_crc32c.extend(self.crc32c, record)
-
-
-def read_records(file: IO[bytes], offset: int = 0) -> Iterator[bytes]:
-    """The payloads of a file's records from a record's start on, each checked.
-
-    Raises:
-      DataError: with the reason alone; the caller knows the shard and the record's number.
-    """
-    file.seek(offset)
-    while header := file.read(_HEADER.size):
-        if len(header) < _HEADER.size:
-            raise DataError("the file ends in the middle of it")
-        length, checksum = _HEADER.unpack(header)
-        if checksum != _masked_crc(header[:8]) or length > _MAX_RECORD:
-            raise DataError("its length is damaged")
-        payload = file.read(length + _CHECKSUM.size)
-        if len(payload) < length + _CHECKSUM.size:
-            raise DataError("the file ends in the middle of it")
-        if _CHECKSUM.unpack(payload[length:])[0] != _masked_crc(payload[:length]):
-            raise DataError("its checksum is wrong")
-        yield payload[:length]

@@ -6,7 +6,9 @@ worker process can read its share without listing anything again. Archives are h
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import io
 import json
 import os
 import posixpath
@@ -75,9 +77,7 @@ def open_source(path: str) -> Source:
         name twice.
     """
     path = storage.resolve(path)
-    if not storage.exists(path):
-        raise DataError(f"no folder or zip archive at {path}; check --source")
-    source = _open_folder(path) if storage.isdir(path) else _open_zip(path)
+    source = _open_zip(path) if storage.isfile(path) else _open_folder(path)
     if not source.names:
         raise DataError(
             f"no image in {path} ({source.ignored} other files); "
@@ -98,9 +98,15 @@ def _is_image(name: str) -> bool:
 
 
 def _open_folder(path: str) -> Source:
+    if storage.is_remote(path):
+        files = [(name, digest.bytes) for name, digest in storage.walk(path).items()]
+    else:
+        files = list(_walk(path, "", [])) if storage.isdir(path) else []
+    if not files and not storage.isdir(path):
+        raise DataError(f"no folder or zip archive at {path}; check --source")
     found = {}
     ignored = 0
-    for name, size in _walk_remote(path) if storage.is_remote(path) else _walk(path, "", []):
+    for name, size in files:
         if _is_hidden(name) or not _is_image(name):
             ignored += 1
         else:
@@ -124,14 +130,6 @@ def _walk(root: str, prefix: str, above: list[tuple[int, int]]) -> Iterator[tupl
                 yield prefix + entry.name, entry.stat().st_size
     except OSError as error:
         raise DataError(f"cannot list {folder}: {error.strerror}") from error
-
-
-def _walk_remote(path: str) -> Iterator[tuple[str, int]]:
-    import fsspec
-
-    fs, root = fsspec.core.url_to_fs(path)
-    for name, entry in fs.find(root, detail=True).items():
-        yield posixpath.relpath(name, root), int(entry.get("size") or 0)
 
 
 def _open_zip(path: str) -> Source:
@@ -192,10 +190,14 @@ class Reader:
 
     Args:
       path: `Source.path`.
+
+    Attributes:
+      remote: whether it is on another machine; then several threads may read at once.
     """
 
     def __init__(self, path: str) -> None:
         self._path = path
+        self.remote = storage.is_remote(path)
         self._archive: IO[bytes] | None = None
 
     def read(self, name: str, member: Member | None) -> bytes:
@@ -203,7 +205,10 @@ class Reader:
 
         Raises:
           DataError: with the reason alone; the caller knows the name.
+          StorageError: an object store does not give it: that is not the image's fault.
         """
+        if self.remote:
+            return self._read_remote(name, member)
         try:
             if member is None:
                 with storage.open_read(storage.join(self._path, *name.split("/"))) as file:
@@ -213,6 +218,23 @@ class Reader:
             return _read_member(self._archive, member)
         except (OSError, ValueError, StorageError) as error:
             raise DataError(f"it cannot be read ({error})") from error
+
+    def _read_remote(self, name: str, member: Member | None) -> bytes:
+        """The same in one request, mostly."""
+        if member is None:
+            where = storage.join(self._path, *name.split("/"))
+            return storage.read_range(where, 0, images.MAX_BYTES + 1)
+        # How long the header is, it says itself; twice as long as is usual will do.
+        length = _LOCAL_HEADER.size + 2 * len(name.encode(errors="surrogateescape")) + 256
+        if member.compressed <= images.MAX_BYTES:
+            length += member.compressed
+        data = storage.read_range(self._path, member.offset, length)
+        if len(data) >= _LOCAL_HEADER.size:
+            extra = sum(_LOCAL_HEADER.unpack_from(data)[1:])
+            missing = _LOCAL_HEADER.size + extra + member.compressed - len(data)
+            if 0 < missing <= 2 * 0xFFFF:
+                data += storage.read_range(self._path, member.offset + len(data), missing)
+        return _read_member(io.BytesIO(data), dataclasses.replace(member, offset=0))
 
 
 def _read_member(archive: IO[bytes], member: Member) -> bytes:
@@ -278,7 +300,7 @@ def _labels_from_folders(source: Source) -> Labels:
 def _label_text(source: Source, labels: str) -> tuple[bytes | None, str]:
     if labels != "auto":
         where = storage.resolve(labels)
-        if not storage.exists(where):
+        if not storage.isfile(where):
             raise DataError(
                 f"no label file at {where}; --labels is auto, none, folders or a JSON's path"
             )
@@ -288,7 +310,7 @@ def _label_text(source: Source, labels: str) -> tuple[bytes | None, str]:
         if source.labels_member is None:
             return None, where
         return Reader(source.path).read(LABEL_FILE, source.labels_member), where
-    return (storage.read_bytes(where) if storage.exists(where) else None), where
+    return (storage.read_bytes(where) if storage.isfile(where) else None), where
 
 
 def _labels_from_json(source: Source, text: bytes, where: str, *, required: bool) -> Labels:

@@ -6,6 +6,16 @@ another config is known by name, within a time limit. The connections stay open 
 A worker that dies closes its own, one that hangs falls silent; then all others end, too, since
 TensorFlow alone would wait for it or end in a stack dump.
 
+Over the same connections the workers agree after which step to stop early (`Membership.ask_to_stop`
+and `begin`). It costs a step nothing but the look at a variable:
+
+1. Any worker asks the chief, and the chief tells all to hold: none begins another step for now.
+2. Each answers at once, from the thread that listens, how many steps its loop has begun.
+3. The chief tells all the largest number. Those behind it go on up to there, and all stop.
+
+So every step that one worker has begun is begun by all, and no sum over workers is left waiting.
+Nobody waits for a step to end before it answers, so a hold lasts as long as a message takes.
+
 Needs no TensorFlow.
 """
 
@@ -29,7 +39,7 @@ import trainer
 from trainer.core import config as config_lib
 from trainer.core import flags
 from trainer.core.config import Config
-from trainer.core.errors import ConfigError, TrainerError, UsageError
+from trainer.core.errors import ConfigError, PreemptedError, TrainerError, UsageError
 
 SOURCES = ("TF_CONFIG", "CLUSTER_SPEC")  # the first that is set counts
 
@@ -45,6 +55,7 @@ _TRAINING = ("chief", "master", "worker")  # the jobs that train, in TensorFlow'
 _BEATS = 4  # messages in the time after which a silent peer counts as gone
 _RETRY_SEC = 0.2
 _HELLO_SEC = 5.0  # in which who connects must have said hello
+_LONGEST_HELLO = 1 << 16  # bytes
 # What the main thread gets to end by itself when a peer is gone, before the process is ended.
 _GRACE_SEC = 3.0
 _POLL_SEC = 0.02
@@ -263,14 +274,31 @@ class _Line:
         return messages
 
     def wait_for(self, deadline: float) -> dict[str, Any] | None:
-        """The next message, or None at the end of the connection or at the deadline."""
-        while time.monotonic() < deadline:
-            self._socket.settimeout(max(0.01, deadline - time.monotonic()))
-            messages = self.receive()
-            if messages is None or messages:
-                self._socket.settimeout(None)
-                return messages[0] if messages else None
-        return None
+        """The next message, or None at the end of the connection or at the deadline.
+
+        What follows it stays in the socket, for whoever watches that.
+
+        Raises:
+          ValueError: what comes is no message.
+        """
+        line = b""
+        try:
+            while not line.endswith(b"\n"):
+                self._socket.settimeout(max(0.01, deadline - time.monotonic()))
+                byte = self._socket.recv(1)
+                if not byte or time.monotonic() >= deadline:
+                    return None
+                line += byte
+                if len(line) > _LONGEST_HELLO:
+                    raise ValueError("not a message")
+        except OSError:  # a timeout, too
+            return None
+        self._socket.settimeout(None)
+        self.heard = time.monotonic()
+        message = json.loads(line)
+        if not isinstance(message, dict):
+            raise ValueError("not a message")
+        return message
 
     def close(self) -> None:
         self._socket.close()
@@ -430,6 +458,11 @@ class Membership:
         self._finished: set[int] = set()
         self._closed: set[int] = set()
         self._verdict: TrainerError | None = None
+        self._hold = threading.Condition()  # guards the next four
+        self._begun = 0  # steps
+        self._stop_reason: str | None = None
+        self._last_step: int | None = None  # after which all stop
+        self._answers: dict[int, int] = {}  # the chief's: steps begun, by worker
         self._decided, self._leaving = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -475,6 +508,18 @@ class Membership:
             self._finished.add(index)
         elif "stop" in message:
             self._decide(_error(message))
+        elif "please_stop" in message:
+            self._hold_all(str(message["please_stop"]))
+        elif "hold" in message:
+            with self._hold:
+                self._stop_reason = str(message["hold"])
+                self._lines[index].send(begun=self._begun)
+        elif "begun" in message:
+            self._answered(index, int(message["begun"]))
+        elif "last_step" in message:
+            with self._hold:
+                self._last_step = int(message["last_step"])
+                self._hold.notify_all()
 
     def _lost(self, index: int, what: str) -> None:
         self._decide(
@@ -491,10 +536,72 @@ class Membership:
             if self._cluster.is_chief:
                 self._tell(verdict)
             self._decided.set()
+            with self._hold:
+                self._hold.notify_all()
 
     def _tell(self, problem: TrainerError) -> None:
         for line in self._lines.values():
             line.send(**_stop(problem))
+
+    def ask_to_stop(self, reason: str) -> None:
+        """Has all workers stop after one and the same step; returns at once, from any thread.
+
+        Args:
+          reason: for the users of all workers.
+        """
+        if len(self._cluster.names) > 1:
+            reason = f"{reason} on {self._cluster.peer(self._cluster.index)}"
+        if self._cluster.is_chief:
+            self._hold_all(reason)
+        else:
+            self._lines[0].send(please_stop=reason)
+
+    def begin(self, steps: int) -> str | None:
+        """To be called before each call of the training step.
+
+        While the workers agree on the last step, this waits.
+
+        Args:
+          steps: how many will have been begun with this call, from the start of the run.
+
+        Returns:
+          None if it may be made, else why the run stops before it.
+
+        Raises:
+          TrainerError: a worker is gone or has failed.
+        """
+        with self._hold:
+            self._hold.wait_for(
+                lambda: self._stop_reason is None or self._last_step is not None or self._verdict
+            )
+            if self._verdict is not None:
+                raise self._verdict
+            if self._last_step is not None and steps > self._last_step:
+                return self._stop_reason
+            self._begun = steps
+            return None
+
+    def _hold_all(self, reason: str) -> None:
+        """The chief's first part of a stop; later requests change nothing."""
+        with self._hold:
+            if self._stop_reason is not None:
+                return
+            self._stop_reason = reason
+            begun = self._begun
+            for line in self._lines.values():
+                line.send(hold=reason)
+        self._answered(self._cluster.index, begun)
+
+    def _answered(self, index: int, begun: int) -> None:
+        """The chief's second part: once all have answered, everybody hears the last step."""
+        with self._hold:
+            self._answers[index] = begun
+            if len(self._answers) < len(self._cluster.names):
+                return
+            self._last_step = max(self._answers.values())
+            for line in self._lines.values():
+                line.send(last_step=self._last_step)
+            self._hold.notify_all()
 
     def reason(self, wait: float) -> TrainerError | None:
         """Why a collective failed: what is known of the other workers after up to `wait` seconds."""
@@ -541,15 +648,19 @@ def _leave(code: int) -> NoReturn:
 
 
 @contextlib.contextmanager
-def member(cluster: Cluster | None, config: Config) -> Iterator[None]:
+def member(cluster: Cluster | None, config: Config) -> Iterator[Membership | None]:
     """Runs its body as one of the workers; without a cluster it does nothing more.
 
     All workers end together: when one fails, the others end with its exit code, or with 75 if it
-    died without a word.
+    died without a word. A PreemptedError is what all have agreed on: each ends by itself, once all
+    have done their part.
 
     Args:
       cluster: who they are.
       config: as loaded.
+
+    Yields:
+      The ties to the others, None without a cluster.
 
     Raises:
       PeerError: some have not come in time.
@@ -557,13 +668,16 @@ def member(cluster: Cluster | None, config: Config) -> Iterator[None]:
       ConfigError: this worker's port is taken.
     """
     if cluster is None:
-        yield
+        yield None
         return
     meet = _gather if cluster.is_chief else _report
     lines = meet(cluster, identity(config), config.run.join_timeout)
     membership = Membership(cluster, lines, config.run.worker_timeout)
     try:
-        yield
+        yield membership
+    except PreemptedError:
+        membership.finish()
+        raise
     except TrainerError as error:
         membership.end(error)
     except Exception:

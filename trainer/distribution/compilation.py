@@ -3,8 +3,8 @@
 XLA looks a program up by its whole text, so a changed network or batch is never mistaken for
 another. It does not look at what the program was compiled by and for: that is in the name of the
 folder here (TensorFlow's version, processor, settings of XLA). TensorFlow numbers the functions of
-a process, and the numbers are part of the text: a resumed run finds what an earlier resumed run has
-left, a new run what an earlier new one has.
+a process, and the numbers are part of the text: for a resumed run to find what the first start has
+left, both make the step's functions before anything in which they differ (`TrainStep.trace`).
 """
 
 from __future__ import annotations

@@ -23,14 +23,29 @@ _ALLOCATOR = {
 _OLDER_EMITTERS = "--xla_cpu_use_fusion_emitters=false"
 _OLDER_EMITTERS_FOR = ("2.21.",)
 
+# TensorFlow's gs:// file system. The records are read in blocks of a megabyte, wherever they lie:
+# without its cache it would fetch 64 MB for each, and without a limit wait an hour for an answer.
+_CLOUD_STORAGE = {
+    "GCS_READ_CACHE_BLOCK_SIZE_MB": "1",
+    "GCS_READ_CACHE_MAX_SIZE_MB": "64",
+    "GCS_STAT_CACHE_MAX_AGE": "300",
+    "GCS_METADATA_REQUEST_TIMEOUT_SECS": "60",
+    "GCS_READ_REQUEST_TIMEOUT_SECS": "60",
+    "GCS_WRITE_REQUEST_TIMEOUT_SECS": "600",
+    # Google's client would ask for what kind of bucket it is, for traces that nobody collects.
+    "DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA": "true",
+}
+
 
 def prepare() -> None:
     """Restarts the program once with the allocator settings above, and quietens TensorFlow's log.
 
-    Also calls `choose_emitters`. To be called before TensorFlow is imported. Doesn't restart where
-    glibc is not used, or where the user has set one of these variables.
+    Also calls `tune_cloud_storage` and `choose_emitters`. To be called before TensorFlow is
+    imported. Doesn't restart where glibc is not used, or where the user has set one of these
+    variables.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    tune_cloud_storage()
     choose_emitters()
     if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in _ALLOCATOR):
         return
@@ -38,6 +53,12 @@ def prepare() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def tune_cloud_storage() -> None:
+    """Sets how gs:// is read and written, as far as the user has not; before TensorFlow loads."""
+    for name, value in _CLOUD_STORAGE.items():
+        os.environ.setdefault(name, value)
 
 
 def choose_emitters() -> None:
@@ -75,3 +96,13 @@ def prepare_tpu_compiler() -> None:
     """Lets libtpu serve as a compiler on a machine without a TPU; to be called before JAX loads."""
     for name, value in _TPU_COMPILER.items():
         os.environ.setdefault(name, value)
+
+
+# By these TensorFlow finds the plugin that drives a TPU.
+_TPU_PLUGIN = ("TF_PLUGGABLE_DEVICE_LIBRARY_PATH", "NEXT_PLUGGABLE_DEVICE_USE_C_API")
+
+
+def without_accelerators() -> dict[str, str]:
+    """The environment of a process that must not touch the GPUs or the TPU that this one has."""
+    kept = {name: value for name, value in os.environ.items() if name not in _TPU_PLUGIN}
+    return kept | {"CUDA_VISIBLE_DEVICES": "-1"}

@@ -43,7 +43,7 @@ def append(path: str, stats: Mapping[str, Stat], *, tick: int, nimg: int) -> Non
     """
     line: dict[str, Any] = {name: _to_json(stat) for name, stat in stats.items()}
     line.update(timestamp=time.time(), tick=tick, nimg=nimg)
-    storage.append_text(path, json.dumps(line, allow_nan=False) + "\n")
+    storage.append(path, json.dumps(line, allow_nan=False).encode() + b"\n")
 
 
 def _to_json(stat: Stat) -> dict[str, float | None]:
@@ -66,9 +66,10 @@ def truncate_after(path: str, nimg: int) -> int:
     Raises:
       StorageError: the file cannot be read or written.
     """
-    if not storage.exists(path):
+    found = storage.read_version(path)
+    if found is None:
         return 0
-    before = storage.read_bytes(path)  # as bytes: a crash can tear a line anywhere, or leave zeros
+    before = found[0]  # as bytes: a crash can tear a line anywhere, or leave zeros
     lines = before.split(b"\n")
     kept = [line for line in lines if 0 < _position(line) <= nimg]
     after = b"".join(line + b"\n" for line in kept)

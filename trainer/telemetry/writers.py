@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
@@ -13,6 +13,8 @@ from trainer.telemetry.console import Console, Eta, tick_line
 from trainer.telemetry.statsfile import Stat, constant
 from trainer.telemetry.tensorboard import TensorBoard
 
+_STATS = "stats.jsonl"
+
 
 class Telemetry:
     """Reports one run. Only one process of a run may hold one: the chief.
@@ -21,24 +23,35 @@ class Telemetry:
     is made, so that neither `stats.jsonl` nor TensorBoard holds a tick twice.
 
     Args:
-      workdir: directory of the run; gets `stats.jsonl` and, for events, `tensorboard/`.
-      tensorboard: write TensorBoard events.
+      workdir: directory of the run; gets `stats.jsonl`.
+      tensorboard: directory for TensorBoard's events, '' for none.
+      files: what there is in the workdir, by `storage.walk`; looked up if it isn't given.
       total_kimg: length of the run, for the ETA and the bar.
       resume_kimg: where this process goes on, 0 for a new run.
+      resume_tick: the first tick it reports.
 
     Raises:
       StorageError: `stats.jsonl` cannot be read or written.
     """
 
     def __init__(
-        self, workdir: str, *, tensorboard: bool, total_kimg: float, resume_kimg: float = 0.0
+        self,
+        workdir: str,
+        *,
+        tensorboard: str,
+        files: Collection[str] | None = None,
+        total_kimg: float,
+        resume_kimg: float = 0.0,
+        resume_tick: int = 0,
     ):
         self._nimg = round(resume_kimg * 1000)
-        self._stats_path = storage.join(workdir, "stats.jsonl")
-        statsfile.truncate_after(self._stats_path, self._nimg)
-        self._tensorboard = (
-            TensorBoard(storage.join(workdir, "tensorboard"), self._nimg) if tensorboard else None
-        )
+        self._stats_path = storage.join(workdir, _STATS)
+        if files is None or _STATS in files:
+            statsfile.truncate_after(self._stats_path, self._nimg)
+        self._tensorboard = None
+        if tensorboard:
+            names = _names_in(tensorboard, workdir, files)
+            self._tensorboard = TensorBoard(tensorboard, resume_tick, names)
         self._console = Console(total_kimg, self._nimg)
         self._eta = Eta(total_kimg)
         self._advice = Advice()
@@ -96,7 +109,7 @@ class Telemetry:
             self._tensorboard.scalars(merged, nimg)
 
     def image(self, name: str, image: np.ndarray, kimg: float) -> None:
-        """Shows a [H, W, C] uint8 image, such as `images.tile` makes, in TensorBoard."""
+        """Shows a [H, W, C] uint8 image, such as `images.tile` makes, in TensorBoard, with the last tick."""
         if self._tensorboard is not None:
             self._tensorboard.image(name, image, round(kimg * 1000))
 
@@ -109,7 +122,15 @@ class Telemetry:
         self._console.progress(nimg)
 
     def close(self) -> None:
-        """Takes the bar away and writes what is buffered."""
+        """Takes the bar away and writes what is held back."""
         self._console.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        storage.flush_appended()
+
+
+def _names_in(folder: str, workdir: str, files: Collection[str] | None) -> list[str] | None:
+    """What there is in a folder by the names in the workdir; None if they don't tell."""
+    root, start = storage.join(workdir, ""), storage.join(folder, "")
+    if files is None or not start.startswith(root):
+        return None
+    start = start[len(root) :]
+    return [name[len(start) :] for name in files if name.startswith(start)]

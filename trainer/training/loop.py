@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -12,9 +13,17 @@ import tensorflow as tf
 
 import trainer
 from trainer.core import config as config_lib
+from trainer.core import lease as lease_lib
 from trainer.core import storage
 from trainer.core.config import Config
-from trainer.core.errors import CheckpointError, ConfigError, DataError, DivergedError
+from trainer.core.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DivergedError,
+    PreemptedError,
+    StorageError,
+)
 from trainer.data import manifest as manifest_lib
 from trainer.data.manifest import Manifest
 from trainer.data.pipeline import ImageStream
@@ -24,8 +33,9 @@ from trainer.distribution.strategy import choose
 from trainer.telemetry import images as telemetry_images
 from trainer.telemetry.statsfile import Stat, constant
 from trainer.telemetry.writers import Telemetry
-from trainer.training import build, checkpoint, cost, loss_scale
-from trainer.training.checkpoint import Checkpoints
+from trainer.training import build, checkpoint, cost, export, loss_scale
+from trainer.training.checkpoint import Checkpoints, Inventory
+from trainer.training.preemption import Preemption
 from trainer.training.snapshot import Snapshots
 from trainer.training.state import PHASES, STATS, TrainState
 from trainer.training.step import TrainStep, agree
@@ -38,6 +48,7 @@ def train(
     dry_run: bool = False,
     allow_change: Sequence[str] = (),
     cluster: Cluster | None = None,
+    stop: Preemption | None = None,
 ) -> None:
     """Trains until `training.total_kimg`, from where the workdir's newest checkpoint is.
 
@@ -48,16 +59,20 @@ def train(
       allow_change: keys that may differ from those of the checkpoint.
       cluster: the workers of the run, if there are several: all of them train, and the chief alone
         writes to the workdir.
+      stop: what may end the run early, between two steps; all of its workers have one, or none.
 
     Raises:
       ConfigError: the config doesn't fit itself, the data or the checkpoint.
       DataError: the data set can't be used.
       StorageError: the workdir can't be written.
-      DivergedError: a loss or gradient is not finite.
+      DivergedError: a loss, a gradient or a variable is not finite.
+      PreemptedError: stopped early; the run is saved.
     """
     # ------------------------------------------------------------------ set up
     started = time.monotonic()
     manifest = manifest_lib.load(storage.resolve(config.data.path))
+    for path in (manifest.directory, workdir):
+        storage.prepare_tensorflow(path)
     config = config_lib.resolve(config, resolution=manifest.resolution)
     placement, jit = choose(config.run, cluster)
     precision.check(config.run.precision, placement.platform)
@@ -80,100 +95,135 @@ def train(
         print(config_lib.to_yaml(config) if is_chief else "", end="")
         return
 
-    # ------------------------------------------------------------------ state
-    found, skipped = checkpoint.newest(workdir)
-    for line in skipped:
-        print(line)
-    if found is not None:
-        _check_same_run(found, config, manifest, allow_change)
-    with strategy.scope():
-        state = build.state(config, generator, discriminator)
-    checkpoints = Checkpoints(workdir, config.checkpoint, state.variables())
-    tick, tick_start, previous_sec = 0, 0, 0.0
-    if found is not None:
-        checkpoints.restore(found)
-        tick, tick_start = found.info["tick"], found.info["tick_start"]
-        previous_sec = found.info["total_sec"]
-        print(f"resuming from {found.path}: step {found.step}, kimg {found.info['kimg']:.3f}")
-    elif config.training.init_from:
-        _start_from(config.training.init_from, state)
-    if not agree(strategy, int(state.step.numpy())):
-        raise CheckpointError(
-            f"the workers have found different checkpoints in {workdir}; it must be one directory "
-            "that all of them see: put it on gs:// or a shared disk"
+    with contextlib.ExitStack() as closing:
+        # ------------------------------------------------------------------ state
+        lease = closing.enter_context(lease_lib.acquire(workdir)) if is_chief else None
+        files = storage.walk(workdir)
+        inventory = Inventory(workdir, files)
+        found, skipped = inventory.newest()
+        for line in skipped:
+            print(line)
+        if found is not None:
+            _check_same_run(found, config, manifest, allow_change)
+        with strategy.scope():
+            state = build.state(config, generator, discriminator)
+        # ------------------------------------------------------------------ step function
+        phases, draw = build.phases_and_draws(
+            config, data, generator, discriminator, static_shapes=jit
         )
-    if is_chief:
-        storage.makedirs(workdir)
-        storage.write_text_atomic(
-            storage.join(workdir, "config.yaml"), _versions() + config_lib.to_yaml(config)
-        )
+        train_step = TrainStep(config, arithmetic, strategy, state, phases, draw, jit=jit)
+        if jit:
+            train_step.trace([*data.resolution, data.channels])
 
-    # ------------------------------------------------------------------ data
-    images, step = int(state.images.numpy()), int(state.step.numpy())
-    stream = ImageStream(
-        manifest,
-        group_size=arithmetic.group_size,
-        groups_per_batch=arithmetic.groups_per_step * config.run.steps_per_loop,
-        seed=config.run.seed,
-        start_group=images // arithmetic.group_size,
-        worker=placement.worker,
-        num_workers=placement.num_workers,
-        use_labels=config.data.use_labels,
-        mirror=config.data.mirror,
-        window=config.data.window,
-    )
-
-    # ------------------------------------------------------------------ step function
-    phases, draw = build.phases_and_draws(config, data, generator, discriminator, static_shapes=jit)
-    train_step = TrainStep(config, arithmetic, strategy, state, phases, draw, jit=jit)
-
-    # ------------------------------------------------------------------ pictures
-    total_images = round(config.training.total_kimg * 1000)
-    telemetry = None
-    if is_chief:
-        telemetry = Telemetry(
+        # ------------------------------------------------------------------ checkpoint
+        checkpoints = Checkpoints(
             workdir,
-            tensorboard=config.telemetry.tensorboard,
-            total_kimg=config.training.total_kimg,
-            resume_kimg=images / 1000,
+            config.checkpoint,
+            state.variables(),
+            writer=is_chief,
+            inventory=inventory,
+            lease=lease,
         )
-    plain, _ = build.networks(config, data, rounded=False)
-    snapshots = Snapshots(plain, manifest, use_labels=config.data.use_labels, seed=config.run.seed)
+        closing.callback(checkpoints.wait)
+        tick, tick_start, previous_sec = 0, 0, 0.0
+        if found is not None:
+            checkpoints.restore(found)
+            tick, tick_start = found.info["tick"], found.info["tick_start"]
+            previous_sec = found.info["total_sec"]
+            print(f"resuming from {found.path}: step {found.step}, kimg {found.info['kimg']:.3f}")
+        elif config.training.init_from:
+            _start_from(config.training.init_from, state)
+        if not agree(strategy, int(state.step.numpy())):
+            raise CheckpointError(
+                f"the workers have found different checkpoints in {workdir}; it must be one directory "
+                "that all of them see: put it on gs:// or a shared disk"
+            )
+        if is_chief:
+            storage.makedirs(workdir)
+            storage.write_text_atomic(
+                storage.join(workdir, "config.yaml"), _versions() + config_lib.to_yaml(config)
+            )
 
-    def snapshot(telemetry: Telemetry, name: str, grid: np.ndarray, kimg: float) -> None:
-        telemetry_images.save_image(storage.join(workdir, f"{name}.png"), grid)
-        telemetry.image("Reals" if name == "reals" else "Fakes", grid, kimg)
+        # ------------------------------------------------------------------ data
+        images, step = int(state.images.numpy()), int(state.step.numpy())
+        stream = ImageStream(
+            manifest,
+            group_size=arithmetic.group_size,
+            groups_per_batch=arithmetic.groups_per_step * config.run.steps_per_loop,
+            seed=config.run.seed,
+            start_group=images // arithmetic.group_size,
+            worker=placement.worker,
+            num_workers=placement.num_workers,
+            use_labels=config.data.use_labels,
+            mirror=config.data.mirror,
+            window=config.data.window,
+            max_bad_records=config.data.max_bad_records,
+            stall_timeout=config.data.stall_timeout,
+        )
 
-    if telemetry and found is None:
-        snapshot(telemetry, "reals", snapshots.reals(), 0)
-        snapshot(telemetry, "fakes_init", snapshots.fakes(state.g_ema), 0)
-        telemetry.line(f"wrote {storage.join(workdir, 'reals.png')} and fakes_init.png")
+        # ------------------------------------------------------------------ pictures
+        total_images = round(config.training.total_kimg * 1000)
+        telemetry = None
+        if is_chief:
+            telemetry = Telemetry(
+                workdir,
+                tensorboard=_tensorboard_dir(config, workdir),
+                files=files,
+                total_kimg=config.training.total_kimg,
+                resume_kimg=images / 1000,
+                resume_tick=tick,
+            )
+            closing.callback(telemetry.close)
+        plain, _ = build.networks(config, data, rounded=False)
+        snapshots = Snapshots(
+            plain, manifest, use_labels=config.data.use_labels, seed=config.run.seed
+        )
 
-    def info(total_sec: float) -> dict[str, Any]:
-        return {
-            "step": step,
-            "images": images,
-            "kimg": images / 1000,
-            "tick": tick,
-            "tick_start": tick_start,
-            "total_sec": total_sec,
-            "config": config_lib.to_dict(config),
-            "config_fingerprint": config_lib.fingerprint(config),
-            "data_fingerprint": manifest.fingerprint,
-            "resolution": list(manifest.resolution),
-            "channels": manifest.channels,
-            "label_names": manifest.label_names if config.data.use_labels else [],
-            "label_counts": list(data.label_counts),
-            "versions": {"trainer": trainer.__version__, "tensorflow": tf.__version__},
-        }
+        def snapshot(telemetry: Telemetry, name: str, grid: np.ndarray, kimg: float) -> None:
+            telemetry_images.save_image(storage.join(workdir, f"{name}.png"), grid)
+            telemetry.image("Reals" if name == "reals" else "Fakes", grid, kimg)
 
-    # ------------------------------------------------------------------ run
-    if telemetry:
-        telemetry.line(f"training to {config.training.total_kimg:g} kimg; the first step compiles")
-    tick_began, maintenance = time.monotonic(), 0.0
-    first = True
-    try:
+        if telemetry and found is None:
+            snapshot(telemetry, "reals", snapshots.reals(), 0)
+            snapshot(telemetry, "fakes_init", snapshots.fakes(state.g_ema), 0)
+            telemetry.line(f"wrote {storage.join(workdir, 'reals.png')} and fakes_init.png")
+
+        def info(total_sec: float) -> dict[str, Any]:
+            return {
+                "step": step,
+                "images": images,
+                "kimg": images / 1000,
+                "tick": tick,
+                "tick_start": tick_start,
+                "total_sec": total_sec,
+                "config": config_lib.to_dict(config),
+                "config_fingerprint": config_lib.fingerprint(config),
+                "data_fingerprint": manifest.fingerprint,
+                "resolution": list(manifest.resolution),
+                "channels": manifest.channels,
+                "label_names": manifest.label_names if config.data.use_labels else [],
+                "label_counts": list(data.label_counts),
+                "versions": {"trainer": trainer.__version__, "tensorflow": tf.__version__},
+            }
+
+        def export_model(total_sec: float) -> None:
+            dest, made_from = storage.resolve(config.checkpoint.export_dir), info(total_sec)
+            if telemetry is None or not dest or export.is_published(dest, made_from):
+                return
+            params = {name: variable.numpy() for name, variable in state.g_ema.items()}
+            exported = export.publish(params, made_from, dest, workdir=workdir, say=telemetry.line)
+            telemetry.line(f"exported to {exported.path}")
+
+        # ------------------------------------------------------------------ run
+        if telemetry:
+            telemetry.line(
+                f"training to {config.training.total_kimg:g} kimg; the first step compiles"
+            )
+        tick_began, maintenance = time.monotonic(), 0.0
+        first, saved, reason = True, found.step if found else 0, None
         while images < total_images:
+            if stop and (reason := stop.begin(step + config.run.steps_per_loop)):
+                break
             train_step(*next(stream))
             images += arithmetic.global_batch * config.run.steps_per_loop
             step += config.run.steps_per_loop
@@ -189,7 +239,7 @@ def train(
             at_checkpoint = done or step % config.checkpoint.every_steps == 0
             if not (at_tick or at_checkpoint) and placement.accelerated:
                 continue
-            _check_finite(state, workdir)
+            _check_finite(state, config, checkpoints, workdir, variables=at_checkpoint)
             total_sec = previous_sec + time.monotonic() - started
             if at_tick:
                 tick_sec = time.monotonic() - tick_began
@@ -197,6 +247,8 @@ def train(
                 stats, maintenance_began = _take_stats(state), time.monotonic()
                 if config.run.precision == "float16":
                     stats |= _take_loss_scales(state)
+                if lease:
+                    lease.check()
                 if telemetry:
                     if text := _skipped(stats):
                         telemetry.line(text)
@@ -214,19 +266,38 @@ def train(
                         name = f"fakes{images // 1000:06d}"
                         grid = snapshots.fakes(state.g_ema)
                         snapshot(telemetry, name, grid, images / 1000)
+                        if config.checkpoint.export_snapshots and not done:
+                            export_model(total_sec)
                 tick, tick_start = tick + 1, images
                 tick_began = time.monotonic()
                 maintenance = tick_began - maintenance_began
             if at_checkpoint:
                 saving_began = time.monotonic()
-                if is_chief:
-                    checkpoints.save(step, info(total_sec))
+                checkpoints.save(step, info(total_sec))
+                saved = step
                 saved_in = time.monotonic() - saving_began
                 maintenance, tick_began = maintenance + saved_in, tick_began + saved_in
-    finally:
-        if telemetry:
-            telemetry.close()
+        if reason and step > saved:
+            _check_finite(state, config, checkpoints, workdir, variables=True)
+            checkpoints.save(step, info(previous_sec + time.monotonic() - started))
+        if not reason:
+            checkpoints.wait()  # a kill while the model is exported loses nothing
+            export_model(previous_sec + time.monotonic() - started)
+    if reason:
+        saved_at = f"after step {step} (kimg {images / 1000:.3f}), which is saved in {workdir}"
+        raise PreemptedError(
+            f"{reason}: stopped {saved_at if step else 'before the first step'}; run the same command "
+            "again to go on"
+        )
     print(f"finished: {images / 1000:g} kimg, {step} steps; see {workdir}")
+
+
+def _tensorboard_dir(config: Config, workdir: str) -> str:
+    """Where events go; '' for nowhere."""
+    if not config.telemetry.tensorboard:
+        return ""
+    given = storage.resolve(config.telemetry.tensorboard_dir)
+    return given or storage.join(workdir, "tensorboard")
 
 
 def _description(
@@ -345,17 +416,38 @@ def _skipped(stats: Mapping[str, Stat]) -> str | None:
     return f"float16: updates skipped as not finite: {', '.join(parts)}" if parts else None
 
 
-def _check_finite(state: TrainState, workdir: str) -> None:
+def _check_finite(
+    state: TrainState, config: Config, checkpoints: Checkpoints, workdir: str, *, variables: bool
+) -> None:
+    """Stops a run that has diverged.
+
+    Args:
+      state: where it is.
+      config: of the run.
+      checkpoints: of the run; one on its way is waited for.
+      workdir: of the run.
+      variables: look at them all, too, not only at the losses and gradients they came from: what
+        is saved must be fit to go on from.
+    """
     message = state.nonfinite_message()
-    if message is not None:
-        found, _ = checkpoint.newest(workdir)
-        last = (
-            f"the last good checkpoint is {found.path}" if found else "there is no checkpoint yet"
-        )
-        raise DivergedError(
-            f"{message}; {last}: run again with lower training.g_lr and d_lr, a higher "
-            "training.r1_gamma or run.precision=float32, and --allow_change for these keys"
-        )
+    if message is None and variables:
+        message = state.nonfinite_variables()
+    if message is None:
+        return
+    with contextlib.suppress(StorageError):  # this is not what the user must hear of
+        checkpoints.wait()
+    found, _ = checkpoint.newest(workdir)
+    if found is None:
+        last, allow = "there is no checkpoint yet", ""
+    else:
+        last = f"the last good checkpoint is {found.path}"
+        allow = " --allow_change=training.g_lr,training.d_lr"
+    rates = {name: float(getattr(config.training, name)) / 2 for name in ("g_lr", "d_lr")}
+    flags = " ".join(f"--set=training.{name}={rate:g}" for name, rate in rates.items())
+    raise DivergedError(
+        f"{message}; {last}: to go on from there with half the rates, run the same command with "
+        f"{flags}{allow}; a higher training.r1_gamma or run.precision=float32 can help, too"
+    )
 
 
 def _check_advanced(state: TrainState, images: int, step: int) -> None:

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from trainer.core.seeds import Purpose
 from trainer.core.seeds import generator as random_generator
-from trainer.data import pipeline
+from trainer.data import shards
 from trainer.data.manifest import Manifest
 from trainer.networks.stylegan2 import Generator
 from trainer.telemetry import images
@@ -35,7 +35,7 @@ class Snapshots:
         labels = None
         if use_labels:
             count = min(manifest.num_images, _LABELLED)
-            labels = pipeline.read_images(manifest, np.arange(count))[1]
+            labels = shards.read_images(manifest, np.arange(count))[1]
         self.layout: GridLayout = images.grid_layout(
             manifest.resolution, manifest.num_images, labels, seed=seed
         )
@@ -53,7 +53,7 @@ class Snapshots:
 
     def reals(self) -> np.ndarray:
         """The grid of reals: [rows * H, columns * W, C] uint8."""
-        tiles, _ = pipeline.read_images(self._manifest, self.layout.indices)
+        tiles, _ = shards.read_images(self._manifest, self.layout.indices)
         return images.tile(tiles, self.layout.size)
 
     def fakes(self, params: dict[str, tf.Variable]) -> np.ndarray:

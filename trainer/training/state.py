@@ -142,6 +142,16 @@ class TrainState:
             "loss_scale/counts": self.loss_scale_counts,
         }
 
+    def nonfinite_variables(self) -> str | None:
+        """Which variables hold values that are not finite, or None if none does."""
+        named = {k: v for k, v in self.variables().items() if v.dtype.is_floating}
+        finite = _are_finite([tf.convert_to_tensor(v) for v in named.values()]).numpy()
+        wrong = [name for name, fine in zip(named, finite, strict=True) if not fine]
+        if not wrong:
+            return None
+        more = f" and {len(wrong) - 1} more variables are" if len(wrong) > 1 else " is"
+        return f"{wrong[0]}{more} not finite after step {int(self.step.numpy())}"
+
     def nonfinite_message(self) -> str | None:
         """Which quantity of which step was first not finite, or None while all are."""
         step, quantity = self.nonfinite.numpy().tolist()
@@ -155,3 +165,8 @@ class TrainState:
                 f"at step {step}"
             )
         return f"{name} of {phase} is not finite at step {step}"
+
+
+@tf.function(autograph=False)
+def _are_finite(values: list[tf.Tensor]) -> tf.Tensor:
+    return tf.stack([tf.reduce_all(tf.math.is_finite(value)) for value in values])

@@ -8,7 +8,7 @@ computed in one piece or in many (up to the rounding of float sums).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,11 +120,31 @@ class TrainStep:
         Returns:
           What each phase reported in the last of the steps.
         """
-        a = self._arithmetic
-        groups = a.groups_per_step // a.num_replicas * self._local_replicas
-        batch = [tf.reshape(v, [-1, groups, *v.shape[1:]]) for v in (images, labels, group_index)]
-        first_step = group_index[0] // a.groups_per_step
-        return self._steps(*(self._split(value) for value in batch), first_step)
+        return self._steps(*self._arranged(images, labels, group_index))
+
+    def trace(self, image_shape: Sequence[int]) -> None:
+        """Makes the graphs of all that a call runs, and runs none.
+
+        TensorFlow numbers what a process makes, and the numbers are part of the programs that the
+        compilation cache looks for. So this comes before all in which a start and a resumed run
+        differ.
+
+        Args:
+          image_shape: (height, width, channels) of the images.
+        """
+        a, steps = self._arithmetic, self._config.run.steps_per_loop
+        groups = steps * self._local_groups
+        images = tf.zeros([groups, a.group_size, *image_shape], tf.uint8)
+        labels = tf.zeros([groups, a.group_size], tf.int64)
+        index = tf.zeros([groups], tf.int64)
+        self._steps.get_concrete_function(*self._arranged(images, labels, index))
+
+    def _arranged(self, images: tf.Tensor, labels: tf.Tensor, group_index: tf.Tensor) -> list[Any]:
+        """A call's values by step and replica, and the number of its first step."""
+        values = images, labels, group_index
+        by_step = (tf.reshape(v, [-1, self._local_groups, *v.shape[1:]]) for v in values)
+        first_step = group_index[0] // self._arithmetic.groups_per_step
+        return [*(self._split(value) for value in by_step), first_step]
 
     @property
     def programs(self) -> dict[str, Callable[..., Any]]:
@@ -143,6 +163,12 @@ class TrainStep:
     def no_reports(self) -> Reports:
         """The `Reports` of a step in which no phase ran."""
         return {phase: self._empty(phase) for phase in _PHASE_REPORTS}
+
+    @property
+    def _local_groups(self) -> int:
+        """Groups of one step in this process."""
+        a = self._arithmetic
+        return a.groups_per_step // a.num_replicas * self._local_replicas
 
     @property
     def _local_replicas(self) -> int:

@@ -1,0 +1,314 @@
+"""Cloud Storage when things go wrong, and what it costs when they don't."""
+
+from __future__ import annotations
+
+import functools
+import io
+import itertools
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.gcs.emulator import ROOT
+from tests.gcs.fixture import Gcs
+from trainer.core import cloud_storage, config, storage
+from trainer.core.errors import StorageError
+
+
+@pytest.fixture(autouse=True)
+def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cloud_storage, "_FIRST_WAIT_SECONDS", 0.02)
+    monkeypatch.setattr(cloud_storage, "_LONGEST_WAIT_SECONDS", 0.1)
+
+
+def _kinds(gcs: Gcs) -> list[str]:
+    return [r.kind for r in gcs.emulator.log() if r.kind != "bucket"]
+
+
+# ---------------------------------------------------------------- faults
+
+
+@pytest.mark.parametrize("fault", ["error_rate", "reset_rate", "truncate_rate"])
+def test_everything_works_through_faults(gcs: Gcs, fault: str) -> None:
+    data = os.urandom(3 << 20)
+    root = f"{gcs.url}/run"
+    with gcs.emulator.faulty(**{fault: 0.3}, seed=5):
+        storage.write_bytes_atomic(f"{root}/a/x", data)
+        with storage.open_write_atomic(f"{root}/a/y") as file:
+            file.write(data)
+        storage.append(f"{root}/log", b"1\n")
+        storage.append(f"{root}/log", b"2\n")
+        storage.flush_appended()
+        version = storage.write_version(f"{root}/lease", b"1", None)
+        version = storage.write_version(f"{root}/lease", b"2", version)
+        assert storage.read_bytes(f"{root}/a/x") == data
+        with storage.open_read(f"{root}/a/y") as opened:
+            assert opened.read() == data
+        storage.rename(f"{root}/a", f"{root}/b")
+        assert storage.listdir(f"{root}/b") == ["x", "y"]
+        assert storage.digest(f"{root}/b/y") == storage.digest(f"{root}/b/x")
+        storage.remove_tree(f"{root}/b")
+        storage.remove_version(f"{root}/lease", version)
+    assert gcs.emulator.counts()["fault", fault.split("_")[0].replace("truncate", "truncated")] > 2
+    assert gcs.emulator.names(gcs.bucket) == ["run/log"]
+    assert gcs.emulator.get(gcs.bucket, "run/log") == b"1\n2\n"
+
+
+@pytest.mark.parametrize("kind", ["write", "compose", "delete", "copy"])
+def test_success_whose_answer_was_lost_is_no_failure(gcs: Gcs, kind: str) -> None:
+    """Half of these resets come after the request was carried out; some seed has one of each."""
+    for seed in range(8):
+        root = f"{gcs.url}/{seed}"
+        with gcs.emulator.faulty(reset_rate=0.6, seed=seed, match=f"^[A-Z]+ {kind} "):
+            version = storage.write_version(f"{root}/lease", b"%d" % seed, None)
+            cloud_storage.put(f"{root}/log", b"1\n")
+            cloud_storage.append(f"{root}/log", b"2\n")
+            storage.rename(f"{root}/log", f"{root}/kept")
+        assert storage.read_version(f"{root}/lease") == (b"%d" % seed, version)
+        assert storage.read_text(f"{root}/kept") == "1\n2\n"
+        assert storage.listdir(root) == ["kept", "lease"]
+    assert gcs.emulator.counts()["fault", "reset"] >= 5
+
+
+def test_a_write_that_somebody_else_won_is_a_conflict_even_after_a_reset(gcs: Gcs) -> None:
+    for seed in range(6):
+        path = f"{gcs.url}/{seed}"
+        storage.write_version(path, b"theirs", None)
+        with (
+            gcs.emulator.faulty(reset_rate=0.5, seed=seed),
+            pytest.raises(storage.ConflictError),
+        ):
+            storage.write_version(path, b"mine", None)
+        assert storage.read_bytes(path) == b"theirs"
+
+
+def test_retries_end_at_the_deadline_and_wait_between(
+    gcs: Gcs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cloud_storage, "RETRY_SECONDS", 1.0)
+    start = time.monotonic()
+    with (
+        gcs.emulator.faulty(error_rate=1.0),
+        pytest.raises(
+            StorageError, match=r"answered (503|429) for 1 s .*run the same command again"
+        ),
+    ):
+        storage.read_bytes(f"{gcs.url}/x")
+    assert 0.5 < time.monotonic() - start < 5
+    assert 5 < len(_kinds(gcs)) < 60
+
+
+# ---------------------------------------------------------------- one line, and what to do
+
+
+def _actions(url: str) -> dict[str, Callable[[], Any]]:
+    return {
+        "read": lambda: storage.read_bytes(f"{url}/x"),
+        "open": lambda: storage.open_read(f"{url}/x"),
+        "write": lambda: storage.write_text_atomic(f"{url}/x", ""),
+        "upload": lambda: storage.upload(__file__, f"{url}/x"),
+        "list": lambda: storage.listdir(f"{url}/x"),
+        "rename": lambda: storage.rename(f"{url}/x", f"{url}/y"),
+        "lease": lambda: storage.read_version(f"{url}/x"),
+        "take": lambda: storage.write_version(f"{url}/x", b"", None),
+        "append": lambda: cloud_storage.append(f"{url}/x", b""),
+    }
+
+
+def _one_line(action: Callable[[], Any], pattern: str) -> None:
+    with pytest.raises(StorageError, match=pattern) as caught:
+        action()
+    assert caught.value.exit_code == 4
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("name", [name for name in _actions("") if name != "append"])
+def test_missing_bucket(gcs: Gcs, name: str) -> None:
+    _one_line(_actions("gs://not-there")[name], "there is no bucket not-there; check its name")
+
+
+@pytest.mark.parametrize("name", ["read", "write", "list", "lease"])
+def test_no_permission(gcs: Gcs, name: str) -> None:
+    with gcs.emulator.faulty(forbidden=True):
+        _one_line(_actions(gcs.url)[name], "permission denied .*Storage Object Admin")
+
+
+@pytest.mark.parametrize("name", ["read", "write", "list", "lease"])
+def test_expired_credentials(gcs: Gcs, name: str) -> None:
+    with gcs.emulator.faulty(expired_token=True):
+        _one_line(_actions(gcs.url)[name], "expired credentials .*application-default login")
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (403, "The project to be billed is associated with an absent billing account."),
+        (400, "Bucket is a requester pays bucket but no user project provided."),
+        (403, "Caller does not have required permission to use project other-project."),
+    ],
+)
+def test_wrong_project(code: int, message: str) -> None:
+    from google.api_core import exceptions
+
+    error = exceptions.from_http_status(code, message)
+    reason = cloud_storage.reason(error, "gs://bucket/x")
+    assert reason is not None
+    assert reason.startswith(f"wrong project or billing ({message}); choose another")
+
+
+def test_path_without_a_bucket_or_name(gcs: Gcs) -> None:
+    _one_line(lambda: storage.read_bytes("gs:///x"), "names no bucket; write gs://bucket/name")
+    _one_line(lambda: storage.write_text_atomic(gcs.url, ""), "cannot write .* is a bucket")
+    _one_line(lambda: storage.remove_tree(gcs.url), "cannot remove .* is a bucket")
+
+
+def test_full_disk_for_temporary_files(gcs: Gcs, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no device that is always full")
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", functools.partial(open, "/dev/full", "wb"))
+
+    def write() -> None:
+        with storage.open_write_atomic(f"{gcs.url}/x") as file:
+            file.write(bytes(1 << 20))
+
+    _one_line(write, "cannot write gs://.*/x: the disk of temporary files .* is full; .*TMPDIR")
+    assert gcs.emulator.names(gcs.bucket) == []
+
+
+# ---------------------------------------------------------------- requests
+
+
+def test_what_each_call_costs(gcs: Gcs) -> None:
+    path = f"{gcs.url}/a/x"
+    costs: dict[str, list[str]] = {
+        "write_bytes_atomic": ["write"],
+        "read_bytes": ["read"],
+        "isfile": ["stat"],
+        "size": ["stat"],
+        "digest": ["stat"],
+        "read_version": ["read"],
+        "remove": ["delete"],
+    }
+    for name, expected in costs.items():
+        arguments = (path, b"12") if name == "write_bytes_atomic" else (path,)
+        gcs.emulator.reset_counts()
+        getattr(storage, name)(*arguments)
+        assert _kinds(gcs) == expected, name
+    gcs.emulator.reset_counts()
+    storage.walk(gcs.url)
+    storage.listdir(gcs.url) if gcs.emulator.names(gcs.bucket) else None
+    assert _kinds(gcs) == ["list"]
+
+
+def test_object_is_not_rewritten_more_than_once_a_second(gcs: Gcs) -> None:
+    path = f"{gcs.url}/log"
+    start = time.monotonic()
+    for number in range(40):
+        storage.append(path, b"%d\n" % number)
+        time.sleep(0.05)
+    storage.flush_appended()
+    assert storage.read_text(path).split() == [str(number) for number in range(40)]
+    log = [r for r in gcs.emulator.log() if r.object == f"{gcs.bucket}/log"]
+    writes = [r.time for r in log if r.kind in {"write", "compose"}]
+    assert all(later - earlier > 0.95 for earlier, later in itertools.pairwise(writes))
+    assert len(writes) <= 2 + (time.monotonic() - start)
+
+
+def test_appending_does_not_send_everything_again(gcs: Gcs) -> None:
+    path = f"{gcs.url}/log"
+    storage.write_bytes_atomic(path, bytes(1 << 20))
+    gcs.emulator.reset_counts()
+    cloud_storage.append(path, b"more")
+    counts = gcs.emulator.counts()
+    assert counts["bytes", "received"] + counts["bytes", "sent"] < 10_000
+    assert storage.read_bytes(path)[-6:] == b"\0\0more"
+
+
+def test_pending_lines_are_written_when_the_program_ends(gcs: Gcs) -> None:
+    code = (
+        "from trainer.core import storage\n"
+        f"for n in range(3): storage.append('{gcs.url}/log', b'%d ' % n)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=gcs.environment(), check=True)
+    assert gcs.emulator.get(gcs.bucket, "log") == b"0 1 2 "
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_reader_is_a_file(gcs: Gcs) -> None:
+    data = random.Random(3).randbytes(1_000_000)
+    storage.write_bytes_atomic(f"{gcs.url}/x", data)
+    expected, draws = io.BytesIO(data), random.Random(4)
+    with storage.open_read(f"{gcs.url}/x") as file:
+        for _ in range(30):
+            offset, length = draws.randrange(1_000_100), draws.choice([1, 100, 70_000, 900_000])
+            whence = draws.choice([io.SEEK_SET, io.SEEK_END])
+            at = offset if whence == io.SEEK_SET else -min(offset, 1_000_000)
+            assert file.seek(at, whence) == expected.seek(at, whence)
+            assert file.read(length) == expected.read(length)
+    with storage.open_read(f"{gcs.url}/x") as file:
+        assert file.read() == data
+
+
+def test_reading_on_takes_ever_larger_blocks(gcs: Gcs) -> None:
+    storage.write_bytes_atomic(f"{gcs.url}/x", bytes(40 << 20))
+    gcs.emulator.reset_counts()
+    with storage.open_read(f"{gcs.url}/x") as file:
+        while file.read(1 << 16):
+            pass
+    assert len(_kinds(gcs)) < 10
+
+
+def test_reader_stays_with_the_generation_that_it_opened(gcs: Gcs) -> None:
+    storage.write_bytes_atomic(f"{gcs.url}/x", bytes(2 << 20))
+    with storage.open_read(f"{gcs.url}/x") as file:
+        file.read(10)
+        storage.write_bytes_atomic(f"{gcs.url}/x", b"\1" * (2 << 20))
+        with pytest.raises(FileNotFoundError):
+            file.read()
+
+
+def test_sibling_names_are_not_below(gcs: Gcs) -> None:
+    for name in ("step-1/x", "step-10/x", "step-1.txt"):
+        storage.write_text_atomic(f"{gcs.url}/{name}", "")
+    storage.remove_tree(f"{gcs.url}/step-1")
+    assert gcs.emulator.names(gcs.bucket) == ["step-1.txt", "step-10/x"]
+    assert not storage.exists(f"{gcs.url}/step-1")
+
+
+def test_gcs_scheme_is_gs() -> None:
+    assert storage.resolve("gcs://bucket/x") == "gs://bucket/x"
+
+
+def test_config_with_a_base_beside_it(gcs: Gcs) -> None:
+    storage.write_text_atomic(f"{gcs.url}/configs/base.yaml", "training: {total_kimg: 7}")
+    storage.write_text_atomic(f"{gcs.url}/run.yaml", "base: configs/base.yaml")
+    assert config.load(f"{gcs.url}/run.yaml", []).training.total_kimg == 7
+
+
+# ---------------------------------------------------------------- TensorFlow
+
+
+def test_tensorflow_knows_gs(gcs: Gcs) -> None:
+    storage.prepare_tensorflow(gcs.url)
+    storage.prepare_tensorflow("local")
+
+
+def test_tensorflow_without_gs_is_given_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    import tensorflow as tf
+
+    monkeypatch.setattr(tf.io.gfile, "get_registered_schemes", lambda: ["", "file"])
+    monkeypatch.setitem(sys.modules, "tensorflow_io", None)
+    _one_line(lambda: storage.prepare_tensorflow("gs://bucket"), r"stylegan-trainer\[io\]")
+    tensorflow_io = type(sys)("tensorflow_io")
+    monkeypatch.setitem(sys.modules, "tensorflow_io", tensorflow_io)
+    storage.prepare_tensorflow("gs://bucket")

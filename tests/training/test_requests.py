@@ -1,0 +1,63 @@
+"""What a run asks of Cloud Storage: few listings, and no object anew too often."""
+
+from __future__ import annotations
+
+import collections
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import tensorflow as tf
+
+from tests.gcs.fixture import Gcs
+from tests.training.conftest import TINY_MODEL
+from trainer.core import config as config_lib
+from trainer.core.config import Config
+from trainer.data.manifest import Manifest
+from trainer.training import loop
+
+_STEPS = 6
+# Of one object in Cloud Storage; ours and the emulator's clocks are read at other moments.
+_REWRITE_SECONDS = 0.9
+
+
+@pytest.fixture
+def _eagerly() -> Iterator[None]:
+    tf.config.run_functions_eagerly(True)
+    yield
+    tf.config.run_functions_eagerly(False)
+
+
+def _config(manifest: Manifest, steps: int) -> Config:
+    return config_lib.from_dict(
+        {
+            "run": {"jit": "off"},
+            "data": {"path": manifest.directory},
+            "model": TINY_MODEL,
+            "training": {"batch_size": 8, "total_kimg": 0.008 * steps},
+            "checkpoint": {"every_steps": 2},
+            "telemetry": {"tick_kimg": 0.008, "snap_ticks": 2},
+        }
+    )
+
+
+@pytest.mark.usefixtures("_eagerly")
+@pytest.mark.filterwarnings("ignore:Even though the `tf.config.experimental_run")
+def test_requests_of_a_run(squares: Manifest, gcs: Gcs) -> None:
+    """Of a start and of a resumption; every step is a tick here, and a snapshot every other."""
+    workdir = f"{gcs.url}/run"
+    for steps, lists in ((_STEPS, 1), (2 * _STEPS, 1), (2 * _STEPS, 1)):
+        gcs.emulator.reset_counts()
+        loop.train(_config(squares, steps), workdir)
+        counts = gcs.emulator.counts()
+        assert counts["GET", "list"] == lists
+        written = collections.defaultdict(list)
+        for request in gcs.emulator.log():
+            if request.kind in ("write", "compose") and not request.object.endswith(".tail"):
+                written[request.object].append(request.time)
+        for name, times in written.items():
+            gaps = [b - a for a, b in itertools.pairwise(times)]
+            # The lease is taken and given back in one start, however short that is.
+            assert name.endswith("lease.json") or min(gaps, default=9) > _REWRITE_SECONDS, name
+    # Of the last start, which found nothing to do: one look at each file it needs.
+    assert sum(n for (_, kind), n in counts.items() if kind in ("stat", "read")) < 12

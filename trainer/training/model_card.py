@@ -1,0 +1,222 @@
+"""What an exported network says of itself: for people, and for programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from trainer.core import config as config_lib
+from trainer.core import storage
+
+FORMAT = 1
+TEXT = "MODEL_CARD.md"
+
+
+def metrics(workdir: str, step: int) -> list[dict[str, Any]]:
+    """The results of each `metric-<name>.jsonl` of a run, as of a step: the last until then.
+
+    Lines hold `results` (name to value), `step` and `kimg`; others are passed over.
+    """
+    if not workdir or not storage.isdir(workdir):
+        return []
+    found = []
+    for name in storage.listdir(workdir):
+        if not (name.startswith("metric-") and name.endswith(".jsonl")):
+            continue
+        lines = map(_parsed, storage.read_text(storage.join(workdir, name)).splitlines())
+        until = [line for line in lines if line is not None and line["step"] <= step]
+        if until:
+            found.append(max(until, key=lambda line: line["step"]))
+    return found
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(line)
+        results = {str(name): float(value) for name, value in entry["results"].items()}
+        return {"results": results, "step": int(entry["step"]), "kimg": float(entry["kimg"])}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def describe(info: Mapping[str, Any], export: Mapping[str, Any]) -> dict[str, Any]:
+    """The card for programs, but for the files, which come when they are written.
+
+    Args:
+      info: `state.json` of the checkpoint.
+      export: `network`, `signatures`, `metrics`, `data_licence` and how it was exported (`how`).
+    """
+    data_path = info["config"].get("data", {}).get("path", "")
+    return {
+        "format": FORMAT,
+        "network": export["network"],
+        "training": {key: info.get(key) for key in ("step", "kimg", "images", "config_fingerprint")}
+        | {"versions": info.get("versions", {}), "config": info["config"]},
+        "data": {
+            "path": data_path,
+            "fingerprint": info.get("data_fingerprint"),
+            "label_names": info["label_names"],
+            "label_counts": info["label_counts"],
+            "licence": export["data_licence"] or None,
+        },
+        "metrics": export["metrics"],
+        "export": export["how"],
+        "signatures": export["signatures"],
+    }
+
+
+# What the inputs and outputs of the signatures are; of one that has several, by its type.
+_MEANINGS = {
+    "seed": "of the latent where `z` has no columns, and of random noise",
+    "z": "latents, standard normal",
+    "label": "the class",
+    "truncation_psi": "1: all it has learned; 0: the average image",
+    "noise_mode": "`const`, `random` or `none`",
+    "c": "the class, one-hot",
+    "ws": "styles of all layers",
+    "uint8 images": "pixels",
+    "float32 images": "pixels, about -1 to 1",
+    "image_bytes": "PNG files",
+}
+
+
+def text(card: Mapping[str, Any]) -> str:
+    """The card for people, in Markdown."""
+    network, training, data = card["network"], card["training"], card["data"]
+    height, width, channels = network["resolution"] + [network["channels"]]
+    config = config_lib.to_yaml(config_lib.from_dict(training["config"], where="the checkpoint"))
+    sections = [
+        f"# StyleGAN2 generator, {height}x{width}x{channels}\n",
+        f"The moving average (G_ema) of a generator after {_kimg(training)}, as a TensorFlow "
+        f"SavedModel: {network['parameters']:,} parameters, {_classes(data)}. It needs TensorFlow "
+        "and nothing else.\n",
+        "## Use\n",
+        _USE.format(
+            label='"label": [0], ' if network["c_dim"] else "",
+            python_label="label=tf.constant([0], tf.int64), " if network["c_dim"] else "",
+            c=f"tf.one_hot([0], {network['c_dim']}), " if network["c_dim"] else "",
+            z_dim=network["z_dim"],
+        ),
+        "## Signatures\n",
+        *_signatures(card["signatures"]),
+        _SEEDS.format(z_dim=network["z_dim"]),
+        "## Export\n",
+        _export(card["export"]),
+        "## Data\n",
+        _data(data),
+        "## Metrics\n",
+        _metrics(card["metrics"]),
+        "## Limits\n",
+        "What it draws resembles its data, faults and gaps of the data included, and may resemble "
+        "single images of it. Nobody has examined it for a use; do so before you rely on it. For "
+        "what its images may be used, the licence of the data matters too.\n",
+        "## Training\n",
+        f"Config fingerprint `{training['config_fingerprint']}`.\n",
+        f"```yaml\n{config}```\n",
+    ]
+    return "\n".join(sections)
+
+
+_USE = """\
+```python
+import numpy as np
+import tensorflow as tf
+
+model = tf.saved_model.load(".")  # the directory of this file
+seed, psi = tf.constant([1, 2], tf.int64), tf.constant([0.7])
+images = model.generate({python_label}seed=seed, truncation_psi=psi)["images"]
+
+z = np.random.RandomState(1).randn(1, {z_dim})  # seed 1 of trainer.generate
+ws = model.mapping(tf.constant(z, tf.float32), {c}truncation_psi=psi)["ws"]
+images = model.synthesis(ws)["images"]  # as float32, and differentiable
+```
+
+```sh
+tensorflow_model_server --model_name=gan --rest_api_port=8501 --model_base_path=THE_DIRECTORY_ABOVE
+curl localhost:8501/v1/models/gan:predict -d '{{"signature_name": "png", "inputs": {{{label}\
+"seed": [1, 2], "z": [[]], "truncation_psi": [0.7], "noise_mode": ["const"]}}}}'
+```
+
+Servers that know a signature's defaults do without what has one. In the row format
+(`"instances"`), and with a server that makes batches, give every input a row for each image.
+"""
+
+_SEEDS = """\
+Inputs have one row for each image, or one for all; the number of images is free.
+
+Seed n draws another latent than in `trainer.generate`, where it is NumPy's
+`np.random.RandomState(n).randn(1, {z_dim})`: for the same image, pass that as `z`.
+"""
+
+
+def _kimg(training: Mapping[str, Any]) -> str:
+    return f"{training['kimg']:g} thousand images (step {training['step']})"
+
+
+def _classes(data: Mapping[str, Any]) -> str:
+    names, count = data["label_names"], len(data["label_counts"])
+    if not count:
+        return "no classes"
+    shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+    return f"{count} classes" + (f" ({shown})" if shown else "")
+
+
+def _signatures(signatures: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for name, signature in signatures.items():
+        lines += [f"### {name}\n", "| | type | shape | |", "|---|---|---|---|"]
+        for way, sign in (("inputs", ""), ("outputs", "-> ")):
+            for key, spec in signature[way].items():
+                dtype, shape = spec["dtype"], _shape(spec["shape"])
+                meaning = _MEANINGS.get(key) or _MEANINGS[f"{dtype} {key}"]
+                lines.append(f"| {sign}`{key}` | {dtype} | {shape} | {meaning} |")
+        lines.append("")
+    return lines
+
+
+def _shape(sizes: Sequence[int | None]) -> str:
+    """The first is the number of images; another that is free is that of latents, or 0."""
+    free = ["N"] + ["z_dim or 0"] * (len(sizes) - 1)
+    named = [name if size is None else str(size) for name, size in zip(free, sizes, strict=True)]
+    return f"[{', '.join(named)}]"
+
+
+def _export(how: Mapping[str, Any]) -> str:
+    check = how["check"]
+    compiled = (
+        "" if how["jit"] == "off" else f", compiled by XLA with the formulas for {how['jit']}"
+    )
+    return (
+        f"Exported {how['time']} by trainer {how['trainer']} with TensorFlow {how['tensorflow']}, "
+        f"computing in {how['precision']}{compiled}. Loaded in a process without the trainer, its "
+        f"pixels were at most {check['max_difference']} and on average "
+        f"{check['mean_difference']:.3g} of 255 from those of `trainer.generate`.\n"
+    )
+
+
+def _data(data: Mapping[str, Any]) -> str:
+    lines = [
+        f"- path: `{data['path']}`",
+        f"- fingerprint: `{data['fingerprint']}`",
+        f"- licence: {data['licence'] or 'not given'}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _metrics(found: list[dict[str, Any]]) -> str:
+    if not found:
+        return "None is known.\n"
+    lines = ["| | | at kimg |", "|---|---|---|"]
+    for entry in found:
+        lines += [f"| {k} | {v:g} | {entry['kimg']:g} |" for k, v in entry["results"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def write(folder: str, card: Mapping[str, Any], *, name: str) -> None:
+    """Writes both cards into a SavedModel; the one for programs, `name`, lists all other files."""
+    storage.write_text_atomic(storage.join(folder, TEXT), text(card))
+    files = {file: storage.digest(storage.join(folder, file)) for file in storage.walk(folder)}
+    listed = {file: {"bytes": d.bytes, "crc32c": d.crc32c} for file, d in sorted(files.items())}
+    document = json.dumps({**card, "files": listed}, indent=1)
+    storage.write_text_atomic(storage.join(folder, name), document)
