@@ -1,0 +1,302 @@
+"""A Vertex AI of our own: takes custom jobs over REST, and runs their replicas as processes here.
+
+Requests are checked against Google's description of the interface. A replica gets the environment
+that Vertex AI sets and the image's entry point; one that ends with another code than 0 is started
+again on the spot, up to five times, together with all others if the job asks for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.server
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from tests.vertex import discovery
+
+ROOT = pathlib.Path(__file__).parents[2]
+RESTARTS = 5  # of each replica, as Vertex AI
+_POLL_SEC = 0.05
+_ENTRY_POINT = [sys.executable, "-m", "trainer.task"]
+_JOBS = re.compile(r"/v1/(projects/([\w-]+)/locations/[\w-]+/customJobs)(?:/(\d+))?(:cancel)?")
+
+
+class Replica:
+    """One process of a job.
+
+    Attributes:
+      name: workerpool0-0.
+      restarts: how often it was started again.
+      codes: with which it ended.
+    """
+
+    def __init__(self, name: str, command: list[str], env: Mapping[str, str], log: pathlib.Path):
+        self.name, self.restarts = name, 0
+        self.codes: list[int] = []
+        self._command, self._env, self.log = command, dict(env), log
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                self._command, cwd=ROOT, env=self._env, stdout=log, stderr=subprocess.STDOUT
+            )
+
+    def poll(self) -> int | None:
+        """Its code once it has ended."""
+        assert self.process is not None
+        return self.process.poll()
+
+    def end(self, number: int = signal.SIGTERM, patience: float = 40) -> None:
+        """Ends it as Vertex AI does: with a signal, and after a while with force."""
+        if self.process is None or self.process.poll() is not None:
+            return
+        self.process.send_signal(number)
+        try:
+            self.process.wait(patience)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+class RunningJob:
+    """A job and what runs for it."""
+
+    def __init__(
+        self, document: dict[str, Any], environment: Mapping[str, str], folder: pathlib.Path
+    ):
+        self.document = document
+        self._together = (
+            document["jobSpec"].get("scheduling", {}).get("restartJobOnWorkerRestart", False)
+        )
+        self.replicas = list(_replicas(document, environment, folder))
+        self._stop = threading.Event()
+        self.lock = threading.Lock()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    @property
+    def state(self) -> str:
+        return str(self.document["state"])
+
+    def wait(self, seconds: float) -> str:
+        """Its state when it has ended."""
+        self._thread.join(seconds)
+        return self.state
+
+    def preempt(self) -> None:
+        """Takes all machines away, as Spot VMs are: SIGTERM, and 30 seconds."""
+        with self.lock:
+            for replica in self.replicas:
+                if replica.process and replica.process.poll() is None:
+                    replica.process.send_signal(signal.SIGTERM)
+
+    def cancel(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        for replica in self.replicas:
+            replica.start()
+        self.document["state"] = "JOB_STATE_RUNNING"
+        try:
+            self.document["state"] = self._watch()
+        finally:
+            for replica in self.replicas:
+                replica.end()
+
+    def _watch(self) -> str:
+        while not self._stop.is_set():
+            time.sleep(_POLL_SEC)
+            codes = [replica.poll() for replica in self.replicas]
+            if all(code == 0 for code in codes):
+                return "JOB_STATE_SUCCEEDED"
+            for replica, code in zip(self.replicas, codes, strict=True):
+                if code:
+                    replica.codes.append(code)
+                    if replica.restarts >= RESTARTS:
+                        self.document["error"] = {
+                            "code": 3,
+                            "message": f"The replica {replica.name} exited with a non-zero status "
+                            f"of {code}. To find out more about why your job exited please check "
+                            "the logs.",
+                        }
+                        return "JOB_STATE_FAILED"
+                    self._restart(replica)
+                    break
+        return "JOB_STATE_CANCELLED"
+
+    def _restart(self, failed: Replica) -> None:
+        with self.lock:
+            failed.restarts += 1
+            again = self.replicas if self._together else [failed]
+            for replica in again:
+                replica.end()
+            for replica in again:
+                replica.start()
+
+
+def _replicas(
+    document: dict[str, Any], environment: Mapping[str, str], folder: pathlib.Path
+) -> list[Replica]:
+    """The processes of a job with their environments."""
+    spec = document["jobSpec"]
+    pools = spec["workerPoolSpecs"]
+    counts = [int(pool.get("replicaCount", 1)) for pool in pools]
+    ports = iter(_free_ports(sum(counts)))
+    hosts = [[f"localhost:{next(ports)}" for _ in range(count)] for count in counts]
+    base = spec["baseOutputDirectory"]["outputUriPrefix"].rstrip("/")
+    number = document["name"].rpartition("/")[2]
+    common = {
+        "AIP_CHECKPOINT_DIR": f"{base}/checkpoints/",
+        "AIP_MODEL_DIR": f"{base}/model/",
+        "AIP_TENSORBOARD_LOG_DIR": f"{base}/logs/",
+        "CLOUD_ML_JOB_ID": number,
+        "CLOUD_ML_PROJECT_ID": document["name"].split("/")[1],
+    }
+    found = []
+    for pool_number, pool in enumerate(pools):
+        for index in range(counts[pool_number]):
+            task = {"type": f"workerpool{pool_number}", "index": index, "trial": ""}
+            cluster = {f"workerpool{i}": each for i, each in enumerate(hosts)}
+            variables = common | {
+                "CLUSTER_SPEC": json.dumps(
+                    {"cluster": cluster, "environment": "cloud", "task": task, "job": "{}"}
+                )
+            }
+            if len(pools) > 1:
+                jobs = dict(zip(("chief", "worker"), hosts, strict=False))
+                kind = ("chief", "worker")[pool_number]
+                variables["TF_CONFIG"] = json.dumps(
+                    {"cluster": jobs, "task": {"type": kind, "index": index}}
+                )
+            container = pool.get("containerSpec") or pool["pythonPackageSpec"]
+            variables |= {pair["name"]: pair["value"] for pair in container.get("env", [])}
+            name = f"workerpool{pool_number}-{index}"
+            log = folder / f"{number}-{name}.log"
+            command = [*_ENTRY_POINT, *container.get("args", [])]
+            found.append(Replica(name, command, dict(environment) | variables, log))
+    return found
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("localhost", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+class Vertex:
+    """The service, while the context is open.
+
+    Args:
+      folder: for the replicas' logs.
+      environment: of the replicas, beside what Vertex AI sets.
+      run: whether jobs run; else they stay as they are put.
+    """
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        environment: Mapping[str, str] | None = None,
+        *,
+        run: bool = True,
+    ) -> None:
+        self.folder, self.environment = folder, dict(environment or os.environ)
+        self.runs = run
+        self.documents: dict[str, dict[str, Any]] = {}
+        self.jobs: dict[str, RunningJob] = {}
+        self.requests: list[dict[str, Any]] = []
+        self.refuse: tuple[int, str] | None = None
+        vertex = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self._answer(*vertex.get(self.path))
+
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                self._answer(*vertex.post(self.path, json.loads(body or b"{}")))
+
+            def _answer(self, code: int, document: dict[str, Any]) -> None:
+                data = json.dumps(document).encode()
+                self.send_response(code)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = http.server.ThreadingHTTPServer(("localhost", 0), Handler)
+        self.endpoint = f"http://localhost:{self._server.server_address[1]}"
+
+    def __enter__(self) -> Vertex:
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for job in self.jobs.values():
+            job.cancel()
+        self._server.shutdown()
+        self._server.server_close()
+
+    def get(self, path: str) -> tuple[int, dict[str, Any]]:
+        """A job."""
+        name = path.partition("?")[0].removeprefix("/v1/")
+        if name in self.documents:
+            return 200, self.documents[name]
+        return _error(404, f"{name} was not found", "NOT_FOUND")
+
+    def post(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        """A new job, or the end of one."""
+        found = _JOBS.fullmatch(path.partition("?")[0])
+        if not found:
+            return _error(404, f"no such method: {path}", "NOT_FOUND")
+        if found[4]:
+            self.jobs[f"{found[1]}/{found[3]}"].cancel()
+            return 200, {}
+        if self.refuse:
+            return _error(*self.refuse, "REFUSED")
+        body = _with_names(body)
+        problems = discovery.problems(body)
+        if problems:
+            return _error(400, "; ".join(problems), "INVALID_ARGUMENT")
+        self.requests.append(body)
+        name = f"{found[1]}/{len(self.requests)}"
+        document = json.loads(json.dumps(body)) | {"name": name, "state": "JOB_STATE_PENDING"}
+        self.documents[name] = document
+        if self.runs:
+            self.jobs[name] = RunningJob(document, self.environment, self.folder)
+        return 200, document
+
+
+def _with_names(body: dict[str, Any]) -> dict[str, Any]:
+    """A request with names where Google's Python client sends the numbers of an enumeration."""
+    from google.cloud import aiplatform_v1
+
+    for pool in body.get("jobSpec", {}).get("workerPoolSpecs", []):
+        machine = pool.get("machineSpec", {})
+        kind = machine.get("acceleratorType")
+        if isinstance(kind, int):
+            machine["acceleratorType"] = aiplatform_v1.AcceleratorType(kind).name
+    scheduling = body.get("jobSpec", {}).get("scheduling", {})
+    if isinstance(scheduling.get("strategy"), int):
+        scheduling["strategy"] = aiplatform_v1.Scheduling.Strategy(scheduling["strategy"]).name
+    return body
+
+
+def _error(code: int, message: str, status: str) -> tuple[int, dict[str, Any]]:
+    return code, {"error": {"code": code, "message": message, "status": status}}

@@ -1,0 +1,251 @@
+"""What is sent to Vertex AI: valid by its own description, for every preset on every target."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+
+import pytest
+import yaml
+
+from tests.vertex import discovery
+from trainer.core import config as config_lib
+from trainer.core.config import Config
+from trainer.core.errors import ConfigError
+from trainer.vertex import jobs, targets
+
+IMAGE = f"us-docker.pkg.dev/project/repo/gpu@sha256:{'0' * 64}"
+PRESETS = {
+    "auto": 256,
+    "cifar": 32,
+    "emoji64": 64,
+    "paper256": 256,
+    "paper512": 512,
+    "paper1024": 1024,
+    "smoke": 32,
+    "stylegan2": 1024,
+}
+SPLIT = ("a100x16=2x8", "a100x32=4x8", "t4x8=2x4", "l4x16=2x8", "cpux2=2x1", "cpux4=4x1")
+
+
+@functools.cache
+def preset(name: str) -> Config:
+    return config_lib.load(f"configs/{name}.yaml", ["data.path=gs://bucket/data"])
+
+
+def request(name: str, target: str, **others: object) -> jobs.Request:
+    size = PRESETS[name]
+    fields = {
+        "config": preset(name),
+        "config_name": name,
+        "shape": jobs.Shape((size, size)),
+        "target": targets.parse(target),
+        "workdir": "gs://bucket/runs/a",
+        "image": IMAGE,
+        "spot": targets.parse(target).spot_only,
+    }
+    return jobs.Request(**(fields | others))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_on_every_target(name: str) -> None:
+    """A valid job, or one line that says why not and what would fit, which then does."""
+    fitted = 0
+    for target in (*targets.names(), *SPLIT):
+        asked = request(name, target)
+        try:
+            found = jobs.plan(asked.config, asked.shape, asked.target)
+        except ConfigError as error:
+            _check_refusal(asked, str(error))
+            continue
+        fitted += 1
+        assert found.arithmetic.num_replicas == asked.target.devices
+        assert discovery.problems(jobs.build(asked)) == []
+        rows = dict(jobs.facts(asked, found, None))
+        assert {"target", "batch", "memory", "cost", "time", "quota"} <= set(rows)
+    assert fitted >= 3
+
+
+def _check_refusal(asked: jobs.Request, message: str) -> None:
+    assert message.startswith(f"--target={asked.target.name}: ")
+    assert "\n" not in message and len(message) < 400
+    why, _, remedy = message.rpartition("; it fits ")
+    assert why, message
+    overrides = re.findall(r"--set=(\S+)", remedy)
+    names = re.match(r"on ([^;]*)", remedy)
+    if overrides:
+        changed = config_lib.load(f"configs/{asked.config_name}.yaml", overrides)
+        jobs.plan(changed, asked.shape, asked.target)
+    else:
+        assert names, message
+        for target in names[1].split(", "):
+            jobs.plan(asked.config, asked.shape, targets.parse(target))
+
+
+def test_every_preset_there_is_was_tried() -> None:
+    import pathlib
+
+    assert set(PRESETS) == {path.stem for path in pathlib.Path("configs").glob("*.yaml")}
+
+
+def test_one_machine() -> None:
+    job = jobs.build(request("stylegan2", "a100x8", service_account="a@b.iam.gserviceaccount.com"))
+    spec = job["jobSpec"]
+    (pool,) = spec["workerPoolSpecs"]
+    assert pool["replicaCount"] == "1"
+    assert pool["machineSpec"] == {
+        "machineType": "a2-highgpu-8g",
+        "acceleratorType": "NVIDIA_TESLA_A100",
+        "acceleratorCount": 8,
+    }
+    assert spec["scheduling"] == {
+        "timeout": "604800s",
+        "restartJobOnWorkerRestart": False,
+        "strategy": "STANDARD",
+    }
+    assert spec["baseOutputDirectory"] == {"outputUriPrefix": "gs://bucket/runs/a"}
+    assert spec["serviceAccount"] == "a@b.iam.gserviceaccount.com"
+    assert "network" not in spec and "tensorboard" not in spec
+    assert "--strategy=mirrored" in pool["containerSpec"]["args"]
+    assert "--max_run_hours=167" in pool["containerSpec"]["args"]
+    assert job["displayName"] == "stylegan2-a100x8"
+    assert job["labels"]["config"] == "stylegan2"
+
+
+def test_several_machines() -> None:
+    """One chief and the others as workers, all with the same code, restarted together."""
+    job = jobs.build(request("auto", "a100x16=2x8"))
+    chief, workers = job["jobSpec"]["workerPoolSpecs"]
+    assert (chief["replicaCount"], workers["replicaCount"]) == ("1", "1")
+    assert chief["containerSpec"] == workers["containerSpec"]
+    assert job["jobSpec"]["scheduling"]["restartJobOnWorkerRestart"] is True
+    assert "--strategy=multi_worker" in chief["containerSpec"]["args"]
+    four = jobs.build(request("auto", "cpux4=4x1"))["jobSpec"]["workerPoolSpecs"]
+    assert [pool["replicaCount"] for pool in four] == ["1", "3"]
+
+
+@pytest.mark.parametrize(
+    ("target", "machine", "runtime"),
+    [
+        ("v5e-8", {"machineType": "ct5lp-hightpu-8t", "tpuTopology": "2x4"}, True),
+        (
+            "v3-8",
+            {"machineType": "cloud-tpu", "acceleratorType": "TPU_V3", "acceleratorCount": 8},
+            False,
+        ),
+    ],
+)
+def test_a_tpu(target: str, machine: dict[str, object], runtime: bool) -> None:
+    (pool,) = jobs.build(request("auto", target))["jobSpec"]["workerPoolSpecs"]
+    assert pool["machineSpec"] == machine
+    environment = {pair["name"]: pair["value"] for pair in pool["containerSpec"]["env"]}
+    assert environment["TRAINER_IMAGE"] == IMAGE
+    assert ("TF_PLUGGABLE_DEVICE_LIBRARY_PATH" in environment) == runtime
+    assert "--strategy=tpu" in pool["containerSpec"]["args"]
+    assert pool["containerSpec"]["args"][0].startswith("--config=")
+
+
+def test_a_pod_runs_what_it_is_given_and_is_warned_of() -> None:
+    """The image for pods has an entry point that takes a command, not flags."""
+    config = config_lib.load(
+        "configs/auto.yaml", ["data.path=gs://bucket/data", "training.batch_size=128"]
+    )
+    asked = request("auto", "v3-32", config=config)
+    args = jobs.build(asked)["jobSpec"]["workerPoolSpecs"][0]["containerSpec"]["args"]
+    assert args[:4] == ["python3", "-m", "trainer.task", f"--config={asked.config_path}"]
+    plan = jobs.plan(asked.config, asked.shape, asked.target)
+    assert any("never tried" in text for text in plan.warnings)
+
+
+def test_the_package_route() -> None:
+    asked = request(
+        "auto", "l4x1", image="", package="gs://bucket/dist/trainer.tar.gz", region="europe-west4"
+    )
+    (pool,) = jobs.build(asked)["jobSpec"]["workerPoolSpecs"]
+    assert "containerSpec" not in pool
+    package = pool["pythonPackageSpec"]
+    assert package["pythonModule"] == "trainer.task"
+    assert package["packageUris"] == ["gs://bucket/dist/trainer.tar.gz"]
+    assert package["executorImageUri"].startswith("europe-docker.pkg.dev/vertex-ai/training/tf-gpu")
+    assert discovery.problems(jobs.build(asked)) == []
+
+
+def test_the_trainer_stops_before_vertex_does() -> None:
+    config = config_lib.load(
+        "configs/auto.yaml", ["data.path=gs://bucket/data", "run.max_hours=10"]
+    )
+    asked = request("auto", "a100x8", config=config)
+    spec = jobs.build(asked)["jobSpec"]
+    assert spec["scheduling"]["timeout"] == "39600s"
+    assert "--max_run_hours=10" in spec["workerPoolSpecs"][0]["containerSpec"]["args"]
+
+
+def test_spot() -> None:
+    asked = request("auto", "a100x8", spot=True)
+    assert jobs.build(asked)["jobSpec"]["scheduling"]["strategy"] == "SPOT"
+    rows = dict(jobs.facts(asked, jobs.plan(asked.config, asked.shape, asked.target), None))
+    assert "custom_model_training_preemptible_nvidia_a100_gpus" in rows["quota"]
+
+
+def test_shards_must_divide_over_machines() -> None:
+    asked = request("auto", "a100x16=2x8", shape=jobs.Shape((256, 256), shards=7))
+    with pytest.raises(ConfigError, match="7 shards don't divide over 2 machines"):
+        jobs.plan(asked.config, asked.shape, asked.target)
+
+
+def test_cost() -> None:
+    """10 s/kimg on 8 GPUs: 1,000 kimg take 10,000 s on each, 25,000 kimg 69.4 hours."""
+    asked = request("stylegan2", "a100x8")
+    plan = jobs.plan(asked.config, asked.shape, asked.target)
+    rows = dict(jobs.facts(asked, plan, 10.0))
+    assert rows["cost"] == "22.2 A100 GPU hours for each 1,000 kimg, at 10 s/kimg"
+    assert rows["run"] == "25,000 kimg take 69.4 h, 556 A100 GPU hours, in 1 job"
+    assert dict(jobs.facts(asked, plan, 50.0))["run"].endswith("in 3 jobs")
+    assert dict(jobs.facts(asked, plan, None))["cost"].startswith("not known")
+
+
+def test_speed_from_the_head_of_a_config() -> None:
+    head = (
+        "# A preset.\n#\n# s/kimg     12.5 on a100x8, 9 on v5e-8\n\nrun: {}\n# s/kimg 1 on l4x1\n"
+    )
+    assert jobs.known_speed(head, targets.parse("a100x8")) == 12.5
+    assert jobs.known_speed(head, targets.parse("v5e-8")) == 9
+    assert jobs.known_speed(head, targets.parse("a100x1")) is None
+    assert jobs.known_speed(head, targets.parse("l4x1")) is None
+
+
+def test_the_jobs_config_is_the_one_that_was_checked() -> None:
+    asked = request("paper256", "a100x8")
+    document = yaml.safe_load(asked.config_text)
+    assert config_lib.from_dict(document) == asked.config
+    other = dataclasses.replace(asked, config=preset("auto"))
+    assert asked.config_path != other.config_path
+    assert asked.config_path in " ".join(jobs.arguments(asked))
+
+
+def test_yaml_and_json_say_the_same() -> None:
+    job = jobs.build(request("auto", "v5e-8"))
+    assert yaml.safe_load(jobs.to_yaml(job)) == job["jobSpec"]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"displayName": ""}, "CustomJob.displayName is missing"),
+        ({"jobSpecs": {}}, "CustomJob has no field jobSpecs"),
+        ({"state": "JOB_STATE_RUNNING"}, "CustomJob.state is for output only"),
+        ({"jobSpec": {"workerPoolSpecs": [{"replicaCount": 1}]}}, "replicaCount = 1 is no string"),
+        (
+            {"jobSpec": {"workerPoolSpecs": [{}], "scheduling": {"timeout": "7d"}}},
+            "timeout = '7d' is no google-duration",
+        ),
+        (
+            {"jobSpec": {"workerPoolSpecs": [{}], "scheduling": {"strategy": "CHEAP"}}},
+            "strategy = 'CHEAP' is none of",
+        ),
+    ],
+)
+def test_a_planted_mistake_is_found(change: dict[str, object], expected: str) -> None:
+    found = discovery.problems(jobs.build(request("auto", "a100x8")) | change)
+    assert any(expected in text for text in found), found

@@ -1,0 +1,105 @@
+"""A job from submission to its end: two workers, preempted, and none the worse for it."""
+
+from __future__ import annotations
+
+import pathlib
+import time
+
+import numpy as np
+import pytest
+from absl import flags as absl_flags
+
+from tests.gcs.fixture import Gcs
+from tests.vertex.fake import RunningJob, Vertex
+from trainer import submit
+from trainer.core import storage
+from trainer.training import checkpoint
+
+STEPS, EVERY, BATCH = 12, 2, 16
+SETTINGS = [
+    "run.jit=off",
+    "run.deterministic=true",
+    "model.channel_max=8",
+    f"training.total_kimg={STEPS * BATCH / 1000}",
+    f"checkpoint.every_steps={EVERY}",
+    "telemetry.tick_kimg=0.064",
+]
+IMAGE = f"us-docker.pkg.dev/project/repo/gpu@sha256:{'0' * 64}"
+LIMIT = 1200.0
+
+
+@pytest.fixture
+def submitted(gcs: Gcs, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> object:
+    """Submits a job of two workers for a workdir, by the command and the real client."""
+    with Vertex(tmp_path, gcs.environment()) as vertex:
+
+        def start(workdir: str) -> RunningJob:
+            values = absl_flags.FlagValues()
+            submit.define_flags(values)
+            flags = [
+                "--config=configs/smoke.yaml",
+                "--target=cpux2=2x1",
+                f"--image={IMAGE}",
+                f"--workdir={workdir}",
+                "--project=pay",
+                f"--endpoint={vertex.endpoint}",
+                *(f"--set={setting}" for setting in SETTINGS),
+            ]
+            rest = values(["submit", *flags])
+            monkeypatch.setattr(submit, "FLAGS", values)
+            submit.main(rest)
+            return list(vertex.jobs.values())[-1]
+
+        yield start
+
+
+def logs(job: RunningJob) -> str:
+    return "\n".join(f"== {each.name}\n{each.log.read_text()}" for each in job.replicas)
+
+
+def wait_for_checkpoint(job: RunningJob, workdir: str) -> None:
+    """Until there is one besides that of the start."""
+    folder, end = storage.join(workdir, "checkpoints"), time.monotonic() + LIMIT
+    while time.monotonic() < end:
+        assert job.state in ("JOB_STATE_PENDING", "JOB_STATE_RUNNING"), logs(job)
+        if storage.isdir(folder):
+            found, _ = checkpoint.newest(workdir)
+            if found is not None and 0 < found.step < STEPS:
+                return
+        time.sleep(0.1)
+    raise AssertionError(f"no checkpoint\n{logs(job)}")
+
+
+def parameters(workdir: str) -> dict[str, np.ndarray]:
+    found, _ = checkpoint.newest(workdir)
+    assert found is not None and found.step == STEPS
+    return {
+        f"{network}/{name}": value
+        for network in ("G", "D", "G_ema")
+        for name, value in checkpoint.read_parameters(found, network).items()
+    }
+
+
+@pytest.mark.slow
+def test_a_preempted_job_ends_like_an_undisturbed_one(submitted: object, gcs: Gcs) -> None:
+    preempted, undisturbed = f"{gcs.url}/runs/preempted", f"{gcs.url}/runs/undisturbed"
+    job = submitted(preempted)
+    wait_for_checkpoint(job, preempted)
+    job.preempt()
+    assert job.wait(LIMIT) == "JOB_STATE_SUCCEEDED", logs(job)
+    codes = [code for each in job.replicas for code in each.codes]
+    assert codes and set(codes) == {75}, logs(job)
+    assert sum(each.restarts for each in job.replicas) == 1
+    chief = job.replicas[0].log.read_text()
+    assert "resuming from" in chief
+    assert f"workdir {preempted} (--workdir)" in chief
+    assert f"vertex    job 1, project pay, image {IMAGE}" in chief
+
+    other = submitted(undisturbed)
+    assert other.wait(LIMIT) == "JOB_STATE_SUCCEEDED", logs(other)
+    assert all(each.codes == [] for each in other.replicas)
+    expected = parameters(undisturbed)
+    found = parameters(preempted)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)

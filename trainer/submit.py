@@ -1,0 +1,347 @@
+"""Runs a config on Vertex AI: `python -m trainer.submit --config=... --target=a100x8 --image=...`.
+
+    python -m trainer.submit --config=C --target=T --image=I --data=gs://D --workdir=gs://W
+    python -m trainer.submit ... --dry_run        prints the job, and starts nothing
+    python -m trainer.submit resume JOB|WORKDIR   starts a job that ended with 75 again
+    python -m trainer.submit watch JOB|WORKDIR    follows a job and its run
+
+Targets: a100x1 a100x8 a100x16=2x8 a100-80x8 h100x8 l4x1 v100x8 t4x1, v5e-8 v3-8 v2-8 v3-32, cpux1.
+JOB is a job's full name or its number, WORKDIR the run's gs:// directory.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+import re
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import flags as absl_flags
+
+from trainer.core import config as config_lib
+from trainer.core import flags, storage
+from trainer.core.config import Config
+from trainer.core.errors import DataError, StorageError, UsageError
+from trainer.data import manifest as manifest_lib
+from trainer.vertex import jobs, service, targets
+
+FLAGS = absl_flags.FLAGS
+
+_RECORD = "job.json"
+
+
+def define_flags(values: absl_flags.FlagValues = FLAGS) -> None:
+    """The command's flags."""
+    text = functools.partial(absl_flags.DEFINE_string, flag_values=values)
+    several = functools.partial(absl_flags.DEFINE_multi_string, flag_values=values)
+    real = functools.partial(absl_flags.DEFINE_float, flag_values=values)
+    yes = functools.partial(absl_flags.DEFINE_boolean, flag_values=values)
+    text("config", None, "YAML preset or config, local or gs://.")
+    several("set", [], "section.key=value, overrides the config; may be repeated.")
+    text("target", None, "Where to run: a100x8, a100x16=2x8, v5e-8, ...")
+    text("image", None, "Container image, with its digest.")
+    text("package", None, "Instead of --image: source distribution for Vertex AI's container.")
+    text("data", None, "gs:// directory of the converted data set; overrides data.path.")
+    text("workdir", None, "gs:// directory of the run.")
+    text("resolution", None, "Of the images, 256 or WIDTHxHEIGHT, instead of asking --data.")
+    yes("spot", False, "Take Spot VMs: far cheaper, and taken away at any time.")
+    real("max_run_hours", None, "Save and stop with 75 after so many hours; at most 167.")
+    real("sec_per_kimg", None, "Measured seconds for 1000 images, for the cost.", 1e-6)
+    text("project", "", "Google Cloud project; that of your credentials by default.")
+    text("region", "us-central1", "Where to run; best where the data are.")
+    text("display_name", "", "Of the job; CONFIG-TARGET by default.")
+    text("service_account", "", "In whose name the job runs.")
+    text("network", "", "projects/NUMBER/global/networks/NAME to peer with.")
+    text("tensorboard", "", "Vertex AI TensorBoard instance that gets the events.")
+    several("labels", [], "KEY=VALUE for bills and searches; may be repeated.")
+    several("env", [], "NAME=VALUE for the container; may be repeated.")
+    text("endpoint", "", "Address of Vertex AI, for private networks.")
+    yes("dry_run", False, "Print the job as JSON, YAML and gcloud command, and start nothing.")
+    text("out", None, "With --dry_run: directory for job.json, job.yaml and config.yaml.")
+    real("poll_sec", 30.0, "watch: seconds between two looks.", 0.1)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Does what the first word names; without one, submits."""
+    words = list(argv[1:])
+    if not words:
+        submit()
+        return
+    actions: dict[str, Callable[[str], None]] = {"resume": resume, "watch": watch}
+    if words[0] not in actions:
+        close = difflib.get_close_matches(words[0], actions, n=1)
+        hint = f"did you mean {close[0]}?" if close else "give resume, watch, or only flags"
+        raise UsageError(f"{words[0]!r} is nothing to do; {hint}")
+    if len(words) != 2:
+        raise UsageError(f"{words[0]} what? Give a job's name or number, or its run's workdir")
+    actions[words[0]](words[1])
+
+
+# ------------------------------------------------------------------------------------ submit
+
+
+def submit() -> None:
+    """Starts the job that the flags describe, or prints it."""
+    request, speed = _request()
+    found = jobs.plan(request.config, request.shape, request.target)
+    job = jobs.build(request)
+    _print_rows(jobs.facts(request, found, speed))
+    if FLAGS.dry_run:
+        _print_job(request, job)
+        return
+    client = service.Service(request.project, request.region, FLAGS.endpoint)
+    _check_free(request.workdir, client)
+    storage.write_text_atomic(request.config_path, request.config_text)
+    if request.package_path != request.package:
+        storage.upload(request.package, request.package_path)
+    _start(client, job, request.workdir)
+
+
+def _request() -> tuple[jobs.Request, float | None]:
+    """What is asked for, and the target's speed if it is known."""
+    missing = [name for name in ("config", "target", "workdir") if not FLAGS[name].value]
+    if missing:
+        flags_text = " and ".join(f"--{name}" for name in missing)
+        raise UsageError(f"{flags_text} {'is' if len(missing) == 1 else 'are'} needed; see --help")
+    if FLAGS.out and not FLAGS.dry_run:
+        raise UsageError("--out goes with --dry_run, which starts nothing")
+    target = targets.parse(FLAGS.target)
+    config = _config()
+    request = jobs.Request(
+        config=config,
+        config_name=_stem(FLAGS.config),
+        shape=_shape(config),
+        target=target,
+        workdir=storage.resolve(FLAGS.workdir).rstrip("/"),
+        image=FLAGS.image or "",
+        package=FLAGS.package or "",
+        region=FLAGS.region,
+        project=FLAGS.project,
+        display_name=FLAGS.display_name,
+        service_account=FLAGS.service_account,
+        network=FLAGS.network,
+        tensorboard=FLAGS.tensorboard,
+        labels=_pairs("labels"),
+        env=_pairs("env"),
+        spot=FLAGS.spot,
+    )
+    speed = FLAGS.sec_per_kimg
+    if speed is None and not FLAGS.set:
+        speed = jobs.known_speed(storage.read_text(storage.resolve(FLAGS.config)), target)
+    return request, speed
+
+
+def _config() -> Config:
+    overrides = list(FLAGS.set)
+    if FLAGS.data:
+        overrides.append(f"data.path={FLAGS.data}")
+    if FLAGS.max_run_hours is not None:
+        overrides.append(f"run.max_hours={FLAGS.max_run_hours}")
+    return config_lib.load(FLAGS.config, overrides)
+
+
+def _stem(path: str) -> str:
+    return path.rpartition("/")[2].rpartition(".")[0] or "run"
+
+
+def _shape(config: Config) -> jobs.Shape:
+    """Of the data set: of --resolution, or read from the data set's manifest."""
+    if FLAGS.resolution:
+        found = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", FLAGS.resolution)
+        if not found:
+            raise UsageError(
+                f"--resolution={FLAGS.resolution} is neither a size, as 256, nor WIDTHxHEIGHT"
+            )
+        return jobs.Shape((int(found[2] or found[1]), int(found[1])))
+    if not config.data.path:
+        raise UsageError("no data set: give --data, the gs:// directory that trainer.convert wrote")
+    try:
+        manifest = manifest_lib.load(storage.resolve(config.data.path))
+    except StorageError as error:
+        raise DataError(f"{error}; or give --resolution, and the data set isn't asked") from None
+    return jobs.Shape(
+        manifest.resolution,
+        manifest.channels,
+        len(manifest.condition_counts(config.data.use_labels)),
+        len(manifest.shards),
+    )
+
+
+def _pairs(flag: str) -> dict[str, str]:
+    found = {}
+    for text in FLAGS[flag].value:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError(f"--{flag}={text}: expected KEY=VALUE")
+        if key in found:
+            raise UsageError(f"--{flag}={text}: {key} is given twice")
+        found[key] = value
+    return found
+
+
+def _print_job(request: jobs.Request, job: dict[str, Any]) -> None:
+    files = {
+        "job.json": jobs.to_json(job),
+        "job.yaml": jobs.to_yaml(job),
+        "config.yaml": request.config_text,
+    }
+    folder = storage.resolve(FLAGS.out or ".")
+    if FLAGS.out:
+        storage.makedirs(folder)
+        for name, content in files.items():
+            storage.write_text_atomic(storage.join(folder, name), content)
+    for name, content in files.items():
+        print(f"\n# {name}\n{content}", end="")
+    print("\n# The same with gcloud, from these files:")
+    print("\n".join(jobs.commands(request, job, folder)))
+
+
+def _check_free(workdir: str, client: service.Service) -> None:
+    """Refuses a second job on a workdir: they would wait for each other's lease, and cost."""
+    record = _record(workdir)
+    if record is None:
+        return
+    running = client.get(record["name"])
+    if not running.has_ended:
+        raise UsageError(
+            f"{running.name} is {running.state} in {workdir}; `watch` or cancel it, or take "
+            "another --workdir"
+        )
+
+
+def _start(client: service.Service, job: dict[str, Any], workdir: str) -> None:
+    started = client.create(job)
+    record = {"name": started.name, "endpoint": FLAGS.endpoint, "job": job}
+    storage.write_text_atomic(
+        storage.join(workdir, jobs.FOLDER, _RECORD), json.dumps(record, indent=2) + "\n"
+    )
+    print(f"started {started.name}")
+    print(f"follow it with: python -m trainer.submit watch {workdir}", flush=True)
+
+
+# ------------------------------------------------------------------------------------ resume
+
+
+def resume(name: str) -> None:
+    """Starts a job again whose run isn't finished."""
+    client, job = _find(name)
+    if not job.has_ended:
+        raise UsageError(f"{job.name} is {job.state}: there is nothing to resume; `watch` it")
+    if job.state == "JOB_STATE_SUCCEEDED":
+        raise UsageError(f"{job.name} has finished its run: there is nothing to resume")
+    if job.exit_code in service.HOPELESS:
+        raise UsageError(
+            f"{job.name} ended with code {job.exit_code}: {service.HOPELESS[job.exit_code]}; put "
+            "that right and submit anew with the same --workdir, which goes on from its checkpoint"
+        )
+    fields = {"displayName", "labels", "jobSpec", "encryptionSpec"}
+    again = {key: value for key, value in job.document.items() if key in fields}
+    _print_rows([("resume", f"{job.name} ({job.state}): {job.error or 'no error is told'}")])
+    _start(client, again, job.workdir)
+
+
+def _record(workdir: str) -> dict[str, Any] | None:
+    """What the newest job of a workdir was made from, if there is any."""
+    path = storage.join(workdir, jobs.FOLDER, _RECORD)
+    if not storage.exists(path):
+        return None
+    try:
+        record: dict[str, Any] = json.loads(storage.read_text(path))
+        record["name"]
+    except (ValueError, TypeError, KeyError):
+        raise UsageError(f"{path} is no record of a job; give the job's name") from None
+    return record
+
+
+def _find(name: str) -> tuple[service.Service, service.Job]:
+    """The job of a name, of a number, or the newest of a workdir."""
+    endpoint, project = FLAGS.endpoint, FLAGS.project
+    if not name.startswith("projects/") and not name.isdecimal():
+        workdir = storage.resolve(name).rstrip("/")
+        record = _record(workdir)
+        if record is None:
+            raise UsageError(
+                f"{name} is no job's name or number, and no workdir that a job was submitted for"
+            )
+        name, endpoint = record["name"], endpoint or record.get("endpoint", "")
+    reference = service.Reference.parse(name)
+    if reference is None and not name.isdecimal():
+        raise UsageError(
+            f"{name} is no job; as projects/PROJECT/locations/REGION/customJobs/NUMBER"
+        )
+    region = reference.region if reference else FLAGS.region
+    client = service.Service(project or (reference.project if reference else ""), region, endpoint)
+    full = name if reference else f"projects/{client.project}/locations/{region}/customJobs/{name}"
+    return client, client.get(full)
+
+
+# ------------------------------------------------------------------------------------- watch
+
+
+def watch(name: str) -> None:
+    """Prints what a job and its run do, until it ends; ends with the code of the run."""
+    client, job = _find(name)
+    print(f"{job.name}, run in {job.workdir}", flush=True)
+    ticks = _Ticks(job.workdir)
+    state = ""
+    while True:
+        if job.state != state:
+            state = job.state
+            print(state, flush=True)
+        for line in ticks.new():
+            print(line, flush=True)
+        if job.has_ended:
+            break
+        time.sleep(FLAGS.poll_sec)
+        job = client.get(job.name)
+    error = job.ended_how()
+    if error is not None:
+        raise error
+
+
+class _Ticks:
+    """The lines that a run adds to its `stats.jsonl`."""
+
+    def __init__(self, workdir: str) -> None:
+        self._path = storage.join(workdir, "stats.jsonl")
+        self._offset = 0
+
+    def new(self) -> list[str]:
+        """One text for each tick since the last look."""
+        if not storage.exists(self._path):
+            return []
+        size = storage.size(self._path)
+        # A resumed run drops what came after its checkpoint.
+        self._offset = min(self._offset, size)
+        data = storage.read_range(self._path, self._offset, size - self._offset)
+        whole = data[: data.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        return [tick_line(json.loads(line)) for line in whole.splitlines()]
+
+
+def tick_line(stats: dict[str, Any]) -> str:
+    """A tick of `stats.jsonl` in one line."""
+    parts = [f"tick {stats['tick']:<6}kimg {stats['nimg'] / 1000:<10.1f}"]
+    for label, key in {
+        "sec/kimg": "Timing/sec_per_kimg",
+        "augment": "Progress/augment",
+        "D signs": "Loss/signs/real",
+        "G loss": "Loss/G/loss",
+    }.items():
+        mean = (stats.get(key) or {}).get("mean")
+        if mean is not None:
+            parts.append(f"{label} {mean:<9.3g}")
+    return " ".join(parts).rstrip()
+
+
+def _print_rows(rows: Sequence[tuple[str, str]]) -> None:
+    for name, text in rows:
+        print(f"{name:<14}{text}", flush=True)
+
+
+if __name__ == "__main__":
+    define_flags()
+    flags.run(main, usage=__doc__ or "", max_positional=2)
