@@ -44,7 +44,7 @@ smoke-replicas: $(STAMP) ## train for a moment on two logical CPUs, then in two 
 	$(QUICK) --set=run.cpu_replicas=2 --workdir=$(SMOKE)-replicas/mirrored
 	@echo; $(call WORKER,1) & $(call WORKER,0) && wait $$!
 
-smoke-gcs: $(STAMP) ## convert, train, kill, resume, generate on a local Cloud Storage
+smoke-gcs: $(STAMP) ## convert, train, kill, resume, generate, export on a local Cloud Storage
 	$(BIN)/python -m tests.gcs.smoke
 
 chaos: $(STAMP) ## kill a small run 20 times, on a local Cloud Storage that fails, and compare

@@ -1,4 +1,4 @@
-"""Everything on gs://: convert, train, SIGKILL, resume, generate; then looks at what there is.
+"""Everything on gs://: convert, train, SIGKILL, resume, generate, export; then looks at what there is.
 
   make smoke-gcs
 
@@ -68,7 +68,7 @@ class Smoke:
     def note(self, what: str, seconds: float) -> None:
         """Adds a line to the summary: what the requests since the last one were."""
         counts = self.emulator.counts()
-        kinds = ("list", "stat", "read", "write", "part", "copy", "delete")
+        kinds = ("list", "stat", "read", "write", "part", "copy", "compose", "delete")
         requests = ", ".join(
             f"{number} {kind}"
             for kind in kinds
@@ -126,6 +126,7 @@ def _check(emulator: Emulator, images: list[str]) -> list[str]:
     assert stats[-1]["nimg"] == STEPS * 16
     assert any(name.startswith("run/tensorboard/events.out.tfevents") for name in names)
     assert not any("tmp" in name.lower() for name in names), names
+    assert {f"models/emoji/1/{name}" for name in ("saved_model.pb", "MODEL_CARD.md")} <= set(names)
     for name in ("run/reals.png", "run/fakes_init.png", *images):
         Image.open(io.BytesIO(emulator.get(BUCKET, name))).verify()
     small = manifest.load(f"{URL}/data")
@@ -157,6 +158,7 @@ def main() -> None:
         assert f"finished: {STEPS * 16 / 1000:g} kimg, {STEPS} steps" in output
         assert smoke.committed()[-1] == STEPS
         smoke.run("generate", f"--run={URL}/run", f"--out={URL}/out", "--seeds=0-3")
+        smoke.run("export", f"--run={URL}/run", f"--dest={URL}/models/emoji")
         found = _check(emulator, [f"out/seed{n:04d}.png" for n in range(4)] + ["out/grid.png"])
     print("\nall on gs://, against the Cloud Storage of the tests:")
     print(*(f"  {line}" for line in [*smoke.summary, *found]), sep="\n")

@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ from trainer.core.errors import (
     StorageError,
 )
 from trainer.data.manifest import Manifest
-from trainer.training import checkpoint, loop
+from trainer.training import checkpoint, export, loop
 from trainer.training.preemption import Preemption
 from trainer.training.step import Reports, TrainStep
 
@@ -259,14 +259,6 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(
 
 
 @pytest.fixture
-def eagerly() -> Iterator[None]:
-    """Steps that run op by op: for one or two, tracing would take longest."""
-    tf.config.run_functions_eagerly(True)
-    yield
-    tf.config.run_functions_eagerly(False)
-
-
-@pytest.fixture
 def finished(undisturbed: tuple[pathlib.Path, str], tmp_path: pathlib.Path) -> pathlib.Path:
     """A copy of the finished run."""
     return pathlib.Path(shutil.copytree(undisturbed[0], tmp_path / "run"))
@@ -476,3 +468,58 @@ def test_a_run_starts_from_the_networks_of_another(
     misfit = labelled(squares, training=training, model={**TINY["model"], "channel_max": 4})
     with pytest.raises(ConfigError, match="has no fitting .* in all"):
         loop.train(misfit, str(tmp_path / "misfit"))
+
+
+# ------------------------------------------------------------------------------ export
+
+
+@pytest.fixture
+def published(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What is exported, by steps; a version is only as much as tells that it is there."""
+    calls: list[dict[str, Any]] = []
+
+    def publish(
+        params: dict[str, np.ndarray], info: dict[str, Any], dest: str, **_: Any
+    ) -> export.Exported:
+        calls.append({"step": info["step"], "params": params})
+        folder = pathlib.Path(dest) / str(len(calls))
+        folder.mkdir(parents=True)
+        made_from = {key: info[key] for key in ("step", "config_fingerprint")}
+        (folder / "model_card.json").write_text(json.dumps({"training": made_from}))
+        (folder / "saved_model.pb").touch()
+        return export.Exported(str(folder), len(calls), {})
+
+    monkeypatch.setattr(export, "publish", publish)
+    return calls
+
+
+@pytest.mark.usefixtures("eagerly")
+@pytest.mark.parametrize("snapshots", [False, True])
+def test_a_run_exports_its_generator_once(
+    squares: Manifest, tmp_path: pathlib.Path, published: list[dict[str, Any]], snapshots: bool
+) -> None:
+    config = make(
+        squares,
+        checkpoint={"export_dir": str(tmp_path / "models"), "export_snapshots": snapshots},
+    )
+    for _ in range(2):  # the second start finds it all done
+        loop.train(config, str(tmp_path / "run"))
+        # Snapshots are at every second tick, and at the end.
+        assert [call["step"] for call in published] == ([5, STEPS] if snapshots else [STEPS])
+    found = checkpoint.find(str(tmp_path / "run"))
+    stored = checkpoint.read_parameters(found, "G_ema")
+    assert stored.keys() == published[-1]["params"].keys()
+    for name, value in stored.items():
+        np.testing.assert_array_equal(published[-1]["params"][name], value)
+
+
+@pytest.mark.usefixtures("eagerly")
+def test_a_run_that_goes_on_exports_anew(
+    squares: Manifest, tmp_path: pathlib.Path, published: list[dict[str, Any]]
+) -> None:
+    checkpoints = {"export_dir": str(tmp_path / "models")}
+    loop.train(make(squares, checkpoint=checkpoints), str(tmp_path / "run"))
+    longer = {**TINY["training"], "total_kimg": 0.064}
+    config = make(squares, checkpoint=checkpoints, training=longer)
+    loop.train(config, str(tmp_path / "run"))
+    assert [call["step"] for call in published] == [STEPS, STEPS + 1]

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import collections
 import itertools
-from collections.abc import Iterator
 
 import pytest
-import tensorflow as tf
 
 from tests.gcs.fixture import Gcs
 from tests.training.conftest import TINY_MODEL
@@ -19,13 +17,6 @@ from trainer.training import loop
 _STEPS = 6
 # Of one object in Cloud Storage; ours and the emulator's clocks are read at other moments.
 _REWRITE_SECONDS = 0.9
-
-
-@pytest.fixture
-def _eagerly() -> Iterator[None]:
-    tf.config.run_functions_eagerly(True)
-    yield
-    tf.config.run_functions_eagerly(False)
 
 
 def _config(manifest: Manifest, steps: int) -> Config:
@@ -41,7 +32,7 @@ def _config(manifest: Manifest, steps: int) -> Config:
     )
 
 
-@pytest.mark.usefixtures("_eagerly")
+@pytest.mark.usefixtures("eagerly")
 @pytest.mark.filterwarnings("ignore:Even though the `tf.config.experimental_run")
 def test_requests_of_a_run(squares: Manifest, gcs: Gcs) -> None:
     """Of a start and of a resumption; every step is a tick here, and a snapshot every other."""

@@ -95,6 +95,10 @@ def test_a_preempted_job_ends_like_an_undisturbed_one(submitted: object, gcs: Gc
     assert f"workdir {preempted} (--workdir)" in chief
     assert f"vertex    job 1, project pay, image {IMAGE}" in chief
 
+    assert f"export {preempted}/model (AIP_MODEL_DIR)" in chief
+    assert f"exported to {preempted}/model/1" in chief
+    assert "runs/preempted/model/1/saved_model.pb" in gcs.emulator.names(gcs.bucket)
+
     other = submitted(undisturbed)
     assert other.wait(LIMIT) == "JOB_STATE_SUCCEEDED", logs(other)
     assert all(each.codes == [] for each in other.replicas)
