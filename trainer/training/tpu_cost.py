@@ -99,10 +99,18 @@ class TpuRun:
 
     def compile_phases(self) -> Iterator[Phase]:
         """Compiles one program after the other: minutes each, for large networks."""
+        for name in self._step(self.arithmetic).programs:
+            yield self.compile_phase(name)
+
+    def compile_phase(self, name: str) -> Phase:
+        """Compiles one of the programs, by its name in `TrainStep.programs`."""
+        return self._compile(name, self.arithmetic, self.share(name))
+
+    def share(self, phase: str) -> float:
+        """In which share of all steps a phase runs."""
         training = self.config.training
         shares = {"Greg": 1 / training.g_reg_interval, "Dreg": 1 / training.d_reg_interval}
-        for name in self._step(self.arithmetic).programs:
-            yield self._compile(name, self.arithmetic, shares.get(name, 1.0))
+        return shares.get(phase, 1.0)
 
     def largest_batch(self, phases: list[Phase]) -> tuple[int, str, int]:
         """The largest per-replica batch that fits, by a line through two sizes.
