@@ -75,6 +75,8 @@ def train(
         storage.prepare_tensorflow(path)
     config = config_lib.resolve(config, resolution=manifest.resolution)
     placement, jit = choose(config.run, cluster)
+    if stop:
+        stop.listen()
     precision.check(config.run.precision, placement.platform)
     strategy, is_chief = placement.strategy, placement.is_chief
     arithmetic = config_lib.batch_arithmetic(config, strategy.num_replicas_in_sync)

@@ -90,14 +90,24 @@ class Preemption:
         """
         return self._members.begin(steps) if self._members is not None else self._reason
 
+    def listen(self) -> None:
+        """Takes hold of the signals, again: to be called when TensorFlow has started.
+
+        With several workers its runtime installs a handler of its own for SIGTERM.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before = signal.signal(number, _leave_to_the_thread)
+            self._handlers.setdefault(number, before)
+            signal.siginterrupt(number, False)
+
     def __enter__(self) -> Preemption:
         if threading.current_thread() is threading.main_thread():
             # A handler runs when the main thread gets to it, which may hang in a step; the bytes
             # that signals write are read at once.
             self._wakeup = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._handlers[number] = signal.signal(number, _leave_to_the_thread)
-                signal.siginterrupt(number, False)
+        self.listen()
         threading.Thread(target=self._watch, daemon=True).start()
         if (flags.env(_NO_HOST) or "").lower() != "true":
             host = flags.env(_HOST) or _DEFAULT_HOST
