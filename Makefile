@@ -8,6 +8,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 EXTRAS ?= cpu,dev,gcs,tensorboard,video
 PYTEST ?=
+# Many tests wait for processes that they have started.
+PARALLEL ?= -n 2 --dist worksteal
 PINS ?=
 
 BIN := $(VENV)/bin
@@ -55,10 +57,10 @@ placement: $(STAMP) ## show how far the same steps are apart on other placements
 	$(BIN)/python -m tests.training.placement
 
 test: $(STAMP) ## run the tests, without the slow proofs
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST)
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow" $(PYTEST)
 
 test-slow: $(STAMP) ## run the slow proofs
-	$(BIN)/python -m pytest -m slow $(PYTEST)
+	$(BIN)/python -m pytest $(PARALLEL) -m slow $(PYTEST)
 
 # The oldest TensorFlow, with what its time had; the one that Cloud TPUs have; the newest.
 test-matrix: ## run the tests, without the slow proofs, on every supported TensorFlow

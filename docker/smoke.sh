@@ -5,8 +5,8 @@
 #   sh docker/smoke.sh [FOLDER]
 set -eu
 # Here is no TPU and no machine that could be taken away: don't look for Google Cloud's metadata
-# server, for which libtpu would wait minutes.
-export TPU_SKIP_MDS_QUERY=1 NO_GCE_CHECK=true
+# server, for which libtpu would wait minutes, nor for whoever else has loaded it.
+export TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 NO_GCE_CHECK=true
 folder=${1:-$(mktemp -d)}
 train() {
     python -m trainer.task --config=configs/smoke.yaml --workdir="$folder/run" --strategy=cpu \

@@ -39,7 +39,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 DATA = "package:data/fluent_emoji_32"
 BATCH, GROUP, EVERY = 8, 4, 3
 CONFIG = f"""
-run: {{jit: "off", deterministic: true, seed: 3, worker_timeout: 60, join_timeout: 120}}
+run: {{jit: "off", deterministic: true, seed: 3, worker_timeout: 60, join_timeout: 60}}
 data: {{use_labels: true, window: 64}}
 model: {{z_dim: 8, w_dim: 8, mapping_layers: 1, d_mapping_layers: 1, channel_base: 64,
   channel_max: 8, mbstd_group_size: {GROUP}}}

@@ -31,4 +31,5 @@ def test_five_kills_of_one_of_two_workers(
         print(f"\ntwo workers, on gs://: {toll}")
     assert sum(toll.kills.values()) == 5
     assert toll.records_lost == 0
-    assert toll.slowest_end < 60
+    # A worker that was killed before all had met is missed after run.join_timeout.
+    assert toll.slowest_end < 60 + 30
