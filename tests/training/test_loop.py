@@ -421,6 +421,9 @@ class StopsAt(Preemption):
     def __init__(self, steps: int) -> None:
         self._steps = steps
 
+    def listen(self) -> None:
+        """There is nothing to listen to."""
+
     def begin(self, steps: int) -> str | None:
         return "enough" if steps > self._steps else None
 
