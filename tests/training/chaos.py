@@ -123,6 +123,16 @@ class Lives:
             started.append(process)
         return started
 
+    def finish(self, life: int) -> list[int]:
+        """Exit codes of a life that nobody disturbs."""
+        processes = self.start(life)
+        try:
+            return [process.wait(900) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+
     def diary(self, life: int, index: int) -> pathlib.Path:
         """What a process notes of itself."""
         return self.folder / f"diary-{life}-{index}"
@@ -181,13 +191,7 @@ def disturb(lives: Lives, kills: int, seed: int, usual: float) -> Toll:
                 process.kill()
                 process.wait()
         life += 1
-    processes = lives.start(life)
-    try:
-        codes = [process.wait(900) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    codes = lives.finish(life)
     assert not any(codes), (codes, lives.log(life))
     toll.seconds = time.monotonic() - began
     _count_losses(lives, life, toll)
@@ -345,13 +349,7 @@ def chaos(
     )
     quiet.folder.mkdir()
     lives.folder.mkdir()
-    processes = quiet.start(0)
-    try:
-        codes = [process.wait(900) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    codes = quiet.finish(0)
     assert not any(codes), quiet.log(0)
     usual = float(next(e[1] for e in events(quiet.diary(0, 0)) if e[0] == "ready"))
     with _faults(emulator):

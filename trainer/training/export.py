@@ -95,8 +95,9 @@ def publish(
     """
     config, data = _origin(info)
     params = {name: np.asarray(value, np.float32) for name, value in params.items()}
-    latents = _latents(build.networks(config, data, rounded=False)[0])
-    pixels = _draw(build.networks(config, data, rounded=False)[0], params, latents)
+    trained = build.networks(config, data, rounded=False)[0]
+    latents = _latents(trained)
+    pixels = _draw(trained, params, latents)
     network = _network(config, data, precision, jit)
     with versions.draft(dest, scratch=checkpoint._scratch, say=say) as draft:
         try:

@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import tensorflow as tf
 
+from trainer.networks.stylegan2 import Network
 from trainer.training import tpu_compiler, tpu_estimate
 from trainer.training.optimizer import Adam
 from trainer.training.tpu_cost import Phase, TpuRun
@@ -119,19 +120,20 @@ def _gradient(tape: tf.GradientTape, targets: Any, sources: Any, seeds: Any) -> 
 # ------------------------------------------------------------------------------ the networks
 
 
+def _params_of(network: Network, prefix: str) -> dict[str, tf.TensorSpec]:
+    names = [name for name in network.trainable_names() if name.startswith(prefix)]
+    return {name: tf.TensorSpec(network.specs[name].shape) for name in names}
+
+
 def generator_stages(run: TpuRun, images: int) -> list[Stage]:
     """The mapping network and each block, for a number of images."""
     generator, w_dim = run.phases.generator, run.phases.generator.w_dim
-
-    def params_of(prefix: str) -> dict[str, tf.TensorSpec]:
-        names = [name for name in generator.trainable_names() if name.startswith(prefix)]
-        return {name: tf.TensorSpec(generator.specs[name].shape) for name in names}
 
     latents = [tf.TensorSpec([images, generator.z_dim]), tf.TensorSpec([images, generator.c_dim])]
     stages = [
         Stage(
             "G mapping",
-            params_of("mapping."),
+            _params_of(generator, "mapping."),
             latents,
             [],
             lambda params, inputs, _: [generator.map(params, *inputs)],
@@ -153,7 +155,7 @@ def generator_stages(run: TpuRun, images: int) -> list[Stage]:
         layers = generator._num_convs(block)
         stage = Stage(
             f"G {block.name}",
-            params_of(f"synthesis.{block.name}."),
+            _params_of(generator, f"synthesis.{block.name}."),
             [*handed_on, tf.TensorSpec([images, w_dim])],
             [tf.TensorSpec([images, block.height, block.width])] * layers,
             function,
@@ -166,10 +168,6 @@ def generator_stages(run: TpuRun, images: int) -> list[Stage]:
 def discriminator_stages(run: TpuRun, images: int) -> list[Stage]:
     """Each block and the epilogue, for a number of images."""
     discriminator = run.phases.discriminator
-
-    def params_of(prefix: str) -> dict[str, tf.TensorSpec]:
-        names = [name for name in discriminator.trainable_names() if name.startswith(prefix)]
-        return {name: tf.TensorSpec(discriminator.specs[name].shape) for name in names}
 
     skips = discriminator.architecture == "skip"
     stages = []
@@ -185,7 +183,13 @@ def discriminator_stages(run: TpuRun, images: int) -> list[Stage]:
             return [x, img] if skips else [x]
 
         stages.append(
-            Stage(f"D {block.name}", params_of(f"{block.name}."), handed_on, [], function)
+            Stage(
+                f"D {block.name}",
+                _params_of(discriminator, f"{block.name}."),
+                handed_on,
+                [],
+                function,
+            )
         )
         handed_on = stages[-1].outputs()
 
@@ -196,7 +200,7 @@ def discriminator_stages(run: TpuRun, images: int) -> list[Stage]:
             x += discriminator._fromrgb(params, "b4.fromrgb", image)
         return [discriminator._epilogue(params, x)]
 
-    return [*stages, Stage("D b4", params_of("b4."), handed_on, [], epilogue)]
+    return [*stages, Stage("D b4", _params_of(discriminator, "b4."), handed_on, [], epilogue)]
 
 
 def augment_stages(run: TpuRun, images: int) -> list[Stage]:
