@@ -200,8 +200,10 @@ def follow(target: str, root: pathlib.Path) -> dict[str, str]:
 
     app = root / "app"
     app.mkdir()
-    # XLA aborts on a flag that it doesn't know, and the tests set one for their TensorFlow.
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    # Little of this process's own: the tests set flags that another XLA aborts on, and JAX names the
+    # libtpu that it has found, on which another TensorFlow aborts.
+    kept = re.compile("PATH|HOME|TMPDIR|PIP_.*|.*_proxy|(SSL|REQUESTS)_.*", re.IGNORECASE)
+    environment = {name: value for name, value in os.environ.items() if kept.fullmatch(name)}
     for stage in stages(dockerfile(target)):
         if stage[0][1].endswith("AS test"):
             continue

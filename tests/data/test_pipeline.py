@@ -16,7 +16,7 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.core import seeds
+from trainer.core import seeds, storage
 from trainer.core.errors import ConfigError, DataError, StorageError
 from trainer.data import fetch, manifest, pipeline, shards, speed
 
@@ -548,6 +548,22 @@ def test_single_images_are_found_wherever_they_are(build, tmp_path, pixels_of):
     for outside in (-1, 36):
         with pytest.raises(IndexError):
             shards.read_images(data, [outside])
+
+
+def test_single_images_take_one_request_for_each_block(build, tmp_path, monkeypatch):
+    """A grid of a thousand small images must not take a thousand."""
+    data, read_range = build(tmp_path, [10, 9], block=4), storage.read_range
+    reads: list[tuple[str, int]] = []
+
+    def counted(path: str, offset: int, length: int) -> bytes:
+        reads.append((path, offset))
+        return read_range(path, offset, length)
+
+    monkeypatch.setattr(storage, "open_read", None)
+    monkeypatch.setattr(storage, "read_range", counted)
+    shards.read_images(data, [*range(8), 18, 7])
+    wanted = [(0, 0), (0, 1), (1, 2)]
+    assert sorted(reads) == [(data.path(n), data.shards[n].index[block]) for n, block in wanted]
 
 
 def test_the_embedded_data_set_is_sound_and_streams():

@@ -169,18 +169,24 @@ cluster._GRACE_SEC = 1.5
 os.environ["CUDA_VISIBLE_DEVICES"] = "0,1" if behaviour == "two GPUs" else "-1"
 
 def make_steps(members):
-    # As fast as it can, at a pace of its own; "steps N" wants to stop after N milliseconds.
-    _, *after = behaviour.split()
-    for each in after:
-        threading.Timer(float(each) / 1000, members.ask_to_stop, ["SIGTERM"]).start()
-    pace, step, ends = random.Random(members._cluster.index), 0, time.monotonic() + 1
-    while time.monotonic() < ends:
+    # 2000 of them, as fast as it can, at a pace of its own; "steps N" wants to stop after N
+    # milliseconds, "steps at N" once it has begun step N.
+    pace, step, asks_at = random.Random(members._cluster.index), 0, None
+    match behaviour.split():
+        case [_, "at", number]:
+            asks_at = int(number)
+        case [_, *after]:
+            for each in after:
+                threading.Timer(float(each) / 1000, members.ask_to_stop, ["SIGTERM"]).start()
+    while step < 2000:
         if (reason := members.begin(step + 2)) is not None:
             print(f"stopped after {step}: {reason}", flush=True)
             if members._cluster.is_chief:
                 time.sleep(1)  # saves
             raise PreemptedError(f"saved {step}")
         step += 2
+        if step == asks_at:
+            members.ask_to_stop("SIGTERM")
         time.sleep(pace.random() * 0.002)
 
 def main(_):
@@ -331,9 +337,18 @@ def test_what_follows_a_greeting_is_not_lost() -> None:
         line.close()
 
 
-def test_who_wants_to_stop_too_late_disturbs_nobody() -> None:
-    results = workers("steps", "steps 999.9")
-    assert {result.code for result in results.values()} in ({0}, {75})
+@pytest.mark.parametrize("asks", [0, 1])
+def test_who_wants_to_stop_too_late_disturbs_nobody(asks: int) -> None:
+    """However far from the end the other is."""
+    behaviours = ["steps", "steps"]
+    behaviours[asks] = "steps at 2000"
+    for result in workers(*behaviours).values():
+        assert (result.out, result.err, result.code) == ("met\ndone\n", "", 0)
+
+
+def test_a_stop_near_the_end_stops_all_or_none() -> None:
+    codes = {result.code for result in workers("steps", "steps at 1998", "steps").values()}
+    assert codes in ({0}, {75})
 
 
 def test_a_worker_that_dies_while_the_others_hold() -> None:

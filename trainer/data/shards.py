@@ -10,7 +10,9 @@ no other image moves.
 from __future__ import annotations
 
 import concurrent.futures
+import io
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -196,24 +198,51 @@ def read_images(manifest: Manifest, indices: Any) -> tuple[np.ndarray, np.ndarra
     ends = np.cumsum([shard.count for shard in manifest.shards])
     images = np.empty([len(wanted), *manifest.resolution, manifest.channels], np.uint8)
     labels = np.empty([len(wanted)], np.int64)
-    for place in np.argsort(wanted, kind="stable"):
+    # Places in the result by record, and records by block: each block is opened once.
+    blocks: dict[tuple[int, int], dict[int, list[int]]] = {}
+    for place in range(len(wanted)):
         shard = int(np.searchsorted(ends, wanted[place], side="right"))
         record = int(wanted[place] - ends[shard] + manifest.shards[shard].count)
-        images[place], labels[place] = _read_image(manifest, shard, record)
+        records = blocks.setdefault((shard, record // manifest.block), {})
+        records.setdefault(record, []).append(place)
+
+    def read(item: tuple[tuple[int, int], dict[int, list[int]]]) -> None:
+        (shard, block), places = item
+        for record, (image, label) in _read_records(manifest, shard, block, set(places)):
+            images[places[record]], labels[places[record]] = image, label
+
+    with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
+        list(pool.map(read, sorted(blocks.items())))
     return images, labels
 
 
-def _read_image(manifest: Manifest, shard: int, record: int) -> tuple[np.ndarray, int]:
-    block, skip = divmod(record, manifest.block)
-    offset = manifest.shards[shard].index[block]
-    with storage.open_read(manifest.path(shard)) as file:
-        try:
-            for number, payload in enumerate(tfrecord.read_records(file, offset)):
-                if number == skip:
-                    return _check_record(manifest, payload)
+def _read_records(
+    manifest: Manifest, shard: int, block: int, wanted: set[int]
+) -> Iterator[tuple[int, tuple[np.ndarray, int]]]:
+    """Some records of a block, in order, with their numbers in the shard."""
+    record = block * manifest.block
+    try:
+        for payload in tfrecord.read_records(io.BytesIO(_read_block(manifest, shard, block))):
+            if record in wanted:
+                yield record, _check_record(manifest, payload)
+            record += 1
+        if record <= max(wanted):
             raise DataError("the file ends before it")
-        except DataError as error:
-            raise DataError(f"{_record(manifest, shard, record)}: {error}; {_AGAIN}") from error
+    except DataError as error:
+        raise DataError(f"{_record(manifest, shard, record)}: {error}; {_AGAIN}") from error
+
+
+def _read_block(manifest: Manifest, shard: int, block: int) -> bytes:
+    """By one request; less than it should be where the file is shorter."""
+    start, length = _extent(manifest, shard, block)
+    return storage.read_range(manifest.path(shard), start, length)
+
+
+def _extent(manifest: Manifest, shard: int, block: int) -> tuple[int, int]:
+    """Where a block starts in its shard, and its bytes."""
+    entry = manifest.shards[shard]
+    start, end = [*entry.index, entry.bytes][block : block + 2]
+    return start, end - start
 
 
 # ---- damaged records -----------------------------------------------------------------------------
@@ -263,16 +292,12 @@ def _first_sound(manifest: Manifest, shard: int, block: int) -> bytes | None:
 
 def _examine(manifest: Manifest, shard: int, block: int) -> list[bytes | str]:
     """For each record of a block its payload, or what is wrong with it; [] as for `mend`."""
-    entry = manifest.shards[shard]
-    start, end = [*entry.index, entry.bytes][block : block + 2]
-    with storage.open_read(manifest.path(shard)) as file:
-        file.seek(start)
-        content = file.read(end - start)
+    entry, content = manifest.shards[shard], _read_block(manifest, shard, block)
     count = min(manifest.block, entry.count - block * manifest.block)
     found = tfrecord.scan_records(content)
     if found and isinstance(found[-1], str) and len(found) < count:
         found += ["a damaged length before it hides where it starts"] * (count - len(found))
-    if len(found) != count or len(content) != end - start:
+    if len(found) != count or len(content) != _extent(manifest, shard, block)[1]:
         return []
     return [_sound(manifest, each) for each in found]
 
