@@ -26,7 +26,9 @@ from trainer.core import flags, storage
 from trainer.core.config import Config
 from trainer.core.errors import DataError, StorageError, UsageError
 from trainer.data import manifest as manifest_lib
-from trainer.vertex import jobs, service, targets
+from trainer.vertex import facts, fit, jobs, service, targets
+from trainer.vertex.fit import Shape
+from trainer.vertex.request import FOLDER, Request
 
 FLAGS = absl_flags.FLAGS
 
@@ -86,9 +88,9 @@ def main(argv: Sequence[str]) -> None:
 def submit() -> None:
     """Starts the job that the flags describe, or prints it."""
     request, speed = _request()
-    found = jobs.plan(request.config, request.shape, request.target)
+    found = fit.plan(request.config, request.shape, request.target)
     job = jobs.build(request)
-    _print_rows(jobs.facts(request, found, speed))
+    _print_rows(facts.facts(request, found, speed))
     if FLAGS.dry_run:
         _print_job(request, job)
         return
@@ -100,7 +102,7 @@ def submit() -> None:
     _start(client, job, request.workdir)
 
 
-def _request() -> tuple[jobs.Request, float | None]:
+def _request() -> tuple[Request, float | None]:
     """What is asked for, and the target's speed if it is known."""
     missing = [name for name in ("config", "target", "workdir") if not FLAGS[name].value]
     if missing:
@@ -110,7 +112,7 @@ def _request() -> tuple[jobs.Request, float | None]:
         raise UsageError("--out goes with --dry_run, which starts nothing")
     target = targets.parse(FLAGS.target)
     config = _config()
-    request = jobs.Request(
+    request = Request(
         config=config,
         config_name=_stem(FLAGS.config),
         shape=_shape(config),
@@ -130,7 +132,7 @@ def _request() -> tuple[jobs.Request, float | None]:
     )
     speed = FLAGS.sec_per_kimg
     if speed is None and not FLAGS.set:
-        speed = jobs.known_speed(storage.read_text(storage.resolve(FLAGS.config)), target)
+        speed = facts.known_speed(storage.read_text(storage.resolve(FLAGS.config)), target)
     return request, speed
 
 
@@ -147,7 +149,7 @@ def _stem(path: str) -> str:
     return path.rpartition("/")[2].rpartition(".")[0] or "run"
 
 
-def _shape(config: Config) -> jobs.Shape:
+def _shape(config: Config) -> Shape:
     """Of the data set: of --resolution, or read from the data set's manifest."""
     if FLAGS.resolution:
         found = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", FLAGS.resolution)
@@ -155,14 +157,14 @@ def _shape(config: Config) -> jobs.Shape:
             raise UsageError(
                 f"--resolution={FLAGS.resolution} is neither a size, as 256, nor WIDTHxHEIGHT"
             )
-        return jobs.Shape((int(found[2] or found[1]), int(found[1])))
+        return Shape((int(found[2] or found[1]), int(found[1])))
     if not config.data.path:
         raise UsageError("no data set: give --data, the gs:// directory that trainer.convert wrote")
     try:
         manifest = manifest_lib.load(storage.resolve(config.data.path))
     except StorageError as error:
         raise DataError(f"{error}; or give --resolution, and the data set isn't asked") from None
-    return jobs.Shape(
+    return Shape(
         manifest.resolution,
         manifest.channels,
         len(manifest.condition_counts(config.data.use_labels)),
@@ -182,7 +184,7 @@ def _pairs(flag: str) -> dict[str, str]:
     return found
 
 
-def _print_job(request: jobs.Request, job: dict[str, Any]) -> None:
+def _print_job(request: Request, job: dict[str, Any]) -> None:
     files = {
         "job.json": jobs.to_json(job),
         "job.yaml": jobs.to_yaml(job),
@@ -216,7 +218,7 @@ def _start(client: service.Service, job: dict[str, Any], workdir: str) -> None:
     started = client.create(job)
     record = {"name": started.name, "endpoint": FLAGS.endpoint, "job": job}
     storage.write_text_atomic(
-        storage.join(workdir, jobs.FOLDER, _RECORD), json.dumps(record, indent=2) + "\n"
+        storage.join(workdir, FOLDER, _RECORD), json.dumps(record, indent=2) + "\n"
     )
     print(f"started {started.name}")
     print(f"follow it with: python -m trainer.submit watch {workdir}", flush=True)
@@ -245,7 +247,7 @@ def resume(name: str) -> None:
 
 def _record(workdir: str) -> dict[str, Any] | None:
     """What the newest job of a workdir was made from, if there is any."""
-    path = storage.join(workdir, jobs.FOLDER, _RECORD)
+    path = storage.join(workdir, FOLDER, _RECORD)
     if not storage.exists(path):
         return None
     try:

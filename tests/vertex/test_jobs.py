@@ -13,7 +13,9 @@ from tests.vertex import discovery
 from trainer.core import config as config_lib
 from trainer.core.config import Config
 from trainer.core.errors import ConfigError
-from trainer.vertex import jobs, targets
+from trainer.vertex import facts, fit, jobs, targets
+from trainer.vertex.fit import Shape
+from trainer.vertex.request import Request
 
 IMAGE = f"us-docker.pkg.dev/project/repo/gpu@sha256:{'0' * 64}"
 PRESETS = {
@@ -34,18 +36,18 @@ def preset(name: str) -> Config:
     return config_lib.load(f"configs/{name}.yaml", ["data.path=gs://bucket/data"])
 
 
-def request(name: str, target: str, **others: object) -> jobs.Request:
+def request(name: str, target: str, **others: object) -> Request:
     size = PRESETS[name]
     fields = {
         "config": preset(name),
         "config_name": name,
-        "shape": jobs.Shape((size, size)),
+        "shape": Shape((size, size)),
         "target": targets.parse(target),
         "workdir": "gs://bucket/runs/a",
         "image": IMAGE,
         "spot": targets.parse(target).spot_only,
     }
-    return jobs.Request(**(fields | others))
+    return Request(**(fields | others))
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -55,19 +57,19 @@ def test_every_preset_on_every_target(name: str) -> None:
     for target in (*targets.names(), *SPLIT):
         asked = request(name, target)
         try:
-            found = jobs.plan(asked.config, asked.shape, asked.target)
+            found = fit.plan(asked.config, asked.shape, asked.target)
         except ConfigError as error:
             _check_refusal(asked, str(error))
             continue
         fitted += 1
         assert found.arithmetic.num_replicas == asked.target.devices
         assert discovery.problems(jobs.build(asked)) == []
-        rows = dict(jobs.facts(asked, found, None))
+        rows = dict(facts.facts(asked, found, None))
         assert {"target", "batch", "memory", "cost", "time", "quota"} <= set(rows)
     assert fitted >= 3
 
 
-def _check_refusal(asked: jobs.Request, message: str) -> None:
+def _check_refusal(asked: Request, message: str) -> None:
     assert message.startswith(f"--target={asked.target.name}: ")
     assert "\n" not in message and len(message) < 400
     why, _, remedy = message.rpartition("; it fits ")
@@ -76,11 +78,11 @@ def _check_refusal(asked: jobs.Request, message: str) -> None:
     names = re.match(r"on ([^;]*)", remedy)
     if overrides:
         changed = config_lib.load(f"configs/{asked.config_name}.yaml", overrides)
-        jobs.plan(changed, asked.shape, asked.target)
+        fit.plan(changed, asked.shape, asked.target)
     else:
         assert names, message
         for target in names[1].split(", "):
-            jobs.plan(asked.config, asked.shape, targets.parse(target))
+            fit.plan(asked.config, asked.shape, targets.parse(target))
 
 
 def test_every_preset_there_is_was_tried() -> None:
@@ -154,7 +156,7 @@ def test_a_pod_runs_what_it_is_given_and_is_warned_of() -> None:
     asked = request("auto", "v3-32", config=config)
     args = jobs.build(asked)["jobSpec"]["workerPoolSpecs"][0]["containerSpec"]["args"]
     assert args[:4] == ["python3", "-m", "trainer.task", f"--config={asked.config_path}"]
-    plan = jobs.plan(asked.config, asked.shape, asked.target)
+    plan = fit.plan(asked.config, asked.shape, asked.target)
     assert any("never tried" in text for text in plan.warnings)
 
 
@@ -184,35 +186,35 @@ def test_the_trainer_stops_before_vertex_does() -> None:
 def test_spot() -> None:
     asked = request("auto", "a100x8", spot=True)
     assert jobs.build(asked)["jobSpec"]["scheduling"]["strategy"] == "SPOT"
-    rows = dict(jobs.facts(asked, jobs.plan(asked.config, asked.shape, asked.target), None))
+    rows = dict(facts.facts(asked, fit.plan(asked.config, asked.shape, asked.target), None))
     assert "custom_model_training_preemptible_nvidia_a100_gpus" in rows["quota"]
 
 
 def test_shards_must_divide_over_machines() -> None:
-    asked = request("auto", "a100x16=2x8", shape=jobs.Shape((256, 256), shards=7))
+    asked = request("auto", "a100x16=2x8", shape=Shape((256, 256), shards=7))
     with pytest.raises(ConfigError, match="7 shards don't divide over 2 machines"):
-        jobs.plan(asked.config, asked.shape, asked.target)
+        fit.plan(asked.config, asked.shape, asked.target)
 
 
 def test_cost() -> None:
     """10 s/kimg on 8 GPUs: 1,000 kimg take 10,000 s on each, 25,000 kimg 69.4 hours."""
     asked = request("stylegan2", "a100x8")
-    plan = jobs.plan(asked.config, asked.shape, asked.target)
-    rows = dict(jobs.facts(asked, plan, 10.0))
+    plan = fit.plan(asked.config, asked.shape, asked.target)
+    rows = dict(facts.facts(asked, plan, 10.0))
     assert rows["cost"] == "22.2 A100 GPU hours for each 1,000 kimg, at 10 s/kimg"
     assert rows["run"] == "25,000 kimg take 69.4 h, 556 A100 GPU hours, in 1 job"
-    assert dict(jobs.facts(asked, plan, 50.0))["run"].endswith("in 3 jobs")
-    assert dict(jobs.facts(asked, plan, None))["cost"].startswith("not known")
+    assert dict(facts.facts(asked, plan, 50.0))["run"].endswith("in 3 jobs")
+    assert dict(facts.facts(asked, plan, None))["cost"].startswith("not known")
 
 
 def test_speed_from_the_head_of_a_config() -> None:
     head = (
         "# A preset.\n#\n# s/kimg     12.5 on a100x8, 9 on v5e-8\n\nrun: {}\n# s/kimg 1 on l4x1\n"
     )
-    assert jobs.known_speed(head, targets.parse("a100x8")) == 12.5
-    assert jobs.known_speed(head, targets.parse("v5e-8")) == 9
-    assert jobs.known_speed(head, targets.parse("a100x1")) is None
-    assert jobs.known_speed(head, targets.parse("l4x1")) is None
+    assert facts.known_speed(head, targets.parse("a100x8")) == 12.5
+    assert facts.known_speed(head, targets.parse("v5e-8")) == 9
+    assert facts.known_speed(head, targets.parse("a100x1")) is None
+    assert facts.known_speed(head, targets.parse("l4x1")) is None
 
 
 def test_the_jobs_config_is_the_one_that_was_checked() -> None:

@@ -346,7 +346,7 @@ def _write_files(
 ) -> dict[str, Digest]:
     """Writes everything but the marker, and says what it is once it is safely there."""
     remote = storage.is_remote(path)
-    with _scratch() if remote else contextlib.nullcontext(path) as folder:
+    with scratch() if remote else contextlib.nullcontext(path) as folder:
         try:
             _write_locally(folder, info, values)
         except (tf.errors.OpError, OSError, StorageError) as error:
@@ -386,7 +386,7 @@ def _first_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _scratch() -> Iterator[str]:
+def scratch() -> Iterator[str]:
     """A local directory for as long as it is needed; those that killed processes left go, too."""
     place, here = tempfile.gettempdir(), zlib.crc32(lease_lib.machine().encode())
     start = f"stylegan-checkpoint-{here:08x}-"
@@ -417,7 +417,7 @@ def _reader(found: Found) -> Iterator[Any]:
       CheckpointError: they can't be read.
     """
     remote = storage.is_remote(found.path)
-    with _scratch() if remote else contextlib.nullcontext(found.path) as folder:
+    with scratch() if remote else contextlib.nullcontext(found.path) as folder:
         if remote:
             for name in _VALUES:
                 storage.download(storage.join(found.path, name), storage.join(folder, name))

@@ -99,7 +99,7 @@ def publish(
     latents = _latents(trained)
     pixels = _draw(trained, params, latents)
     network = _network(config, data, precision, jit)
-    with versions.draft(dest, scratch=checkpoint._scratch, say=say) as draft:
+    with versions.draft(dest, scratch=checkpoint.scratch, say=say) as draft:
         try:
             served = Served(network, params, jit=jit != "off")
             _save(served, draft.folder)

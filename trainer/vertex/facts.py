@@ -1,0 +1,93 @@
+"""What a job on Vertex AI will be and cost, for the user to read before it is sent."""
+
+from __future__ import annotations
+
+import re
+
+from trainer.vertex.fit import Plan
+from trainer.vertex.request import Request
+from trainer.vertex.targets import Target
+
+_GIB = 1024
+
+
+def facts(request: Request, found: Plan, sec_per_kimg: float | None) -> list[tuple[str, str]]:
+    """What the job will be and cost, each line with its name."""
+    target, a = request.target, found.arithmetic
+    shape = "x".join(map(str, (*request.shape.resolution, request.shape.channels)))
+    rows = [
+        ("target", _describe(target, request)),
+        (
+            "batch",
+            f"{a.global_batch} images {shape} = {a.num_replicas} replicas x {a.rounds} rounds x "
+            f"{a.per_replica_batch} ({a.groups_per_step} groups of {a.group_size})",
+        ),
+        (
+            "memory",
+            f"about {found.sizes.total_mib / _GIB:.1f} GiB of {target.memory_mib / _GIB:.0f} on "
+            f"each {target.unit}, by estimate",
+        ),
+        *_cost(request, found, sec_per_kimg),
+        (
+            "time",
+            f"the trainer saves and ends with 75 after {request.max_hours:g} h, Vertex AI ends the "
+            f"job after {request.timeout_hours:g} h; `submit resume {request.workdir}` goes on",
+        ),
+        ("quota", f"{target.quota_units} of {_quota(request)} in {request.region}"),
+    ]
+    return rows + [("note", text) for text in found.warnings]
+
+
+def _quota(request: Request) -> str:
+    head, _, tail = request.target.quota.partition("training_")
+    return f"{head}training_preemptible_{tail}" if request.spot else request.target.quota
+
+
+def _describe(target: Target, request: Request) -> str:
+    devices = {
+        "CPU": "",
+        "GPU": f" with {target.devices_per_machine} x {target.accelerator}",
+        "TPU": f" with {target.devices_per_machine} {target.unit}s",
+    }[target.platform]
+    machine = f"{target.machines} x {target.machine_type}{devices}"
+    kind = ", Spot" if request.spot else ""
+    return f"{target.name}: {machine} in {request.region}{kind}, strategy {target.strategy}"
+
+
+def _cost(request: Request, found: Plan, sec_per_kimg: float | None) -> list[tuple[str, str]]:
+    target, total = request.target, found.config.training.total_kimg
+    if sec_per_kimg is None:
+        text = (
+            f"not known: nobody has measured {request.config_name} on {target.name}; give "
+            "--sec_per_kimg, from `trainer.probe step` there"
+        )
+        return [("cost", text)]
+    hours = sec_per_kimg * total / 3600
+    jobs = -(-hours // request.max_hours)
+    per_1000 = sec_per_kimg * 1000 / 3600 * target.devices
+    return [
+        (
+            "cost",
+            f"{per_1000:,.1f} {target.unit} hours for each 1,000 kimg, at {sec_per_kimg:g} s/kimg",
+        ),
+        (
+            "run",
+            f"{total:,g} kimg take {hours:,.1f} h, {hours * target.devices:,.0f} {target.unit} "
+            f"hours, in {jobs:.0f} {'job' if jobs == 1 else 'jobs'}",
+        ),
+    ]
+
+
+def known_speed(config_text: str, target: Target) -> float | None:
+    """Seconds for 1000 images on a target, if the head of a config tells it.
+
+    The head says `# s/kimg     2.1 on a100x8, 4.0 on v5e-8`.
+    """
+    for line in config_text.splitlines():
+        if not line.startswith("#"):
+            break
+        if line.startswith("# s/kimg"):
+            for number, name in re.findall(r"(\d+(?:\.\d+)?) on ([a-z0-9=-]*[a-z0-9])", line):
+                if name == target.name:
+                    return float(number)
+    return None
