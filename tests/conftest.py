@@ -24,6 +24,12 @@ hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=Tr
 hypothesis.settings.load_profile("repeatable")
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests go first: one that came last would leave the other processors idle for minutes."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Splits the CPU for the tests of several replicas; TensorFlow allows it only at first."""
     if "tensorflow" not in sys.modules or session.config.option.collectonly:

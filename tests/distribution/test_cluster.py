@@ -197,12 +197,15 @@ def main(_):
     if behaviour == "other version":
         versions = cluster.identity(config)
         cluster.identity = lambda _: {**versions, "TensorFlow": "2.17.1"}
+    if behaviour == "dies unanswering":
+        cluster.Membership._take = lambda *_: None
     with cluster.member(cluster.find("auto"), config) as members:
         print("met", flush=True)
         if behaviour.startswith("steps"):
             make_steps(members)
         time.sleep(0.3)
-        if behaviour == "dies":
+        if behaviour.startswith("dies"):
+            time.sleep(1 if behaviour == "dies unanswering" else 0)
             os._exit(9)
         if behaviour == "hangs":
             os.kill(os.getpid(), signal.SIGSTOP)
@@ -354,7 +357,7 @@ def test_a_stop_near_the_end_stops_all_or_none() -> None:
 def test_a_worker_that_dies_while_the_others_hold() -> None:
     """The answer that never comes is not waited for."""
     ports = _ports(3)
-    results = workers("steps 300", "dies", "steps", ports=ports)
+    results = workers("steps 300", "dies unanswering", "steps", ports=ports)
     for index in (0, 2):
         assert results[index].code == 75
         assert f"worker:1 (localhost:{ports[1]}) has ended" in results[index].err

@@ -64,6 +64,8 @@ RESAMPLE_FILTER = setup_filter([1, 3, 3, 1])
 
 
 def _slice(x: tf.Tensor, axis: int, start: int, count: int, step: int = 1) -> tf.Tensor:
+    if (start, count, step) == (0, x.shape[axis], 1):
+        return x
     index: list[slice] = [slice(None)] * 4
     index[axis] = slice(start, start + (count - 1) * step + 1, step)
     return x[tuple(index)]
@@ -652,19 +654,24 @@ def _for_each_pixel(values: tf.Tensor, side: int) -> tf.Tensor:
     return tf.concat([values] * side**2, -1) if side > 1 else values
 
 
+def _as_maps(values: tf.Tensor) -> tf.Tensor:
+    """[N, C] -> [N, 1, 1, C]."""
+    return tf.reshape(values, [-1, 1, 1, values.shape[1]])
+
+
 def _sum_over_pixels(x: tf.Tensor) -> tf.Tensor:
     """[N, H, W, C] -> [N, C] as a matrix product."""
 
     @tf.custom_gradient
     def apply(x: tf.Tensor) -> tuple[tf.Tensor, object]:
-        _, height, width, channels = x.shape
+        count, height, width, channels = x.shape
         pixels = tf.reshape(x, [-1, height * width, channels])
-        ones = tf.ones_like(pixels[:, :, :1])
+        ones = tf.ones([count or tf.shape(x)[0], height * width, 1], x.dtype)
 
         def gradient(dy: tf.Tensor) -> tf.Tensor:
-            return tf.broadcast_to(dy[:, tf.newaxis, tf.newaxis, :], tf.shape(x))
+            return tf.broadcast_to(_as_maps(dy), tf.shape(x))
 
-        return tf.linalg.matmul(ones, pixels, transpose_a=True)[:, 0], gradient
+        return tf.squeeze(tf.linalg.matmul(ones, pixels, transpose_a=True), 1), gradient
 
     return apply(x)
 
@@ -672,14 +679,14 @@ def _sum_over_pixels(x: tf.Tensor) -> tf.Tensor:
 def _scale(x: tf.Tensor, factors: tf.Tensor, formulas: Formulas) -> tf.Tensor:
     """[N, H, W, C] times one factor [N, C] for each feature map."""
     if formulas is not Formulas.XLA_CPU:
-        return x * factors[:, tf.newaxis, tf.newaxis, :]
+        return x * _as_maps(factors)
 
     @tf.custom_gradient
     def apply(x: tf.Tensor, factors: tf.Tensor) -> tuple[tf.Tensor, object]:
         def gradient(dy: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             return _scale(dy, factors, formulas), _sum_over_pixels(x * dy)
 
-        return x * factors[:, tf.newaxis, tf.newaxis, :], gradient
+        return x * _as_maps(factors), gradient
 
     return apply(x, factors)
 

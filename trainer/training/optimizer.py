@@ -43,23 +43,21 @@ class Adam:
 
         Args:
           count: [] int64, how many steps were made, this one included.
-          params, first, second, grads: by name, all with the names of `grads`.
+          params, first, second, grads: by name, all with the names of `grads`, of one dtype.
 
         Returns:
           The new params, first and second moments.
         """
         new_params, new_first, new_second = {}, {}, {}
+        (dtype,) = {grad.dtype for grad in grads.values()}
+        steps = tf.cast(count, dtype)
+        correction1 = 1 - tf.pow(tf.constant(self.beta1, dtype), steps)
+        correction2 = 1 - tf.pow(tf.constant(self.beta2, dtype), steps)
+        step, root_correction2 = self.lr / correction1, tf.math.rsqrt(correction2)
         for name, grad in grads.items():
-            dtype = grad.dtype
-            steps = tf.cast(count, dtype)
-            correction1 = 1 - tf.pow(tf.constant(self.beta1, dtype), steps)
-            correction2 = 1 - tf.pow(tf.constant(self.beta2, dtype), steps)
             m = first[name] * self.beta1 + grad * (1 - self.beta1)
             v = second[name] * self.beta2 + tf.square(grad) * (1 - self.beta2)
-            step = self.lr / correction1
-            new_params[name] = params[name] - step * m / (
-                tf.sqrt(v) * tf.math.rsqrt(correction2) + self.eps
-            )
+            new_params[name] = params[name] - step * m / (tf.sqrt(v) * root_correction2 + self.eps)
             new_first[name], new_second[name] = m, v
         return new_params, new_first, new_second
 
