@@ -343,6 +343,23 @@ def test_a_dry_run_starts_nothing(
     assert printed == config_lib.resolve(config, resolution=(8, 8))
 
 
+@pytest.mark.parametrize(
+    ("precision", "jit", "told"),
+    [("bfloat16", "off", True), ("bfloat16", "on", False), ("float32", "off", False)],
+)
+def test_what_is_slow_is_told(
+    precision: str,
+    jit: str,
+    told: bool,
+    tmp_path: pathlib.Path,
+    squares: Manifest,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = labelled(squares, run={"precision": precision, "jit": jit})
+    loop.train(config, str(tmp_path), dry_run=True)
+    assert ("note      without XLA, bfloat16" in capsys.readouterr().out) == told
+
+
 def test_labels_wanted_but_absent(unlabelled: Manifest, tmp_path: pathlib.Path) -> None:
     with pytest.raises(DataError, match="data.use_labels is on, but .* has no labels"):
         loop.train(labelled(unlabelled), str(tmp_path / "run"))

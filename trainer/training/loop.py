@@ -29,7 +29,7 @@ from trainer.data.manifest import Manifest
 from trainer.data.pipeline import ImageStream
 from trainer.distribution import precision
 from trainer.distribution.cluster import Cluster
-from trainer.distribution.strategy import choose
+from trainer.distribution.strategy import Placement, choose
 from trainer.telemetry import images as telemetry_images
 from trainer.telemetry.statsfile import Stat, constant
 from trainer.telemetry.writers import Telemetry
@@ -90,7 +90,7 @@ def train(
     formulas = build.formulas(placement.platform, jit)
     generator, discriminator = build.networks(config, data, formulas)
     costs = cost.estimate(config, arithmetic, generator, discriminator)
-    for line in _description(config, manifest, arithmetic, placement.description, jit, costs):
+    for line in _description(config, manifest, arithmetic, placement, jit, costs):
         if is_chief or line.startswith("devices"):
             print(line, flush=True)
     if dry_run:
@@ -306,7 +306,7 @@ def _description(
     config: Config,
     manifest: Manifest,
     arithmetic: config_lib.BatchArithmetic,
-    devices: str,
+    placement: Placement,
     jit: bool,
     costs: cost.Cost,
 ) -> list[str]:
@@ -318,10 +318,13 @@ def _description(
     )
     a = arithmetic
     groups = a.per_replica_batch // a.group_size
+    slow = placement.platform == "CPU" and config.run.precision == "bfloat16" and not jit
     return [
         f"data      {manifest.directory}: {manifest.num_images} images {height}x{width}x"
         f"{manifest.channels}{classes}{ignored}",
-        f"devices   {devices}, precision {config.run.precision}, XLA {'on' if jit else 'off'}",
+        f"devices   {placement.description}, precision {config.run.precision}, "
+        f"XLA {'on' if jit else 'off'}",
+        *(["note      without XLA, bfloat16 takes 15 times as long on a CPU"] if slow else []),
         f"batch     {a.global_batch} images = {a.num_replicas} replicas x {a.rounds} rounds x "
         f"{a.per_replica_batch} ({groups} groups of {a.group_size})",
         f"networks  G {costs.g_params:,} and D {costs.d_params:,} parameters, "
