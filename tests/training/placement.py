@@ -32,7 +32,8 @@ from tests.training import conftest
 from trainer import task
 from trainer.core import flags as flags_lib
 from trainer.data.pipeline import ImageStream
-from trainer.training import checkpoint
+from trainer.networks.ops import Formulas
+from trainer.training import build, checkpoint
 from trainer.training.step import TrainStep
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -54,7 +55,8 @@ telemetry: {tensorboard: false}
 class Placement:
     """Where and in how many pieces a batch is computed; `replicas` are those of one worker.
 
-    With several steps in each call, ticks come at other steps.
+    With several steps in each call, ticks come at other steps. `tpu` computes by the formulas that
+    TPUs have.
     """
 
     workers: int = 1
@@ -62,11 +64,14 @@ class Placement:
     rounds: int = 1
     batch: int = 16
     steps_per_loop: int = 1
+    tpu: bool = False
 
     def __str__(self) -> str:
         each = self.batch // (self.workers * self.replicas * self.rounds)
         in_a_row = f", {self.steps_per_loop} in a row" if self.steps_per_loop > 1 else ""
-        return f"{self.workers} workers x {self.replicas} x {self.rounds} rounds x {each}{in_a_row}"
+        tpu = ", as TPUs" if self.tpu else ""
+        where = f"{self.workers} workers x {self.replicas} x {self.rounds} rounds x {each}"
+        return f"{where}{in_a_row}{tpu}"
 
     @property
     def whole(self) -> Placement:
@@ -104,6 +109,8 @@ PLACEMENTS = (
     ),
     Placement(replicas=2, steps_per_loop=4),
     Placement(workers=2, steps_per_loop=4),
+    Placement(workers=2, tpu=True),
+    Placement(workers=2, rounds=2, tpu=True),
 )
 
 
@@ -147,7 +154,7 @@ def run(
         order = folder / f"images-{index}"
         with open(folder / f"log-{index}", "w") as log:
             process = subprocess.Popen(
-                [*command, f"--order={order}", *flags],
+                [*command, f"--order={order}", *(["--tpu"] if placement.tpu else []), *flags],
                 cwd=ROOT,
                 env=environment,
                 stdout=log,
@@ -227,8 +234,10 @@ def distances(found: Outcome, wanted: Outcome) -> dict[str, float]:
 # ------------------------------------------------------------------------------ one process
 
 
-def _train(order: str, flags: list[str]) -> None:
+def _train(order: str, tpu: bool, flags: list[str]) -> None:
     """The training command, with a record of the images it takes and of what crosses replicas."""
+    if tpu:
+        build.formulas = lambda *_: Formulas.TPU
     # Rewriting graphs takes longer than the few steps made with them.
     tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
     original = ImageStream.__next__
@@ -318,9 +327,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--precision", default="float64")
     parser.add_argument("--order", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--tpu", action="store_true", help=argparse.SUPPRESS)
     arguments, flags = parser.parse_known_args()
     if arguments.order:
-        _train(arguments.order, flags)
+        _train(arguments.order, arguments.tpu, flags)
         return
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)

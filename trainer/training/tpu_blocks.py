@@ -261,7 +261,7 @@ def parts(run: TpuRun) -> list[tuple[str, Stage, Mode, bool, int]]:
     update("Gmain", update_g)
     if config.pl_weight > 0:
         mapping, *blocks = generator_stages(run, images // config.pl_batch_shrink)
-        if a.num_replicas * rounds > 1:
+        if rounds > 1:
             add("Greg", blocks, "first", False)  # the mean length of the whole batch comes first
         add("Greg", [mapping], "first", True)
         add("Greg", blocks, "second", True)
