@@ -19,7 +19,7 @@ from trainer.core.errors import ConfigError, UsageError
 from trainer.data.speed import Reading
 from trainer.training import speed, tpu_compiler, tpu_estimate
 from trainer.training.speed import Convolution, Row, Timing
-from trainer.training.tpu_cost import Phase
+from trainer.training.tpu_cost import LargestBatch, Phase
 from trainer.training.tpu_estimate import Estimate
 
 TINY = """
@@ -278,6 +278,19 @@ def test_tpu_prints_a_table_that_adds_up(
 def test_a_phase_that_does_not_compile_has_its_error_in_the_table() -> None:
     line = probe.tpu_line(Phase("Dreg", 1 / 16, 3.0, None, "Ran out of memory"), 1 << 34)
     assert line.split() == ["Dreg", "no", "Ran", "out", "of", "memory"]
+
+
+@pytest.mark.parametrize(
+    ("found", "text"),
+    [
+        (LargestBatch(28, "Greg", 8), "at most 28 images per replica (Greg, by a line through 4 "),
+        (LargestBatch(0, "Greg", 8), "not a single group of images (Greg, by a line through 4 and"),
+        (LargestBatch(4, "Greg", 8, "no"), "at least 4 images per replica (Greg doesn't compile f"),
+        (LargestBatch(0, "Greg", 8, "no"), "fewer than 4 images per replica (Greg doesn't compile"),
+    ],
+)
+def test_what_fits(found: LargestBatch, text: str) -> None:
+    assert probe.fits_text(found, 4).startswith(text)
 
 
 # Wrong calls --------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from trainer.training.build import DataShape
     from trainer.training.checkpoint_speed import CheckpointSpeed
     from trainer.training.speed import Row, Run, StepSpeed
-    from trainer.training.tpu_cost import Phase
+    from trainer.training.tpu_cost import LargestBatch, Phase
 
 FLAGS = absl_flags.FLAGS
 
@@ -379,10 +379,24 @@ def probe_tpu(config: Config) -> None:
     _print_rows([("s/kimg", speed)])
     if FLAGS.blocks:
         return  # memory is that of whole phases
-    images, phase_name, other = run.largest_batch(phases)
-    sizes = f"{phase_name}, by a line through {a.per_replica_batch} and {other} images"
-    fits = f"at most {images} images per replica" if images else "not a single group of images"
-    _print_rows([("fits", f"{fits} ({sizes})")])
+    _print_rows([("fits", fits_text(run.largest_batch(phases), a.per_replica_batch))])
+
+
+def fits_text(found: LargestBatch, tried: int) -> str:
+    """The largest batch in words.
+
+    Args:
+      found: it.
+      tried: images of a replica for which all phases were compiled.
+    """
+    if found.error:
+        fits = f"{'at least' if found.images else 'fewer than'} {tried} images per replica"
+        return f"{fits} ({found.phase} doesn't compile for {found.other}: {found.error})"
+    most = f"at most {found.images} images per replica"
+    return (
+        f"{most if found.images else 'not a single group of images'} ({found.phase}, by a line "
+        f"through {tried} and {found.other} images)"
+    )
 
 
 TPU_TITLES = (

@@ -14,7 +14,7 @@ from trainer.data.manifest import Manifest
 from trainer.data.pipeline import ImageStream
 from trainer.distribution import tpu
 from trainer.training import build, tpu_compiler, tpu_estimate
-from trainer.training.tpu_cost import Phase, TpuRun
+from trainer.training.tpu_cost import LargestBatch, Phase, TpuRun
 from trainer.training.tpu_estimate import Estimate
 
 SMALL: dict[str, Any] = {
@@ -194,7 +194,21 @@ def test_the_largest_batch_is_read_off_a_line_through_two_sizes(
     monkeypatch.setattr(tpu_estimate, "estimate", lambda images, topology: needs(images))
     run = small(batch=batch)
     found = [Phase("Gmain", 1.0, 1.0, estimate(1.0, 5)), Phase("Dreg", 1.0, 1.0, needs(batch))]
-    assert run.largest_batch(found) == (expected, "Dreg", other)
+    assert run.largest_batch(found) == LargestBatch(expected, "Dreg", other)
+
+
+def test_a_size_that_does_not_compile_leaves_the_one_that_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(program: Any, specs: Any) -> bytes:
+        raise RuntimeError("too large")
+
+    monkeypatch.setattr(tpu_compiler, "lower", fail)
+    run, gib = small(batch=4), 1 << 30
+    found = [Phase("Greg", 1.0, 1.0, estimate(1.0, 2 * gib))]
+    assert run.largest_batch(found) == LargestBatch(4, "Greg", 8, "too large")
+    found = [Phase("Greg", 1.0, 1.0, estimate(1.0, 17 * gib))]
+    assert run.largest_batch(found) == LargestBatch(0, "Greg", 8, "too large")
 
 
 def test_a_phase_that_does_not_compile_says_why_in_one_line(

@@ -42,6 +42,23 @@ class Phase:
 
 
 @dataclass(frozen=True)
+class LargestBatch:
+    """How many images a replica has room for.
+
+    Attributes:
+      images: at most, 0 if a single group doesn't fit.
+      phase: which needs the most memory.
+      other: images for which that was compiled, too.
+      error: why it didn't compile; then more than `images` may fit.
+    """
+
+    images: int
+    phase: str
+    other: int
+    error: str = ""
+
+
+@dataclass(frozen=True)
 class TpuRun:
     """A run on a slice that isn't there."""
 
@@ -112,27 +129,25 @@ class TpuRun:
         shares = {"Greg": 1 / training.g_reg_interval, "Dreg": 1 / training.d_reg_interval}
         return shares.get(phase, 1.0)
 
-    def largest_batch(self, phases: list[Phase]) -> tuple[int, str, int]:
+    def largest_batch(self, phases: list[Phase]) -> LargestBatch:
         """The largest per-replica batch that fits, by a line through two sizes.
 
         The phase that needs most memory is compiled once more, at another size.
 
         Args:
           phases: all compiled, at the run's size.
-
-        Returns:
-          The images, the phase, and the other size; 0 images if a single group doesn't fit, or if
-          the other size didn't compile.
         """
-        worst = max((p for p in phases if p.estimate), key=lambda p: p.estimate.hbm)  # type: ignore[union-attr]
+        worst, needed = max(
+            ((p, p.estimate.hbm) for p in phases if p.estimate), key=lambda pair: pair[1]
+        )
         group, here = self.arithmetic.group_size, self.arithmetic.per_replica_batch
         there = group if here > group else 2 * group
+        room = self.topology.chip.hbm - needed
         other = self._compile(worst.name, self._with_batch(there), 1.0)
-        if worst.estimate is None or other.estimate is None:
-            return 0, worst.name, there
-        slope = (other.estimate.hbm - worst.estimate.hbm) / (there - here)
-        room = self.topology.chip.hbm - worst.estimate.hbm
-        return max(int(here + room / slope) // group * group, 0), worst.name, there
+        if other.estimate is None:
+            return LargestBatch(here if room >= 0 else 0, worst.name, there, other.error)
+        slope = (other.estimate.hbm - needed) / (there - here)
+        return LargestBatch(max(int(here + room / slope) // group * group, 0), worst.name, there)
 
     def seconds_per_kimg(self, phases: list[Phase]) -> tuple[float, float]:
         """Raw and adjusted, of the whole slice with the regularisers as often as they are due."""
