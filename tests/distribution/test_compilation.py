@@ -43,7 +43,9 @@ def run(directory: pathlib.Path, channels: int) -> str:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert "rror" not in done.stderr
+    # TensorFlow takes a kept program for text first, and older ones say that it is none.
+    lines = [line for line in done.stderr.splitlines() if "parsing text-format" not in line]
+    assert not [line for line in lines if "rror" in line]
     return done.stdout
 
 
