@@ -53,6 +53,18 @@ def test_write_read_list_remove(root: str) -> None:
     assert not storage.exists(storage.join(root, "a"))
 
 
+def test_walk_passes_over_what_vanishes(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a worker that looks while the chief renames its lease into place."""
+    for name in ("a", "lease.json.tmp", "z"):
+        (tmp_path / name).write_text(name)
+    walked = list(os.walk(tmp_path))
+    monkeypatch.setattr(os, "walk", lambda _: walked)
+    (tmp_path / "lease.json.tmp").unlink()
+    assert sorted(storage.walk(str(tmp_path))) == ["a", "z"]
+
+
 def test_write_replaces_and_append_adds(root: str) -> None:
     path = storage.join(root, "log.jsonl")
     storage.append(path, b"1\n")

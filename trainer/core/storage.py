@@ -197,7 +197,7 @@ def listdir(path: str) -> list[str]:
 def walk(path: str) -> dict[str, Digest]:
     """Every file below a directory, however deep, by its name from there on; by one listing.
 
-    {} where there is no directory. The checksums are known only on Cloud Storage.
+    {} where there is no directory. Files may come and go meanwhile. The checksums are known only on Cloud Storage.
     """
     with _reported("list", path):
         if is_remote(path):
@@ -207,7 +207,9 @@ def walk(path: str) -> dict[str, Digest]:
             for name in names:
                 file = os.path.join(folder, name)
                 relative = os.path.relpath(file, path).replace(os.sep, "/")
-                found[relative] = Digest(os.path.getsize(file), None)
+                # What others have renamed or removed meanwhile isn't there any more.
+                with contextlib.suppress(FileNotFoundError):
+                    found[relative] = Digest(os.path.getsize(file), None)
         return found
 
 
