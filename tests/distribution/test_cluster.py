@@ -196,7 +196,7 @@ def main(_):
     )
     if behaviour == "other version":
         versions = cluster.identity(config)
-        cluster.identity = lambda _: {**versions, "TensorFlow": "2.17.1"}
+        cluster.identity = lambda _: {**versions, "TensorFlow": "2.16.2"}
     if behaviour == "dies unanswering":
         cluster.Membership._take = lambda *_: None
     with cluster.member(cluster.find("auto"), config) as members:
@@ -380,7 +380,7 @@ def test_a_missing_chief_is_named() -> None:
 @pytest.mark.parametrize(
     ("behaviour", "message"),
     [
-        ("other version", "has TensorFlow 2.17.1, worker:0 (localhost:PORT) has 2."),
+        ("other version", "has TensorFlow 2.16.2, worker:0 (localhost:PORT) has 2."),
         ("two GPUs", "has GPUs 2, worker:0 (localhost:PORT) has 0; start all workers with the"),
         ("differs", "has rounds 2, worker:0 (localhost:PORT) has 1; start all workers with the"),
     ],
