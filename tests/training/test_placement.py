@@ -48,15 +48,6 @@ def test_two_workers_in_two_rounds_are_one(
     assert in_one_piece.collectives == {}
 
 
-def test_two_workers_as_tpus_are_one(
-    squares: Manifest, in_one_piece: Outcome, tmp_path: pathlib.Path
-) -> None:
-    """There Greg has the mean length of the whole batch from the pass that is differentiated."""
-    found = run(Placement(workers=2, tpu=True), squares.directory, tmp_path / "run")
-    assert_same(found, in_one_piece, TOLERANCE["float64"])
-    assert sum(found.collectives.values()) == 5
-
-
 def test_the_comparison_is_one(in_one_piece: Outcome) -> None:
     """The steps use every image once, and everything that can move does."""
     assert sorted(in_one_piece.images) == list(range(placement_lib.STEPS * 16 // 2))

@@ -247,7 +247,7 @@ class Phases:
         self,
         g: Params,
         draws: Draws,
-        batch_mean: tf.Tensor | Callable[[tf.Tensor], tf.Tensor] | None,
+        batch_mean: tf.Tensor | None,
         moving_mean: tf.Tensor,
         batch: int,
         scale: tf.Tensor | None = None,
@@ -257,8 +257,7 @@ class Phases:
         Args:
           g: parameters.
           draws: of this round's groups.
-          batch_mean: [], mean length over the whole batch, or a function that makes it from this
-            round's lengths [N]; None if this round is the whole batch.
+          batch_mean: [], mean length over the whole batch; None if this round is the whole batch.
           moving_mean: [], of the lengths before this step.
           batch: images in the whole (shrunk) batch.
           scale: as for `gmain`, of the first and of the second gradient.
@@ -270,14 +269,9 @@ class Phases:
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(weights)
             lengths, w = self._path_lengths({**g, **weights}, draws, scale)
-            found = tf.stop_gradient(lengths)
-            if batch_mean is None:
-                batch_mean = tf.reduce_mean(found)
+            mean = tf.reduce_mean(lengths) if batch_mean is None else batch_mean
             penalty, coefficients, moving_mean = losses.path_length_coefficients(
-                found,
-                batch_mean(found) if callable(batch_mean) else batch_mean,
-                moving_mean,
-                self.pl_decay,
+                tf.stop_gradient(lengths), mean, moving_mean, self.pl_decay
             )
             factor = self.pl_weight * self.g_reg_interval / batch
             total = tf.reduce_sum(coefficients * lengths) * factor

@@ -15,7 +15,6 @@ from typing import Any
 import tensorflow as tf
 
 from trainer.core.config import BatchArithmetic, Config
-from trainer.networks.ops import Formulas
 from trainer.training import augment, loss_scale
 from trainer.training.optimizer import Adam, ema_beta
 from trainer.training.phases import Draw, Grads, Phases, Report
@@ -97,9 +96,7 @@ class TrainStep:
             return tf.function(function, jit_compile=jit, autograph=False)
 
         self._gmain = compiled(phases.gmain)
-        # A TPU's step is one program, with the sums over replicas in it, however it is cut here.
-        self._tpu = phases.generator.formulas is Formulas.TPU
-        self._greg = phases.greg if self._tpu else compiled(phases.greg)
+        self._greg = compiled(phases.greg)
         self._path_lengths = compiled(phases.path_lengths)
         self._dmain = compiled(phases.dmain)
         self._dreg = compiled(phases.dreg)
@@ -270,19 +267,10 @@ class TrainStep:
     def _run_greg(self, *args: tf.Tensor) -> Report:
         batch, state = _Batch(*args), self._state
         images = self._arithmetic.global_batch // self._config.training.pl_batch_shrink
-        rounds, replicas = self._arithmetic.rounds, self._arithmetic.num_replicas
-        scale = self._scale("Greg")
-        batch_mean: tf.Tensor | Callable[[tf.Tensor], tf.Tensor] | None = None
-        # The penalty needs the mean length of the whole batch before any second derivative.
-        if rounds == 1 and replicas > 1 and self._tpu:
-
-            def mean(found: tf.Tensor) -> tf.Tensor:
-                return self._sum_over_replicas(tf.reduce_sum(found)) / images
-
-            batch_mean = mean
-        elif rounds * replicas > 1:
-            # Of all rounds, and where sums over replicas can't be in a compiled function, that
-            # takes a pass of first derivatives.
+        batch_mean, scale = None, self._scale("Greg")
+        if self._arithmetic.rounds * self._arithmetic.num_replicas > 1:
+            # The penalty needs the mean length of the whole batch before any gradient: one cheap
+            # pass of first derivatives for it.
             def lengths(groups: _Batch) -> tf.Tensor:
                 draws = self._draw("Greg", groups.group_index)
                 return tf.reduce_sum(self._path_lengths(_read(state.g), draws, **scale))
@@ -296,7 +284,7 @@ class TrainStep:
         grads, report, w_sum = self._sum_over_replicas(sums)
         if batch_mean is not None:
             # Every round found the same new mean, and they were added up.
-            moving_mean /= rounds
+            moving_mean /= self._arithmetic.rounds
         report, keep = self._judge("Greg", grads, report)
         self._update_g(grads, keep)
         self._move_w_avg(w_sum / images, keep)

@@ -261,8 +261,10 @@ def parts(run: TpuRun) -> list[tuple[str, Stage, Mode, bool, int]]:
     update("Gmain", update_g)
     if config.pl_weight > 0:
         mapping, *blocks = generator_stages(run, images // config.pl_batch_shrink)
+        # The mean length of the whole batch comes first. With one round the compiler sees that its
+        # pass is part of the one that is differentiated, and makes it once.
         if rounds > 1:
-            add("Greg", blocks, "first", False)  # the mean length of the whole batch comes first
+            add("Greg", blocks, "first", False)
         add("Greg", [mapping], "first", True)
         add("Greg", blocks, "second", True)
         update("Greg", update_g)
