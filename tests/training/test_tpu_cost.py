@@ -197,13 +197,19 @@ def test_the_largest_batch_is_read_off_a_line_through_two_sizes(
     assert run.largest_batch(found) == LargestBatch(expected, "Dreg", other)
 
 
+def refuse(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
+    """No program compiles."""
+
+    def fail(program: Any, specs: Any) -> bytes:
+        raise RuntimeError(reason)
+
+    monkeypatch.setattr(tpu_compiler, "lower", fail)
+
+
 def test_a_size_that_does_not_compile_leaves_the_one_that_does(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def fail(program: Any, specs: Any) -> bytes:
-        raise RuntimeError("too large")
-
-    monkeypatch.setattr(tpu_compiler, "lower", fail)
+    refuse(monkeypatch, "too large")
     run, gib = small(batch=4), 1 << 30
     found = [Phase("Greg", 1.0, 1.0, estimate(1.0, 2 * gib))]
     assert run.largest_batch(found) == LargestBatch(4, "Greg", 8, "too large")
@@ -214,10 +220,7 @@ def test_a_size_that_does_not_compile_leaves_the_one_that_does(
 def test_a_phase_that_does_not_compile_says_why_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def fail(program: Any, specs: Any) -> bytes:
-        raise RuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm.\nUsed 40G")
-
-    monkeypatch.setattr(tpu_compiler, "lower", fail)
+    refuse(monkeypatch, "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm.\nUsed 40G")
     first = next(small().compile_phases())
     assert (first.name, first.estimate) == ("Gmain", None)
     assert first.error == "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 40G"

@@ -6,9 +6,7 @@ import re
 
 from trainer.vertex.fit import Plan
 from trainer.vertex.request import Request
-from trainer.vertex.targets import Target
-
-_GIB = 1024
+from trainer.vertex.targets import GIB, Target
 
 
 def facts(request: Request, found: Plan, sec_per_kimg: float | None) -> list[tuple[str, str]]:
@@ -24,7 +22,7 @@ def facts(request: Request, found: Plan, sec_per_kimg: float | None) -> list[tup
         ),
         (
             "memory",
-            f"about {found.sizes.total_mib / _GIB:.1f} GiB of {target.memory_mib / _GIB:.0f} on "
+            f"about {found.sizes.total_mib / GIB:.1f} GiB of {target.memory_mib / GIB:.0f} on "
             f"each {target.unit}, by estimate",
         ),
         *_cost(request, found, sec_per_kimg),

@@ -11,9 +11,8 @@ from trainer.core.config import BatchArithmetic, Config
 from trainer.core.errors import ConfigError
 from trainer.vertex import sizes, targets
 from trainer.vertex.sizes import Sizes
-from trainer.vertex.targets import GPUS, Target
+from trainer.vertex.targets import GIB, GPUS, Target
 
-_GIB = 1024
 _TIGHT = 0.75  # share of the memory from which an estimate is worth a warning
 
 
@@ -80,8 +79,8 @@ def _try_plan(config: Config, shape: Shape, target: Target) -> Plan:
     if share > 1:
         raise ConfigError(
             f"{arithmetic.per_replica_batch} images on each device need about "
-            f"{found.total_mib / _GIB:.1f} GiB, and one {target.unit} has "
-            f"{target.memory_mib / _GIB:.0f}"
+            f"{found.total_mib / GIB:.1f} GiB, and one {target.unit} has "
+            f"{target.memory_mib / GIB:.0f}"
         )
     return Plan(config, arithmetic, found, tuple(_warnings(share, target)))
 

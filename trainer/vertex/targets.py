@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from trainer.core.errors import UsageError
 
-_GIB = 1024  # MiB
+GIB = 1024  # MiB
 
 
 @dataclass(frozen=True)
@@ -69,49 +69,49 @@ def _a2(kind: str, *sizes: int) -> dict[int, str]:
 GPUS = {
     "a100": Gpu(
         "NVIDIA_TESLA_A100",
-        40 * _GIB,
+        40 * GIB,
         _a2("highgpu", 1, 2, 4, 8) | _a2("megagpu", 16),
         "nvidia_a100_gpus",
     ),
     "a100-80": Gpu(
-        "NVIDIA_A100_80GB", 80 * _GIB, _a2("ultragpu", 1, 2, 4, 8), "nvidia_a100_80gb_gpus"
+        "NVIDIA_A100_80GB", 80 * GIB, _a2("ultragpu", 1, 2, 4, 8), "nvidia_a100_80gb_gpus"
     ),
     "h100": Gpu(
         "NVIDIA_H100_80GB",
-        80 * _GIB,
+        80 * GIB,
         {size: f"a3-highgpu-{size}g" for size in (1, 2, 4, 8)},
         "nvidia_h100_gpus",
         spot_only=frozenset({1, 2, 4}),
     ),
     "l4": Gpu(
         "NVIDIA_L4",
-        24 * _GIB,
+        24 * GIB,
         {1: "g2-standard-16", 2: "g2-standard-24", 4: "g2-standard-48", 8: "g2-standard-96"},
         "nvidia_l4_gpus",
     ),
     "v100": Gpu(
         "NVIDIA_TESLA_V100",
-        16 * _GIB,
+        16 * GIB,
         {1: "n1-standard-8", 2: "n1-standard-16", 4: "n1-standard-32", 8: "n1-standard-64"},
         "nvidia_v100_gpus",
         bfloat16=False,
     ),
     "t4": Gpu(
         "NVIDIA_TESLA_T4",
-        16 * _GIB,
+        16 * GIB,
         {1: "n1-standard-8", 2: "n1-standard-16", 4: "n1-standard-32"},
         "nvidia_t4_gpus",
         bfloat16=False,
     ),
-    "cpu": Gpu("", 60 * _GIB, {1: "n1-standard-16"}, "cpus"),
+    "cpu": Gpu("", 60 * GIB, {1: "n1-standard-16"}, "cpus"),
 }
 
 TPUS = {
-    "v2": Tpu("TPU_V2", 8 * _GIB, _cloud_tpu(8, 32, 128, 256, 512), {}, "tpu_v2"),
-    "v3": Tpu("TPU_V3", 16 * _GIB, _cloud_tpu(8, 32, 64, 128, 256, 512), {}, "tpu_v3"),
+    "v2": Tpu("TPU_V2", 8 * GIB, _cloud_tpu(8, 32, 128, 256, 512), {}, "tpu_v2"),
+    "v3": Tpu("TPU_V3", 16 * GIB, _cloud_tpu(8, 32, 64, 128, 256, 512), {}, "tpu_v3"),
     "v5e": Tpu(
         "",
-        16 * _GIB,
+        16 * GIB,
         {1: "ct5lp-hightpu-1t", 4: "ct5lp-hightpu-4t", 8: "ct5lp-hightpu-8t"}
         | dict.fromkeys((16, 32, 64, 128, 256), "ct5lp-hightpu-4t"),
         {
