@@ -5,12 +5,13 @@ products are credible; what works element by element on bfloat16 it takes for 2.
 than the memory it moves. So there are two times: the raw sum, and an adjusted one in which such
 instructions cost what their bytes cost at 90% of the HBM's bandwidth, if that is less. The truth
 lies between. Gather, scatter, sort, random numbers and collectives have no estimate: the adjusted
-time counts their bytes only, the raw one nothing.
+time counts the bytes that they move only, the raw one nothing.
 """
 
 from __future__ import annotations
 
 import collections
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -69,9 +70,9 @@ class _Instruction:
         return self.text.split(f" {self.opcode}(", 1)[0]
 
     @property
-    def operands(self) -> set[str]:
+    def operands(self) -> list[str]:
         arguments = self.text.split(f" {self.opcode}(", 1)[-1].split("), ", 1)[0]
-        return set(re.findall(r"%([\w.\-]+)", arguments))
+        return re.findall(r"%([\w.\-]+)", arguments)
 
     @property
     def cycles(self) -> int | None:
@@ -155,10 +156,8 @@ class _Program:
                 found = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)$", line)
                 if found:
                     current.append(_Instruction(found[1], _opcode(found[2]), found[2]))
-        self._types = {
-            each.name: each.result_type
-            for instructions in self._computations.values()
-            for each in instructions
+        self._instructions = {
+            each.name: each for instructions in self._computations.values() for each in instructions
         }
 
     def schedule(self) -> Iterator[_Instruction]:
@@ -173,10 +172,10 @@ class _Program:
             if each.opcode in _FREE:
                 continue
             if each.opcode == "while":
-                trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', each.text)
-                yield from self._walk(each.called("body")[0], times * int(trips[1] if trips else 1))
-                if not trips:
-                    yield _Instruction(each.name, "while of unknown length", each.text, times)
+                trips = self._trips(each)
+                yield from self._walk(each.called("body")[0], times * (trips or 1))
+                if trips is None:
+                    yield _Instruction(each.name, "while of unknown length", "", times)
             elif each.opcode == "conditional":
                 listed = re.findall(r"branch_computations=\{([^}]*)\}", each.text)
                 names = [n.strip().lstrip("%") for part in listed for n in part.split(",")]
@@ -188,10 +187,64 @@ class _Program:
             else:
                 yield _Instruction(each.name, each.opcode, each.text, times)
 
+    def _trips(self, loop: _Instruction) -> int | None:
+        """How often a loop runs, if that is a constant."""
+        known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.text)
+        if known:
+            return int(known[1])
+        # Most loops aren't annotated: they count in steps of one, up to what their condition says.
+        condition = self._computations.get(loop.called("condition")[0], [])
+        if not condition or "direction=LT" not in condition[-1].text:
+            return None
+        counter, bound = condition[-1].operands
+        place = re.search(r"\bindex=(\d+)", self._instructions[counter].text)
+        given = self._instructions.get(loop.operands[0])
+        if place is None or given is None or given.opcode != "tuple":
+            return None
+        start, end = self._constant(given.operands[int(place[1])]), self._constant(bound)
+        return None if start is None or end is None else max(end - start, 0)
+
+    def _constant(self, name: str) -> int | None:
+        """The value of an integer that is known."""
+        each = self._instructions.get(name)
+        while each is not None and each.opcode == "copy":
+            each = self._instructions.get(each.operands[0])
+        found = re.search(r" constant\((\d+)\)", each.text) if each else None
+        return int(found[1]) if found else None
+
+    def _type(self, name: str) -> str:
+        each = self._instructions.get(name)
+        return each.result_type if each else ""
+
     def moved_bytes(self, each: _Instruction) -> int:
         """Bytes it reads from and writes to the HBM."""
-        types = [each.result_type, *(self._types.get(name, "") for name in each.operands)]
-        return sum(_hbm_bytes(text) for text in types)
+        result = _hbm_bytes(each.result_type)
+        given = [_hbm_bytes(self._type(name)) for name in set(each.operands)]
+        reason = self.reason(each)
+        if reason == "gather":
+            return result + sum(given) - max(given, default=0) + self._looked_up_bytes(each)
+        if reason in ("scatter", "dynamic-update-slice") and result in given:
+            return 2 * (sum(given) - result)  # in place: it reads and writes what is new
+        return result + sum(given)
+
+    def _looked_up_bytes(self, each: _Instruction) -> int:
+        """Bytes that a gather reads of its table: for each look-up all tiles it touches.
+
+        The code that the compiler makes copies whole tiles from the HBM, 4 KiB for one number.
+        """
+        inside = [i for name in each.called("calls") for i in self._computations.get(name, [])]
+        gather = next((i for i in [each, *inside] if i.opcode == "gather"), each)
+        sizes = re.search(r"slice_sizes=\{([\d,]+)\}", gather.text)
+        table = _TYPE.match(self._type(gather.operands[0]))
+        result = _TYPE.match(gather.result_type)
+        if not sizes or not table or not result:
+            return 0
+        kind, _, layout, rest = table.groups()
+        slice_type = f"{kind}[{sizes[1]}]{{{layout}{re.sub(r'S[(][0-9]+[)]', '', rest or '')}}}"
+        numbers = [
+            math.prod(int(n) for n in text.split(",") if n) for text in (result[2], sizes[1])
+        ]
+        return numbers[0] // numbers[1] * _hbm_bytes(slice_type)
 
     def reason(self, each: _Instruction) -> str:
         """The kind of an instruction without an estimate: of a fusion, the op that explains it."""
