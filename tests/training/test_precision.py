@@ -305,7 +305,7 @@ def test_skipped_updates_are_shown(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(precision_lib, "check", lambda precision, platform: None)
+    monkeypatch.setattr(precision_lib, "prepare", lambda precision, platform: None)
     monkeypatch.setattr(loss_scale, "INITIAL", 2.0**24)
     config = config_lib.from_dict(
         {

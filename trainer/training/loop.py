@@ -77,7 +77,7 @@ def train(
     placement, jit = choose(config.run, cluster)
     if stop:
         stop.listen()
-    precision.check(config.run.precision, placement.platform)
+    precision.prepare(config.run.precision, placement.platform)
     strategy, is_chief = placement.strategy, placement.is_chief
     arithmetic = config_lib.batch_arithmetic(config, strategy.num_replicas_in_sync)
     if config.run.deterministic:

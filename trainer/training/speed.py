@@ -24,7 +24,7 @@ import tensorflow as tf
 from trainer.core import config as config_lib
 from trainer.core.config import BatchArithmetic, Config
 from trainer.distribution.cluster import Cluster
-from trainer.distribution.precision import check, full_dtype, half_dtype
+from trainer.distribution.precision import full_dtype, half_dtype, prepare
 from trainer.distribution.strategy import Placement, choose
 from trainer.networks.stylegan2 import Discriminator, Generator
 from trainer.telemetry import resources
@@ -146,7 +146,7 @@ class Run:
         """
         config = config_lib.resolve(config, resolution=data.resolution)
         placement, jit = choose(config.run, cluster)
-        check(config.run.precision, placement.platform)
+        prepare(config.run.precision, placement.platform)
         arithmetic = config_lib.batch_arithmetic(config, placement.strategy.num_replicas_in_sync)
         if config.run.deterministic:
             tf.config.experimental.enable_op_determinism()

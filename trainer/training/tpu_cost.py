@@ -105,7 +105,7 @@ class TpuRun:
             training = dataclasses.replace(config.training, batch_size=batch)
             config = dataclasses.replace(config, training=training)
         config = config_lib.resolve(config, resolution=data.resolution)
-        precision.check(config.run.precision, "TPU")
+        precision.prepare(config.run.precision, "TPU")
         arithmetic = config_lib.batch_arithmetic(config, replicas)
         generator, discriminator = build.networks(config, data, build.formulas("TPU", jit=True))
         state = build.state(config, generator, discriminator)
