@@ -166,39 +166,42 @@ def test_warp_equals_the_plain_steps_for_images_with_different_margins(group_siz
         plain_warp(images[n, :, :, 0], linear[n], offset[n], margin[n // group_size].numpy())
         for n in range(4)
     ]
-    for static_shapes, planar in ((False, False), (True, False), (False, True), (True, True)):
+    for static_shapes, windows in ((False, False), (True, False), (False, True), (True, True)):
         out = augment_warp.warp(
             tf.constant(images),
             tf.constant(linear),
             tf.constant(offset),
             group_size=group_size,
             static_shapes=static_shapes,
-            planar=planar,
+            windows=windows,
         )
         np.testing.assert_allclose(out[..., 0], expected, atol=1e-10)
 
 
-def test_planes_are_warped_as_colours_are() -> None:
-    """Values, gradients, and gradients of gradients, with three colours."""
+def test_windows_give_what_looking_up_gives() -> None:
+    """Values, gradients, and gradients of gradients, compiled; of images that are turned, slanted,
+    and shrunk and enlarged so much that a tile needs many blocks, and only part of one."""
     rng = np.random.default_rng(4)
-    images = tf.constant(rng.uniform(-1, 1, [4, 10, 14, 3]))
-    linear = tf.constant(np.eye(2) + rng.normal(0, 0.3, [4, 2, 2]))
-    offset = tf.constant(rng.normal(0, 1.5, [4, 2]))
+    images = tf.constant(rng.uniform(-1, 1, [4, 60, 76, 3]))
+    linear = np.eye(2) + rng.normal(0, 0.3, [4, 2, 2])
+    linear[2], linear[3] = [[0, 4.5], [-3.5, 0]], [[0.1, 0], [0, 0.2]]
+    linear, offset = tf.constant(linear), tf.constant(rng.normal(0, 1.5, [4, 2]))
 
-    def derivatives(planar: bool) -> list[tf.Tensor]:
+    def derivatives(windows: bool) -> list[tf.Tensor]:
         with tf.GradientTape() as outer:
             outer.watch(images)
             with tf.GradientTape() as inner:
                 inner.watch(images)
                 out = augment_warp.warp(
-                    images, linear, offset, group_size=2, static_shapes=True, planar=planar
+                    images, linear, offset, group_size=2, static_shapes=True, windows=windows
                 )
                 score = tf.reduce_sum(tf.sin(3 * out))
             slope = inner.gradient(score, images)
             penalty = tf.reduce_sum(tf.square(slope))
         return [out, slope, outer.gradient(penalty, images)]
 
-    for ours, theirs in zip(derivatives(True), derivatives(False), strict=True):
+    compiled = tf.function(lambda: derivatives(True), jit_compile=True, autograph=False)
+    for ours, theirs in zip(compiled(), derivatives(False), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-10)
 
 

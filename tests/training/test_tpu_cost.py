@@ -67,8 +67,9 @@ def phases(seconds: dict[str, float]) -> list[Phase]:
 
 @pytest.mark.parametrize("name", ["Gmain", "Greg", "Dmain", "Dreg", "finish"])
 def test_the_step_asks_nothing_that_a_tpu_lacks(name: str) -> None:
-    """Static shapes and ops that compile, with rounds, labels, mixing, noise and augmentation; and
-    nothing crosses replicas but the gradients and statistics of a phase, and mean path length."""
+    """Static shapes and ops that compile, with rounds, labels, mixing, noise and augmentation; no
+    single numbers are looked up or scattered; and nothing crosses replicas but the gradients and
+    statistics of a phase, and mean path length."""
     run = small()
     program, specs = run.program(name, run.arithmetic)
     graph = tf.function(program, autograph=False).get_concrete_function(*specs).graph
@@ -77,6 +78,8 @@ def test_the_step_asks_nothing_that_a_tpu_lacks(name: str) -> None:
     nodes = [*definition.node, *(n for f in definition.library.function for n in f.node_def)]
     count = collections.Counter(node.op for node in nodes)
     assert (count["XlaAllReduce"] > 0) == (name != "finish")
+    assert not [op for op in count if "Segment" in op]
+    assert not [node.op for node in definition.node if "Gather" in node.op]  # in the windows' loop
     in_loops = [
         n for f in definition.library.function for n in f.node_def if n.op == "XlaAllReduce"
     ]

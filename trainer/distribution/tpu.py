@@ -25,7 +25,10 @@ that holds it.
   statistics add up in a variable, and the host reads them once a tick (training/test_step.py).
 * Checkpoints are written by the host, between steps, from the values of `TrainState.variables`; no
   program saves anything: the ops that would are among those that `violations` finds.
-* Products of float32 are computed from operands rounded to bfloat16 unless XLA is told otherwise.
+* Products of float32 are computed from operands rounded to bfloat16 unless XLA is told otherwise,
+  which is done in runs in float32 (distribution/test_precision.py).
+* Nothing looks up single numbers: the code for that copies 4 KiB for each. The augmentation
+  fetches blocks of images and multiplies (training/augment_windows.py; training/test_tpu_cost.py).
 """
 
 from __future__ import annotations

@@ -188,7 +188,7 @@ class AugmentPipe:
         *,
         group_size: int | None = None,
         static_shapes: bool = False,
-        planar: bool = False,
+        windows: bool = False,
     ) -> tf.Tensor:
         """Augments images, differentiably to any order in them.
 
@@ -200,7 +200,7 @@ class AugmentPipe:
             step. The default takes the whole call, as NVIDIA does.
           static_shapes: give every intermediate a shape known while tracing, as XLA and TPU need.
             Same result, more work when p is low.
-          planar: see `augment_warp.warp`. Same result, for TPUs.
+          windows: see `augment_warp.warp`. Same result, for TPUs.
 
         Returns:
           [N, H, W, C], as `images`, not clipped.
@@ -225,7 +225,7 @@ class AugmentPipe:
                 offset,
                 group_size=group_size,
                 static_shapes=static_shapes,
-                planar=planar,
+                windows=windows,
             )
         if self._any(_COLOR):
             images = _apply_color(images, *self._color(draws, p, gray=channels <= 2))

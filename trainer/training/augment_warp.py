@@ -19,6 +19,8 @@ from collections.abc import Callable
 import numpy as np
 import tensorflow as tf
 
+from trainer.training.augment_windows import BLOCK, TILE, Cells, sample
+
 # The sym6 scaling filter (Daubechies 1992, "least asymmetric", six vanishing moments).
 _SYM6 = (
     0.015404109327027373,
@@ -70,7 +72,7 @@ def warp(
     *,
     group_size: int,
     static_shapes: bool,
-    planar: bool = False,
+    windows: bool = False,
 ) -> tf.Tensor:
     """Resamples images under one affine map each.
 
@@ -81,8 +83,9 @@ def warp(
       static_shapes: make the canvas as large as any margin can need, so that every shape is known
         while tracing (XLA, TPU). Otherwise it is as large as this call's margins need. The
         results are equal.
-      planar: keep the colours of the canvas apart. TPUs pad what comes last in a shape to 128, and
-        three colours there would take 40 times the memory. The results are equal.
+      windows: sample as in `augment_windows`, for TPUs: they are slow to look up pixels, and pad
+        what comes last in a shape to 128, so that three colours there would take 40 times the
+        memory. The results are equal.
 
     Returns:
       [N, H, W, C], as `images`.
@@ -96,20 +99,61 @@ def warp(
     up_x = _upsampler(width, bound_x, margin[:, 0], images.dtype)
     up_y = _upsampler(height, bound_y, margin[:, 1], images.dtype)
     up_y, up_x = (tf.repeat(matrix, group_size, axis=0) for matrix in (up_y, up_x))
-    x, y = _sample_positions(linear, offset, (height, width))
     origin = (2 * bound_y + 1, 2 * bound_x + 1)
-    if planar:
-        planes = _separable_planes(tf.transpose(images, [0, 3, 1, 2]), up_y, up_x)
-        planes = _bilinear_planes(planes, x, y, origin)
-        down_y = _dilated_toeplitz(LOWPASS, -1, height, planes.shape[2], images.dtype)
-        down_x = _dilated_toeplitz(LOWPASS, -1, width, planes.shape[3], images.dtype)
-        planes = _separable_planes(planes, down_y[tf.newaxis], down_x[tf.newaxis])
-        return tf.transpose(planes, [0, 2, 3, 1])
+    if windows:
+        return _warp_by_windows(images, linear, offset, up_y, up_x, origin)
+    u, v = (tf.range(_num_samples(size)) for size in (width, height))
+    x, y = _sample_positions(linear, offset, (height, width), u, v[:, tf.newaxis])
     samples = _bilinear(separable(images, up_y, up_x), x, y, origin)
     # Low-pass, keep every other pixel, and crop what the filter reached beyond the image.
     down_y = _dilated_toeplitz(LOWPASS, -1, height, samples.shape[1], images.dtype)
     down_x = _dilated_toeplitz(LOWPASS, -1, width, samples.shape[2], images.dtype)
     return separable(samples, down_y[tf.newaxis], down_x[tf.newaxis])
+
+
+def _warp_by_windows(
+    images: tf.Tensor,
+    linear: tf.Tensor,
+    offset: tf.Tensor,
+    up_y: tf.Tensor,
+    up_x: tf.Tensor,
+    origin: tuple[int | tf.Tensor, int | tf.Tensor],
+) -> tf.Tensor:
+    """The rest of `warp`, with the canvas in blocks and the samples in tiles."""
+    num, height, width, channels = images.shape
+    size = tf.shape(up_y)[1], tf.shape(up_x)[1]
+    up_y, up_x = _in_blocks(up_y), _in_blocks(up_x)
+    blocks = tf.shape(up_x)[1], tf.shape(up_y)[1]
+    table = tf.einsum("nhwc,nxqw->nxhcq", images, up_x)
+    table = tf.reshape(table, [num, blocks[0], height, channels * BLOCK])
+    up_y = tf.reshape(up_y, [num, blocks[1] * BLOCK, height])
+    table = tf.einsum("nkh,nxhr->nxkr", up_y, table)
+    table = tf.reshape(table, [num * blocks[0] * blocks[1], BLOCK, channels * BLOCK])
+
+    high, wide = (-(-_num_samples(extent) // TILE) for extent in (height, width))
+    u = tf.reshape(tf.range(wide * TILE), [wide, 1, TILE])
+    v = tf.reshape(tf.range(high * TILE), [high, 1, TILE, 1])
+    row, column, down, right = (
+        tf.reshape(part, [num * high * wide, TILE**2])
+        for part in _cells(*_sample_positions(linear, offset, (height, width), u, v), origin, size)
+    )
+    image = tf.repeat(tf.range(num), high * wide)
+    samples = sample(table, Cells(row, column, down, right, image), blocks)
+    samples = tf.reshape(samples, [num, high, wide, channels, TILE, TILE])
+    # Beyond the samples that are needed the filters are zero.
+    down_y = _dilated_toeplitz(LOWPASS, -1, height, high * TILE, images.dtype)
+    down_x = _dilated_toeplitz(LOWPASS, -1, width, wide * TILE, images.dtype)
+    down_y = tf.reshape(down_y, [height, high, TILE])
+    down_x = tf.reshape(down_x, [width, wide, TILE])
+    samples = tf.einsum("ntucij,wuj->ntciw", samples, down_x)
+    return tf.einsum("hti,ntciw->nhwc", down_y, samples)
+
+
+def _in_blocks(matrix: tf.Tensor) -> tf.Tensor:
+    """[N, K, size] -> [N, blocks, BLOCK, size], filled with zeros."""
+    num, rows, size = matrix.shape[0], tf.shape(matrix)[1], matrix.shape[2]
+    matrix = tf.pad(matrix, [[0, 0], [0, -rows % BLOCK], [0, 0]])
+    return tf.reshape(matrix, [num, -(-rows // BLOCK), BLOCK, size])
 
 
 def separable(images: tf.Tensor, vertical: tf.Tensor, horizontal: tf.Tensor) -> tf.Tensor:
@@ -130,12 +174,6 @@ def separable(images: tf.Tensor, vertical: tf.Tensor, horizontal: tf.Tensor) -> 
     out = tf.transpose(tf.reshape(out, [num, height, channels, out_width]), [0, 1, 3, 2])
     out = tf.matmul(vertical, tf.reshape(out, [num, height, out_width * channels]))
     return tf.reshape(out, [num, tf.shape(vertical)[1], out_width, channels])
-
-
-def _separable_planes(planes: tf.Tensor, vertical: tf.Tensor, horizontal: tf.Tensor) -> tf.Tensor:
-    """`separable` of [N, C, H, W]."""
-    out = tf.matmul(planes, horizontal[:, tf.newaxis], transpose_b=True)
-    return tf.matmul(vertical[:, tf.newaxis], out)
 
 
 def _upsampler(size: int, bound: int | tf.Tensor, margin: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
@@ -193,21 +231,30 @@ def _dilated_toeplitz(
     return tf.reshape(matrix, [rows, padded])[:, :columns]
 
 
+def _num_samples(size: int) -> int:
+    """Of the output, twice upsampled and still uncropped, along an axis."""
+    return 2 * (size + 2 * _REACH)
+
+
 def _sample_positions(
-    linear: tf.Tensor, offset: tf.Tensor, size: tuple[int, int]
+    linear: tf.Tensor, offset: tf.Tensor, size: tuple[int, int], u: tf.Tensor, v: tf.Tensor
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Where each pixel of the output, twice upsampled and still uncropped, comes from.
+    """Where samples come from.
+
+    Args:
+      linear, offset: as for `warp`.
+      size: (height, width).
+      u, v: int32 numbers of samples along x and y, which broadcast with each other.
 
     Returns:
-      x and y, each [N, 2 (H + 6), 2 (W + 6)], in pixels of the upsampled image from its first.
+      x and y, each [N, *shape of u and v], in pixels of the upsampled image from its first.
     """
     height, width = size
-    u = tf.range(-(width + 2 * _REACH - 1), width + 2 * _REACH + 1)
-    v = tf.range(-(height + 2 * _REACH - 1), height + 2 * _REACH + 1)
-    u = tf.cast(u, linear.dtype)[tf.newaxis, tf.newaxis]
-    v = tf.cast(v, linear.dtype)[tf.newaxis, :, tf.newaxis]
+    u = tf.cast(u - (width + 2 * _REACH - 1), linear.dtype)[tf.newaxis]
+    v = tf.cast(v - (height + 2 * _REACH - 1), linear.dtype)[tf.newaxis]
     shift = 2 * offset + tf.constant([width - 1, height - 1], linear.dtype)
-    linear, shift = linear[..., tf.newaxis, tf.newaxis], shift[..., tf.newaxis, tf.newaxis]
+    linear = tf.reshape(linear, [-1, 2, 2] + [1] * (v.shape.rank - 1))
+    shift = tf.reshape(shift, [-1, 2] + [1] * (v.shape.rank - 1))
     x = linear[:, 0, 0] * u + (linear[:, 0, 1] * v + shift[:, 0])
     y = linear[:, 1, 0] * u + (linear[:, 1, 1] * v + shift[:, 1])
     return x, y
@@ -228,52 +275,52 @@ def _bilinear(
       [N, h, w, C].
     """
     size = tf.shape(canvas)[1], tf.shape(canvas)[2]
-    first = tf.range(canvas.shape[0]) * (size[0] * size[1])
-    corners = _corners(tf.reshape(first, [-1, 1, 1]), x, y, origin, size)
+    corners = _corners(x, y, origin, size)
     return _interpolate(tf.reshape(canvas, [-1, canvas.shape[-1]]), corners)
 
 
-def _bilinear_planes(
-    planes: tf.Tensor, x: tf.Tensor, y: tf.Tensor, origin: tuple[int | tf.Tensor, int | tf.Tensor]
-) -> tf.Tensor:
-    """`_bilinear` of [N, C, Ky, Kx]: [N, C, h, w]."""
-    num, channels = planes.shape[:2]
-    size = tf.shape(planes)[2], tf.shape(planes)[3]
-    first = tf.range(num * channels) * (size[0] * size[1])
-    first = tf.reshape(first, [num, channels, 1, 1])
-    corners = _corners(first, x[:, tf.newaxis], y[:, tf.newaxis], origin, size)
-    return _interpolate(tf.reshape(planes, [-1]), corners)
+def _cells(
+    x: tf.Tensor,
+    y: tf.Tensor,
+    origin: tuple[int | tf.Tensor, int | tf.Tensor],
+    size: tuple[tf.Tensor, tf.Tensor],
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Between which pixels positions are.
+
+    Args:
+      x, y, origin: as for `_bilinear`.
+      size: (Ky, Kx).
+
+    Returns:
+      Row and column of the pixel above and to the left, int32, and how far down and right of it.
+    """
+    (ky, kx), (oy, ox) = size, origin
+    x = tf.clip_by_value(x, tf.cast(-ox, x.dtype), tf.cast(kx - 2 - ox, x.dtype))
+    y = tf.clip_by_value(y, tf.cast(-oy, y.dtype), tf.cast(ky - 2 - oy, y.dtype))
+    left, top = tf.floor(x), tf.floor(y)
+    return tf.cast(top, tf.int32) + oy, tf.cast(left, tf.int32) + ox, y - top, x - left
 
 
 _Corners = tuple[tuple[tf.Tensor, tf.Tensor], ...]
 
 
 def _corners(
-    first: tf.Tensor,
     x: tf.Tensor,
     y: tf.Tensor,
     origin: tuple[int | tf.Tensor, int | tf.Tensor],
     size: tuple[tf.Tensor, tf.Tensor],
 ) -> _Corners:
-    """The four pixels about each position and their weights.
-
-    Args:
-      first: index of each image's first pixel; broadcasts with the positions.
-      x, y, origin: as for `_bilinear`.
-      size: (Ky, Kx).
-    """
-    (ky, kx), (oy, ox) = size, origin
-    x = tf.clip_by_value(x, tf.cast(-ox, x.dtype), tf.cast(kx - 2 - ox, x.dtype))
-    y = tf.clip_by_value(y, tf.cast(-oy, y.dtype), tf.cast(ky - 2 - oy, y.dtype))
-    left, top = tf.floor(x), tf.floor(y)
-    index = first + (tf.cast(top, tf.int32) + oy) * kx + (tf.cast(left, tf.int32) + ox)
-    to_right, to_bottom = x - left, y - top
-    to_left, to_top = 1 - to_right, 1 - to_bottom
+    """The four pixels about each position, counted over all images, and their weights."""
+    row, column, down, right = _cells(x, y, origin, size)
+    ky, kx = size
+    first = tf.range(x.shape[0]) * (ky * kx)
+    index = tf.reshape(first, [-1, 1, 1]) + row * kx + column
+    up, left = 1 - down, 1 - right
     return (
-        (index, to_left * to_top),
-        (index + 1, to_right * to_top),
-        (index + kx, to_left * to_bottom),
-        (index + kx + 1, to_right * to_bottom),
+        (index, left * up),
+        (index + 1, right * up),
+        (index + kx, left * down),
+        (index + kx + 1, right * down),
     )
 
 
@@ -285,30 +332,24 @@ def _interpolate(pixels: tf.Tensor, corners: _Corners) -> tf.Tensor:
     """Weighted sums of four pixels.
 
     Args:
-      pixels: [M, C], or [M] with the planes of all colours one after the other.
+      pixels: [M, C].
       corners: four ([...] int32 index, [...] weight).
 
     Returns:
-      [..., C], or [...].
+      [..., C].
     """
-    colors = pixels.shape.rank == 2
 
     @tf.custom_gradient
     def run(pixels: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
         num_pixels = tf.shape(pixels)[0]
-        terms = [
-            tf.gather(pixels, index) * (weight[..., tf.newaxis] if colors else weight)
-            for index, weight in corners
-        ]
-        return tf.add_n(terms), lambda dy: _spread(dy, corners, num_pixels, colors)
+        terms = [tf.gather(pixels, index) * weight[..., tf.newaxis] for index, weight in corners]
+        return tf.add_n(terms), lambda dy: _spread(dy, corners, num_pixels)
 
     return run(pixels)
 
 
-def _spread(
-    samples: tf.Tensor, corners: _Corners, num_pixels: tf.Tensor, colors: bool
-) -> tf.Tensor:
-    """Adds each sample to its four pixels by weight: [..., C] -> [num_pixels, C], or without C."""
+def _spread(samples: tf.Tensor, corners: _Corners, num_pixels: tf.Tensor) -> tf.Tensor:
+    """Adds each sample to its four pixels by weight: [..., C] -> [num_pixels, C]."""
 
     def total(plane: tf.Tensor) -> tf.Tensor:
         return tf.add_n(
@@ -321,9 +362,7 @@ def _spread(
     @tf.custom_gradient
     def run(samples: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
         # One channel at a time: on a CPU single numbers are summed faster than short rows.
-        planes = tf.unstack(samples, axis=-1) if colors else [samples]
-        sums = [total(plane) for plane in planes]
-        spread = tf.stack(sums, axis=-1) if colors else sums[0]
-        return spread, lambda dy: _interpolate(dy, corners)
+        sums = tf.stack([total(plane) for plane in tf.unstack(samples, axis=-1)], axis=-1)
+        return sums, lambda dy: _interpolate(dy, corners)
 
     return run(samples)

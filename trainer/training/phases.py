@@ -400,7 +400,7 @@ class Phases:
             draws,
             group_size=self.group_size,
             static_shapes=self.static_shapes,
-            planar=self.generator.formulas is Formulas.TPU,
+            windows=self.generator.formulas is Formulas.TPU,
         )
 
     def _score(
