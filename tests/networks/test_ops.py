@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import pathlib
 from collections.abc import Callable
@@ -392,122 +391,6 @@ def test_float16_modulation_stays_in_range(scale: float, rng: np.random.Generato
     )
     assert actual.dtype == tf.float16
     assert error(actual, expected) < 5e-3
-
-
-# ---------------------------------------------------------------- lane packing
-
-
-def test_packing_puts_a_block_into_the_channels(rng: np.random.Generator) -> None:
-    x = rng.standard_normal([2, 6, 4, 3])
-    packed = ops.pack(tf.constant(x), 2).numpy()
-    assert packed.shape == (2, 3, 2, 12)
-    np.testing.assert_array_equal(
-        packed[1, 2, 0, 2 * 3 : 3 * 3], x[1, 5, 0]
-    )  # odd row, even column
-    np.testing.assert_array_equal(ops.unpack(tf.constant(packed), 2), x)
-
-
-def test_repacking_keeps_the_map(rng: np.random.Generator) -> None:
-    x = tf.constant(rng.standard_normal([2, 8, 12, 3]))
-    for side, new_side in ((1, 4), (4, 2), (2, 1), (2, 2)):
-        found = ops.repack(ops.pack(x, side), side, new_side)
-        np.testing.assert_array_equal(found, ops.pack(x, new_side))
-
-
-@pytest.mark.parametrize(
-    ("channels", "side"), [(512, 1), (128, 1), (65, 1), (64, 2), (48, 2), (32, 2), (1, 2)]
-)
-def test_narrow_maps_are_packed_until_they_fill_the_lanes(channels: int, side: int) -> None:
-    assert ops.pack_side(channels) == side
-
-
-@pytest.mark.parametrize("side", [1, 2, 4])
-def test_packed_noise_is_one_value_for_all_channels(side: int, rng: np.random.Generator) -> None:
-    noise = rng.standard_normal([2, 4, 8, 1])
-    packed = ops.pack_noise(tf.constant(noise), 5, side)
-    expected = np.repeat(noise, 5, 3) if side > 1 else noise
-    np.testing.assert_array_equal(ops.unpack(packed, side), expected)
-
-
-@pytest.mark.parametrize("taps", [(1, 3, 3, 1), (1, 2, 1), (1, 2, 3, 4, 5, 6)])
-@pytest.mark.parametrize("size", [1, 3])
-@pytest.mark.parametrize(
-    ("up", "down", "sides"),
-    [
-        (1, 1, (2, 2)),
-        (1, 1, (4, 4)),
-        (1, 1, (1, 1)),
-        (2, 1, (1, 2)),
-        (2, 1, (2, 4)),
-        (1, 2, (2, 1)),
-        (1, 2, (4, 2)),
-    ],
-)
-def test_convolution_over_blocks_is_the_plain_one(
-    up: int,
-    down: int,
-    sides: tuple[int, int],
-    size: int,
-    taps: tuple[int, ...],
-    rng: np.random.Generator,
-) -> None:
-    """Values, gradients and gradients of gradients, with filters that aren't symmetric, too."""
-    filter_taps = ops.setup_filter(taps)
-    x, weight = rng.standard_normal([2, 8, 12, 3]), rng.standard_normal([size, size, 3, 5])
-
-    def over_blocks(x: tf.Tensor, weight: tf.Tensor) -> tf.Tensor:
-        x = ops.pack(x, sides[0])
-        y = ops.conv2d_resample(x, weight, filter_taps, up, down, sides=sides)
-        return ops.unpack(y, sides[1])
-
-    def plain(x: tf.Tensor, weight: tf.Tensor) -> tf.Tensor:
-        return ops.conv2d_resample(x, weight, filter_taps, up, down)
-
-    if sides == (1, 1):
-        over_blocks = functools.partial(ops.block_conv2d, taps=filter_taps, sides=sides)
-    inputs = [tf.constant(x), tf.constant(weight)]
-    ours, theirs = (
-        derivatives(function, inputs, np.random.default_rng(1)) for function in (over_blocks, plain)
-    )
-    for actual, expected in zip(ours, theirs, strict=True):
-        assert error(actual, expected) < 1e-12
-
-
-@pytest.mark.parametrize(("up", "down"), [(2, 1), (1, 2)])
-def test_a_wide_pointwise_kernel_on_a_tpu_is_the_plain_one(
-    up: int, down: int, rng: np.random.Generator
-) -> None:
-    x, weight = (
-        tf.constant(rng.standard_normal(s))
-        for s in ([2, 8, 4, ops.PACK_CHANNELS], [1, 1, ops.PACK_CHANNELS, ops.PACK_CHANNELS])
-    )
-    apart = [
-        ops.conv2d_resample(x, weight, ops.setup_filter([1, 2, 3, 4]), up, down, formulas)
-        for formulas in (ops.Formulas.TPU, ops.Formulas.GENERIC)
-    ]
-    assert error(*apart) < 1e-12
-
-
-@pytest.mark.parametrize("side", [2, 4])
-@pytest.mark.parametrize("demodulate", [True, False])
-def test_packed_modulated_conv2d_is_the_plain_one(
-    demodulate: bool, side: int, rng: np.random.Generator
-) -> None:
-    shapes = [2, 4, 8, 5], [3, 3, 5, 7], [2, 5], [2, 4, 8, 7], [7]
-    x, weight, styles, noise, bias = (tf.constant(rng.standard_normal(s)) for s in shapes)
-
-    def layer(side: int) -> tf.Tensor:
-        y = ops.modulated_conv2d(
-            ops.pack(x, side),
-            weight,
-            styles,
-            ops.pack(noise, side),
-            demodulate=demodulate,
-            sides=(side, side),
-        )
-        return ops.unpack(ops.bias_act(y, bias, "lrelu", side=side), side)
-
-    assert error(layer(side), layer(1)) < 1e-12
 
 
 # ---------------------------------------------------------------- everything else

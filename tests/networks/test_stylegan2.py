@@ -12,7 +12,7 @@ import pytest
 import tensorflow as tf
 
 from trainer.core.errors import ConfigError
-from trainer.networks import ops
+from trainer.networks import ops, packing
 from trainer.networks.stylegan2 import Discriminator, Generator, Network
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
@@ -389,8 +389,8 @@ def test_formulas_give_the_same_networks(
 ) -> None:
     """Images, logits and gradients. On TPUs with no map packed, the finest, all on one grid, and
     all, on several grids."""
-    monkeypatch.setattr(ops, "PACK_CHANNELS", pack_channels)
-    monkeypatch.setattr(ops, "_PACK_MAX_SIDE", max_side)
+    monkeypatch.setattr(packing, "PACK_CHANNELS", pack_channels)
+    monkeypatch.setattr(packing, "_PACK_MAX_SIDE", max_side)
     results = []
     for formulas in ops.Formulas:
         shared: dict[str, Any] = {
@@ -416,6 +416,65 @@ def test_formulas_give_the_same_networks(
     for values in zip(*results, strict=True):
         for ours in values[:-1]:
             np.testing.assert_allclose(ours, values[-1], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("g_architecture", "d_architecture"), [("skip", "resnet"), ("resnet", "skip")]
+)
+@pytest.mark.parametrize("pack_channels", [0, 16, 128])
+@pytest.mark.parametrize(("images", "strips"), [(1, 8), (2, 4), (4, 2), (3, 1), (8, 1)])
+def test_strips_give_the_same_networks(
+    g_architecture: str,
+    d_architecture: str,
+    pack_channels: int,
+    images: int,
+    strips: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Images, logits and gradients, with noise of each image and with the network's own; with no
+    map packed, the finest, and all."""
+    monkeypatch.setattr(packing, "PACK_CHANNELS", pack_channels)
+    cut, cuts = packing.cut, []
+
+    def counted(x: tf.Tensor, count: int, *margin: int) -> tf.Tensor:
+        cuts.append(count)
+        return cut(x, count, *margin)
+
+    monkeypatch.setattr(packing, "cut", counted)
+    shared: dict[str, Any] = {
+        "resolution": (64, 32),
+        "channel_base": 128,
+        "formulas": ops.Formulas.TPU,
+    }
+    generator = small_generator(architecture=g_architecture, **shared)
+    discriminator = small_discriminator(architecture=d_architecture, mbstd_group_size=1, **shared)
+    g, d = (constants(randomized(n), tf.float64) for n in (generator, discriminator))
+    z = tf.cast(normal(images, 8), tf.float64)
+    numbers = sum(height * width for height, width in generator.noise_shapes)
+    noises = {
+        mode: generator.noise(g, mode, tf.cast(normal(images, numbers), tf.float64))
+        for mode in ("random", "const", "none")
+    }
+
+    def run() -> list[tf.Tensor]:
+        results = []
+        for noise in noises.values():
+            with tf.GradientTape() as tape:
+                tape.watch((g, d))
+                pictures = generator.synthesis(g, generator.mapping(g, z, nothing64(images)), noise)
+                logits = discriminator(d, pictures, nothing64(images))
+            zero = tf.UnconnectedGradients.ZERO
+            grads = tape.gradient(logits, (g, d), unconnected_gradients=zero)
+            results += [pictures, logits, *tf.nest.flatten(grads)]
+        return results
+
+    whole = run()
+    assert set(cuts) == {1}
+    monkeypatch.setattr(packing, "_STRIP_MIN_ROWS", 2)
+    in_strips = run()
+    assert max(cuts) == strips
+    for ours, theirs in zip(in_strips, whole, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
 # ---------------------------------------------------------------- noise and truncation

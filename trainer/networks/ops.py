@@ -17,12 +17,13 @@ Weights are [kh, kw, in, out] and [in, out]. Filters are NumPy constants.
 from __future__ import annotations
 
 import enum
-import functools
 import math
 from collections.abc import Sequence
 
 import numpy as np
 import tensorflow as tf
+
+from trainer.networks import packing
 
 
 class Formulas(enum.Enum):
@@ -32,7 +33,7 @@ class Formulas(enum.Enum):
       XLA_CPU: for XLA on CPUs. It fuses shifted slices into one loop, and runs depthwise
         convolutions 8 times, reductions to the last axis 10 times slower than it could.
       TPU: for TPUs, where multiplications are cheap and memory is not: a resampling convolution
-        and its filter are one convolution, and narrow maps can be packed (see `pack`).
+        and its filter are one convolution, and narrow maps can be packed (see `packing`).
       GENERIC: one TensorFlow op for each operation.
     """
 
@@ -41,12 +42,8 @@ class Formulas(enum.Enum):
     GENERIC = "generic"
 
 
-# On TPUs maps are packed until they have so many channels, in blocks of at most so many pixels a
-# side; those of up to so many are resampled by one dense convolution, and images of up to so many
-# are filtered by shifting. Sides of 4 for 32 channels at 1024x1024 keep the next lower grid and
-# save copies, but modelled on v5e the block took 92 ms instead of 74, and 8.8 GiB instead of 6.0.
-PACK_CHANNELS = 128
-_PACK_MAX_SIDE = 2
+# On TPUs maps of up to so many channels are resampled by one dense convolution, and images of up to
+# so many are filtered by shifting.
 _BLOCKS_MAX_CHANNELS = 128
 _SHIFT_MAX_CHANNELS = 4
 
@@ -416,18 +413,18 @@ def conv2d_resample(
       up: 1 or 2.
       down: 1 or 2.
       formulas: how it is computed.
-      sides: how `x` is packed and the result shall be, see `block_conv2d`.
+      sides: how `x` is packed and the result shall be, see `packing.block_conv2d`.
 
     Returns:
       [N, H * up / down, W * up / down, out], or packed.
     """
     if sides != (1, 1):
-        return _block_resample(x, weight, taps, up, down, sides)
+        return packing.resample(x, weight, taps, up, down, sides)
     size, _, inputs, outputs = weight.shape
     if formulas is Formulas.TPU and up == 2 and outputs <= _BLOCKS_MAX_CHANNELS:
-        return unpack(_block_resample(x, weight, taps, up, 1, (1, 2)), 2)
+        return packing.unpack(packing.resample(x, weight, taps, up, 1, (1, 2)), 2)
     if formulas is Formulas.TPU and down == 2 and inputs <= _BLOCKS_MAX_CHANNELS:
-        return _block_resample(pack(x, 2), weight, taps, 1, down, (2, 1))
+        return packing.resample(packing.pack(x, 2), weight, taps, 1, down, (2, 1))
     if up == 2 and size == 1:
         return upsample2d(conv2d(x, weight, formulas), taps, formulas)
     if up == 2:
@@ -442,159 +439,6 @@ def conv2d_resample(
             upfirdn2d(x, taps, padding=(before, after) * 2, formulas=formulas), weight
         )
     return conv2d(x, weight, formulas)
-
-
-# --------------------------------------------------------------------------------------
-# Convolution over blocks of pixels, and lane packing
-#
-# A TPU works on 128 channels at a time, and pads maps that have fewer, in memory too. Such maps are
-# kept with the pixels of each square block side by side in the channels, and convolved by a kernel
-# over blocks, which holds each weight in every place where it acts and zeros elsewhere. Several
-# times the multiplications, but all lanes are in use. Resampling is the same with larger blocks on
-# one side, so that a strided or transposed convolution and its filter become one dense kernel; and
-# where each doubling of the resolution halves the channels, all maps stay on one grid.
-
-
-def pack_side(channels: int) -> int:
-    """Pixels along each side of the blocks in which a TPU keeps maps of so many channels."""
-    side = 1
-    while side < _PACK_MAX_SIDE and 2 * side * channels <= PACK_CHANNELS:
-        side *= 2
-    return side
-
-
-def pack(x: tf.Tensor, side: int) -> tf.Tensor:
-    """[N, H, W, C] -> [N, H/s, W/s, s*s*C]: row in the block, column in the block, channel."""
-    if side == 1:
-        return x
-    _, height, width, channels = x.shape
-    blocks = tf.reshape(x, [-1, height // side, side, width // side, side, channels])
-    blocks = tf.transpose(blocks, [0, 1, 3, 2, 4, 5])
-    return tf.reshape(blocks, [-1, height // side, width // side, side**2 * channels])
-
-
-def unpack(x: tf.Tensor, side: int) -> tf.Tensor:
-    """The inverse of `pack`."""
-    if side == 1:
-        return x
-    _, height, width, channels = x.shape
-    blocks = tf.reshape(x, [-1, height, width, side, side, channels // side**2])
-    blocks = tf.transpose(blocks, [0, 1, 3, 2, 4, 5])
-    return tf.reshape(blocks, [-1, side * height, side * width, channels // side**2])
-
-
-def repack(x: tf.Tensor, side: int, new_side: int) -> tf.Tensor:
-    """A packed map in blocks of another size."""
-    return x if side == new_side else pack(unpack(x, side), new_side)
-
-
-def pack_noise(noise: tf.Tensor, channels: int, side: int) -> tf.Tensor:
-    """One value for all channels of a pixel: [N, H, W, 1] -> packed maps of `channels`.
-
-    A matrix product spreads the values: copying from lane to lane takes a TPU much longer.
-    """
-    if side == 1:
-        return noise
-    spread = np.kron(np.eye(side**2), np.ones([1, channels]))[np.newaxis, np.newaxis]
-    spread = tf.constant(spread, noise.dtype)
-    return tf.nn.conv2d(pack(noise, side), spread, strides=1, padding="SAME")
-
-
-@functools.cache
-def _block_matrix(
-    size: int, taps: tuple[float, ...], up: int, down: int, pixels_in: int, pixels_out: int
-) -> np.ndarray:
-    """Where a kernel's weights act, along one axis: [size, blocks, pixels_in, pixels_out].
-
-    Entry [t, b, c, a] is what pixel c of the b-th block of the window contributes to pixel a of the
-    output's block through weight t. Read off impulses sent through the definition.
-
-    Args:
-      size: of the kernel.
-      taps: the resampling filter.
-      up, down: 1 or 2.
-      pixels_in, pixels_out: pixels in a block of the input and of the output.
-    """
-    reach, pad = 3, size // 2
-    matrix = np.zeros([size, 2 * reach + 1, pixels_in, pixels_out])
-    for t, b, c in np.ndindex(matrix.shape[:3]):
-        x = np.zeros((4 * reach + 1) * pixels_in)
-        x[(reach + b) * pixels_in + c] = 1
-        kernel = np.eye(size)[t]
-        if up == 2:
-            x = np.stack([x, np.zeros_like(x)], 1).reshape(-1)
-            x = np.pad(x, [(len(taps) + 1) // 2 + pad, (len(taps) - 2) // 2 + pad])
-            x = np.convolve(x, 2 * np.asarray(taps), "valid")
-            kernel = kernel[::-1]
-        elif down == 2:
-            x = np.pad(x, [(len(taps) - 1) // 2 + pad, (len(taps) - 2) // 2 + pad])
-            x = np.convolve(x, taps, "valid")
-        else:
-            x = np.pad(x, pad)
-        y = np.correlate(x, kernel, "valid")[::down]
-        matrix[t, b, c] = y[2 * reach * pixels_out :][:pixels_out]
-    used = np.flatnonzero(np.any(matrix != 0, (0, 2, 3)))
-    far = np.max(np.abs(used - reach))
-    return matrix[:, reach - far : reach + far + 1]
-
-
-def block_conv2d(
-    x: tf.Tensor,
-    weight: tf.Tensor,
-    taps: np.ndarray = RESAMPLE_FILTER,
-    up: int = 1,
-    down: int = 1,
-    *,
-    sides: tuple[int, int],
-) -> tf.Tensor:
-    """`conv2d_resample` as one dense convolution, between maps of which any may be packed.
-
-    Args:
-      x: [N, H, W, in], or packed.
-      weight: [k, k, in, out].
-      taps: the resampling filter.
-      up: 1 or 2.
-      down: 1 or 2.
-      sides: pixels along each side of a block of the input and of the output, 1 if not packed. Both
-        maps have the same number of blocks.
-
-    Returns:
-      What `conv2d_resample` does, packed or not.
-    """
-    pixels_in, pixels_out = sides
-    assert pixels_in * up == pixels_out * down
-    size, _, inputs, outputs = weight.shape
-    matrix = _block_matrix(size, tuple(taps.tolist()), up, down, pixels_in, pixels_out)
-    places, blocks = tf.constant(matrix, weight.dtype), matrix.shape[1]
-    kernel = tf.einsum("tyca,sxdb,tsio->yxcdiabo", places, places, weight)
-    shape = [blocks, blocks, pixels_in**2 * inputs, pixels_out**2 * outputs]
-    kernel = tf.cast(tf.reshape(kernel, shape), x.dtype)
-    return tf.nn.conv2d(x, kernel, strides=1, padding="SAME")
-
-
-def _block_resample(
-    x: tf.Tensor,
-    weight: tf.Tensor,
-    taps: np.ndarray,
-    up: int,
-    down: int,
-    sides: tuple[int, int],
-) -> tf.Tensor:
-    """`block_conv2d`, but a 1x1 kernel apart from the filter where that has all lanes to itself: it
-    has no weights to learn, and the kernel then acts on the smaller map."""
-    size, _, inputs, outputs = weight.shape
-    if size == 1 and up == 2 and outputs >= PACK_CHANNELS:
-        x = block_conv2d(x, weight, sides=(sides[0], sides[0]))
-        return block_conv2d(x, _identity(outputs, x.dtype), taps, up, sides=sides)
-    if size == 1 and down == 2 and inputs >= PACK_CHANNELS:
-        x = block_conv2d(x, _identity(inputs, x.dtype), taps, down=down, sides=sides)
-        return block_conv2d(x, weight, sides=(sides[1], sides[1]))
-    return block_conv2d(x, weight, taps, up, down, sides=sides)
-
-
-def _identity(channels: int, dtype: tf.DType) -> tf.Tensor:
-    """The 1x1 kernel that changes nothing."""
-    return tf.eye(channels, dtype=dtype)[tf.newaxis, tf.newaxis]
 
 
 # --------------------------------------------------------------------------------------
@@ -623,7 +467,7 @@ def modulated_conv2d(
       demodulate: whether each output channel is scaled to unit expected variance (equation 3).
       taps: the resampling filter.
       formulas: how it is computed.
-      sides: how `x` is packed and the result shall be, see `block_conv2d`.
+      sides: how `x` is packed and the result shall be, see `packing.block_conv2d`.
 
     Returns:
       [N, H * up, W * up, out] in the dtype of `x`, or packed.

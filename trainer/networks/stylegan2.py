@@ -9,7 +9,7 @@ block is the third above the base grid, also where that grid isn't 4x4.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +18,7 @@ import tensorflow as tf
 
 from trainer.core import seeds
 from trainer.core.config import base_grid
-from trainer.networks import ops
+from trainer.networks import ops, packing
 
 Params = Mapping[str, tf.Tensor]
 NumHalf = int | Literal["all"]
@@ -216,7 +216,7 @@ class Block:
       inputs, outputs: channels. A generator's first block has no inputs.
       dtype: in which its convolutions run; None is that of the parameters.
       side: pixels along each side of the blocks in which its feature maps are packed for a TPU's
-        lanes (`ops.pack`), 1 if they aren't.
+        lanes (`packing.pack`), 1 if they aren't.
     """
 
     name: str
@@ -234,7 +234,7 @@ def _channels(level: int, channel_base: int, channel_max: int) -> int:
 
 def _side(level: int, channels: int, formulas: ops.Formulas) -> int:
     """Of a block `level` doublings above the base grid, which a block of pixels must divide."""
-    return min(ops.pack_side(channels), 1 << level) if formulas is ops.Formulas.TPU else 1
+    return min(packing.pack_side(channels), 1 << level) if formulas is ops.Formulas.TPU else 1
 
 
 def _level_dtype(
@@ -443,7 +443,7 @@ class Generator(Network):
     ) -> tuple[tf.Tensor, tf.Tensor | None, tf.Tensor]:
         name, full = f"synthesis.{block.name}", params["mapping.w_avg"].dtype
         dtype = block.dtype or full
-        layer = self._layer
+        layer, strips, margin = self._layer, 1, 0
         if x is None:
             w = next(styles)
             const = tf.cast(params[f"{name}.const"], dtype)
@@ -454,7 +454,13 @@ class Generator(Network):
         else:
             side = block.side
             sides = max(side // 2, 1), side
-            x = ops.repack(tf.cast(x, dtype), block.width // 2 // x.shape[2], sides[0])
+            x = packing.repack(tf.cast(x, dtype), block.width // 2 // x.shape[2], sides[0])
+            rows, new_rows = x.shape[1], block.height // side
+            strips = _num_strips(x.shape[0], rows, self.formulas)
+            margin = packing.STRIP_MARGIN * new_rows // rows
+            if strips > 1:
+                noise = map(_noise_cutter(x.shape[0], strips, margin * side), noise)
+            x = packing.cut(x, strips, packing.STRIP_MARGIN)
             residual = self.architecture == "resnet"
             gain = _SQRT_HALF if residual else 1.0
             y = (
@@ -470,18 +476,20 @@ class Generator(Network):
                 if residual
                 else None
             )
-            x = layer(params, f"{name}.conv0", x, next(styles), noise, up=2, sides=sides)
-            x = layer(
-                params, f"{name}.conv1", x, next(styles), noise, gain=gain, sides=(side, side)
-            )
+            w0, w1 = (_for_strips(next(styles), strips) for _ in range(2))
+            x = layer(params, f"{name}.conv0", x, w0, noise, up=2, sides=sides)
+            x = layer(params, f"{name}.conv1", x, w1, noise, gain=gain, sides=(side, side))
             x = x if y is None else x + y
         if img is not None:
             img = ops.upsample2d(img, ops.RESAMPLE_FILTER, self.formulas)
         last = next(styles)
         if self._has_torgb(block):
-            rgb = tf.cast(self._torgb(params, f"{name}.torgb", x, last, block.side), full)
+            w = _for_strips(last, strips)
+            rgb = self._torgb(params, f"{name}.torgb", x, w, block.side)
+            rgb = packing.join(rgb, strips, margin)
+            rgb = tf.cast(packing.unpack(rgb, block.side), full)
             img = rgb if img is None else img + rgb
-        return x, img, last
+        return packing.join(x, strips, margin), img, last
 
     def _layer(
         self,
@@ -499,9 +507,10 @@ class Generator(Network):
         weight = params[f"{name}.weight"]
         image = next(noise, None)
         if image is not None:
-            image = image[..., tf.newaxis] * params[f"{name}.noise_strength"]
+            image = image[..., tf.newaxis]
             image = image if image.shape.rank == 4 else image[tf.newaxis]
-            image = ops.pack_noise(tf.cast(image, x.dtype), weight.shape[3], sides[1])
+            strength = params[f"{name}.noise_strength"]
+            image = packing.pack_noise(image, strength, weight.shape[3], sides[1], x.dtype)
         x = ops.modulated_conv2d(
             x, weight, styles, image, up=up, formulas=self.formulas, sides=sides
         )
@@ -531,8 +540,28 @@ class Generator(Network):
             sides=(side, side),
         )
         bias = params[f"{name}.bias"]
-        x = ops.bias_act(x, bias, clamp=self.conv_clamp, formulas=self.formulas, side=side)
-        return ops.unpack(x, side)
+        return ops.bias_act(x, bias, clamp=self.conv_clamp, formulas=self.formulas, side=side)
+
+
+def _for_strips(w: tf.Tensor, strips: int) -> tf.Tensor:
+    """What `packing.cut` is for what has no rows."""
+    return w if strips == 1 else tf.tile(w, [strips, 1])
+
+
+def _num_strips(images: int | None, rows: int, formulas: ops.Formulas) -> int:
+    """Into how many strips the maps of a block are cut, by the rows of the smaller ones."""
+    return packing.num_strips(images, rows) if formulas is ops.Formulas.TPU else 1
+
+
+def _noise_cutter(images: int, strips: int, margin: int) -> Callable[[tf.Tensor], tf.Tensor]:
+    """For noise, [H, W] or [N, H, W], what `packing.cut` is for maps."""
+
+    def cut(image: tf.Tensor) -> tf.Tensor:
+        image = image if image.shape.rank == 3 else image[tf.newaxis]
+        pieces = packing.cut(image, strips, margin)
+        return tf.repeat(pieces, images * strips // pieces.shape[0], axis=0)
+
+    return cut
 
 
 def _chain(first: tf.Tensor, rest: Iterator[tf.Tensor]) -> Iterator[tf.Tensor]:
@@ -656,7 +685,7 @@ class Discriminator(Network):
         return _conv(
             params,
             name,
-            ops.pack(img, side),
+            img,
             activation="lrelu",
             clamp=self.conv_clamp,
             formulas=self.formulas,
@@ -670,11 +699,16 @@ class Discriminator(Network):
         dtype = block.dtype or params["b4.out.weight"].dtype
         side = block.side
         sides = side, max(side // 2, 1)
+        rows, new_rows = block.height // side, block.height // 2 // sides[1]
+        strips = _num_strips(img.shape[0], new_rows, formulas)
+        margin = packing.STRIP_MARGIN * rows // new_rows
         if x is not None:
-            x = ops.repack(tf.cast(x, dtype), block.width // x.shape[2], side)
+            x = packing.repack(tf.cast(x, dtype), block.width // x.shape[2], side)
+            x = packing.cut(x, strips, margin)
         if f"{name}.fromrgb.weight" in params:
             img = tf.cast(img, dtype)
-            y = self._fromrgb(params, f"{name}.fromrgb", img, side)
+            y = packing.cut(packing.pack(img, side), strips, margin)
+            y = self._fromrgb(params, f"{name}.fromrgb", y, side)
             x = y if x is None else x + y
             if self.architecture == "skip":
                 img = ops.downsample2d(img, ops.RESAMPLE_FILTER, formulas)
@@ -714,7 +748,8 @@ class Discriminator(Network):
             formulas=formulas,
             sides=sides,
         )
-        return (x if y is None else x + y), img
+        x = x if y is None else x + y
+        return packing.join(x, strips, packing.STRIP_MARGIN), img
 
     def _epilogue(self, params: Params, x: tf.Tensor) -> tf.Tensor:
         """Minibatch-stddev, convolution and two fully connected layers.

@@ -1,0 +1,264 @@
+"""How narrow maps, and few of them, are laid out on TPUs.
+
+A TPU works on 128 channels at a time, and pads maps that have fewer, in memory too. Such maps are
+kept with the pixels of each square block side by side in the channels, and convolved by a kernel
+over blocks, which holds each weight in every place where it acts and zeros elsewhere. Several
+times the multiplications, but all lanes are in use. Resampling is the same with larger blocks on
+one side, so that a strided or transposed convolution and its filter become one dense kernel. Images
+and noise, whose lines a TPU keeps in its lanes, are brought into blocks by products with matrices
+of zeros and ones: modelled on v5e, copies and convolutions took twice as long and more.
+
+A TPU convolves eight images or more in the layout in which it keeps them. For fewer its compiler
+cuts each image into strips around every single convolution, and copies its map twice for that. Here
+a block of a network is given strips: cut once, with rows of their neighbours to spare, of which
+each convolution loses one at an edge that isn't the image's, and joined without them. Modelled on
+v5e, that took a third to a half of the time at 512x512 and 1024x1024 with four images.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import tensorflow as tf
+
+# Maps are packed until they have so many channels, in blocks of at most so many pixels a side.
+# Sides of 4 for 32 channels at 1024x1024 keep the next lower grid and save copies, but modelled on
+# v5e the block took 92 ms instead of 74, and 8.8 GiB instead of 6.0.
+PACK_CHANNELS = 128
+_PACK_MAX_SIDE = 2
+# Maps of so many channels at most are taken for images.
+_IMAGE_CHANNELS = 4
+
+_STRIPS_FOR_IMAGES = 8
+_STRIP_MIN_ROWS = 32
+# Rows of the coarser maps of a network's block, which has two convolutions in turn and one of them
+# resamples: twice as many rows of maps that are twice as fine.
+STRIP_MARGIN = 2
+
+# ------------------------------------------------------------------------------ packing
+
+
+def pack_side(channels: int) -> int:
+    """Pixels along each side of the blocks in which a TPU keeps maps of so many channels."""
+    side = 1
+    while side < _PACK_MAX_SIDE and 2 * side * channels <= PACK_CHANNELS:
+        side *= 2
+    return side
+
+
+def pack(x: tf.Tensor, side: int) -> tf.Tensor:
+    """[N, H, W, C] -> [N, H/s, W/s, s*s*C]: row in the block, column in the block, channel."""
+    if side == 1:
+        return x
+    _, height, width, channels = x.shape
+    if channels <= _IMAGE_CHANNELS:
+        places = _places(side, channels, x.dtype)
+        return tf.einsum("nhpw,pc->nhwc", _split_columns(x, side), places)
+    blocks = tf.reshape(x, [-1, height // side, side, width // side, side, channels])
+    blocks = tf.transpose(blocks, [0, 1, 3, 2, 4, 5])
+    return tf.reshape(blocks, [-1, height // side, width // side, side**2 * channels])
+
+
+def unpack(x: tf.Tensor, side: int) -> tf.Tensor:
+    """The inverse of `pack`."""
+    if side == 1:
+        return x
+    _, height, width, channels = x.shape
+    if channels <= side**2 * _IMAGE_CHANNELS:
+        places = _places(side, channels // side**2, x.dtype)
+        lines = tf.einsum("nhwc,pc->nhpw", x, places)
+        lines = tf.reshape(lines, [-1, side * height, channels // side**2, side * width])
+        return tf.einsum("nhcv,wv->nhwc", lines, _column_order(side * width, side, x.dtype))
+    blocks = tf.reshape(x, [-1, height, width, side, side, channels // side**2])
+    blocks = tf.transpose(blocks, [0, 1, 3, 2, 4, 5])
+    return tf.reshape(blocks, [-1, side * height, side * width, channels // side**2])
+
+
+def _column_order(width: int, side: int, dtype: tf.DType) -> tf.Tensor:
+    """[W, W]: a product by it has first the first columns of all blocks, then all second ones."""
+    columns = np.arange(width).reshape([-1, side]).T.reshape([-1])
+    return tf.one_hot(columns, width, axis=0, dtype=dtype)
+
+
+def _split_columns(x: tf.Tensor, side: int) -> tf.Tensor:
+    """[N, H, W, C] -> [N, H/s, s*C*s, W/s]: row in the block, channel, column in the block."""
+    _, height, width, channels = x.shape
+    lines = tf.einsum("nhwc,wv->nhcv", x, _column_order(width, side, x.dtype))
+    return tf.reshape(lines, [-1, height // side, side * channels * side, width // side])
+
+
+def _places(side: int, channels: int, dtype: tf.DType) -> tf.Tensor:
+    """[s*C*s, s*s*C]: from row, channel, column in a block to row, column, channel."""
+    size = side**2 * channels
+    places = np.eye(size).reshape([side, side, channels, size]).swapaxes(1, 2)
+    return tf.constant(places.reshape([size, size]), dtype)
+
+
+def repack(x: tf.Tensor, side: int, new_side: int) -> tf.Tensor:
+    """A packed map in blocks of another size.
+
+    A resampling convolution with a stride could change the size itself. Modelled on v5e, that gave
+    as much as it took; but its derivative takes a v4 33 ms at 1024x1024, where copies take 3 to 6.
+    """
+    return x if side == new_side else pack(unpack(x, side), new_side)
+
+
+def pack_noise(
+    noise: tf.Tensor, strength: tf.Tensor, channels: int, side: int, dtype: tf.DType
+) -> tf.Tensor:
+    """Noise of one strength, one value for all channels of a pixel.
+
+    Args:
+      noise: [N, H, W, 1].
+      strength: [], of the dtype of `noise`.
+      channels: of the maps.
+      side: pixels along each side of the blocks.
+      dtype: of the maps.
+
+    Returns:
+      [N, H, W, 1], or packed maps of `channels`.
+    """
+    if side == 1:
+        return tf.cast(noise * strength, dtype)
+    spread = tf.constant(np.kron(np.eye(side**2), np.ones([1, channels])), dtype)
+    spread *= tf.cast(strength, dtype)
+    return tf.einsum("nhpw,pc->nhwc", _split_columns(tf.cast(noise, dtype), side), spread)
+
+
+# ------------------------------------------------------------------------------ strips
+
+
+def num_strips(images: int | None, rows: int) -> int:
+    """Into how many strips a TPU's maps are cut: of so many images, with so many rows of blocks."""
+    if not images or _STRIPS_FOR_IMAGES % images:
+        return 1
+    count = _STRIPS_FOR_IMAGES // images
+    return count if rows % count == 0 and rows // count >= _STRIP_MIN_ROWS else 1
+
+
+def _strip_starts(count: int, rows: int, margin: int) -> list[int]:
+    each = rows // count
+    return [min(max(i * each - margin, 0), rows - each - 2 * margin) for i in range(count)]
+
+
+def cut(x: tf.Tensor, count: int, margin: int) -> tf.Tensor:
+    """[N, H, ...] -> [count * N, H / count + 2 * margin, ...]: the first strips of all images first."""
+    if count == 1:
+        return x
+    rows = x.shape[1]
+    size = rows // count + 2 * margin
+    return tf.concat([x[:, i : i + size] for i in _strip_starts(count, rows, margin)], 0)
+
+
+def join(x: tf.Tensor, count: int, margin: int) -> tf.Tensor:
+    """The inverse of `cut`, from that strip of which each row is right."""
+    if count == 1:
+        return x
+    each = x.shape[1] - 2 * margin
+    starts = _strip_starts(count, each * count, margin)
+    kept = [
+        strip[:, i * each - start : (i + 1) * each - start]
+        for i, (strip, start) in enumerate(zip(tf.split(x, count), starts, strict=True))
+    ]
+    return tf.concat(kept, 1)
+
+
+# ------------------------------------------------------------------------------ convolution
+
+
+@functools.cache
+def _block_matrix(
+    size: int, taps: tuple[float, ...], up: int, down: int, pixels_in: int, pixels_out: int
+) -> np.ndarray:
+    """Where a kernel's weights act, along one axis: [size, blocks, pixels_in, pixels_out].
+
+    Entry [t, b, c, a] is what pixel c of the b-th block of the window contributes to pixel a of the
+    output's block through weight t. Read off impulses sent through the definition.
+
+    Args:
+      size: of the kernel.
+      taps: the resampling filter.
+      up, down: 1 or 2.
+      pixels_in, pixels_out: pixels in a block of the input and of the output.
+    """
+    reach, pad = 3, size // 2
+    matrix = np.zeros([size, 2 * reach + 1, pixels_in, pixels_out])
+    for t, b, c in np.ndindex(matrix.shape[:3]):
+        x = np.zeros((4 * reach + 1) * pixels_in)
+        x[(reach + b) * pixels_in + c] = 1
+        kernel = np.eye(size)[t]
+        if up == 2:
+            x = np.stack([x, np.zeros_like(x)], 1).reshape(-1)
+            x = np.pad(x, [(len(taps) + 1) // 2 + pad, (len(taps) - 2) // 2 + pad])
+            x = np.convolve(x, 2 * np.asarray(taps), "valid")
+            kernel = kernel[::-1]
+        elif down == 2:
+            x = np.pad(x, [(len(taps) - 1) // 2 + pad, (len(taps) - 2) // 2 + pad])
+            x = np.convolve(x, taps, "valid")
+        else:
+            x = np.pad(x, pad)
+        y = np.correlate(x, kernel, "valid")[::down]
+        matrix[t, b, c] = y[2 * reach * pixels_out :][:pixels_out]
+    used = np.flatnonzero(np.any(matrix != 0, (0, 2, 3)))
+    far = np.max(np.abs(used - reach))
+    return matrix[:, reach - far : reach + far + 1]
+
+
+def block_conv2d(
+    x: tf.Tensor,
+    weight: tf.Tensor,
+    taps: np.ndarray,
+    up: int,
+    down: int,
+    sides: tuple[int, int],
+) -> tf.Tensor:
+    """`ops.conv2d_resample` as one dense convolution, between maps of which any may be packed.
+
+    Args:
+      x: [N, H, W, in], or packed.
+      weight: [k, k, in, out].
+      taps: the resampling filter.
+      up: 1 or 2.
+      down: 1 or 2.
+      sides: pixels along each side of a block of the input and of the output, 1 if not packed. Both
+        maps have the same number of blocks.
+
+    Returns:
+      What `ops.conv2d_resample` does, packed or not.
+    """
+    pixels_in, pixels_out = sides
+    assert pixels_in * up == pixels_out * down
+    size, _, inputs, outputs = weight.shape
+    matrix = _block_matrix(size, tuple(taps.tolist()), up, down, pixels_in, pixels_out)
+    places, blocks = tf.constant(matrix, weight.dtype), matrix.shape[1]
+    kernel = tf.einsum("tyca,sxdb,tsio->yxcdiabo", places, places, weight)
+    shape = [blocks, blocks, pixels_in**2 * inputs, pixels_out**2 * outputs]
+    kernel = tf.cast(tf.reshape(kernel, shape), x.dtype)
+    return tf.nn.conv2d(x, kernel, strides=1, padding="SAME")
+
+
+def resample(
+    x: tf.Tensor,
+    weight: tf.Tensor,
+    taps: np.ndarray,
+    up: int,
+    down: int,
+    sides: tuple[int, int],
+) -> tf.Tensor:
+    """`block_conv2d`, but a 1x1 kernel apart from the filter where that has all lanes to itself: it
+    has no weights to learn, and the kernel then acts on the smaller map."""
+    size, _, inputs, outputs = weight.shape
+    before, after = sides
+    if size == 1 and up == 2 and outputs >= PACK_CHANNELS:
+        x = block_conv2d(x, weight, taps, 1, 1, (before, before))
+        return block_conv2d(x, _identity(outputs, x.dtype), taps, up, 1, sides)
+    if size == 1 and down == 2 and inputs >= PACK_CHANNELS:
+        x = block_conv2d(x, _identity(inputs, x.dtype), taps, 1, down, sides)
+        return block_conv2d(x, weight, taps, 1, 1, (after, after))
+    return block_conv2d(x, weight, taps, up, down, sides)
+
+
+def _identity(channels: int, dtype: tf.DType) -> tf.Tensor:
+    """The 1x1 kernel that changes nothing."""
+    return tf.eye(channels, dtype=dtype)[tf.newaxis, tf.newaxis]
