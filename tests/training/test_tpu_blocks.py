@@ -71,7 +71,6 @@ def test_the_blocks_convolve_what_the_phases_do(model: dict[str, Any]) -> None:
         "Dmain": traced_flop(phases.dmain, g, d, images, c, draws["Dmain"], p, 8),
         "Dreg": traced_flop(phases.dreg, d, images, c, draws["Dreg"], p, 8),
     }
-    # The gradient in the reals is one that nobody needs.
     assert flop_by_phase(of) == pytest.approx(whole, rel=0.05)
 
 

@@ -219,6 +219,18 @@ def augment_stages(run: TpuRun, images: int) -> list[Stage]:
     return [Stage("augment", {}, [image], [groups, tf.TensorSpec([])], function)]
 
 
+def _first_of(stages: list[Stage]) -> list[Stage]:
+    """Stages of which the first is given what nobody differentiates by: images, latents."""
+    stage, *rest = stages
+    count = len(stage.inputs)
+
+    def function(params: Params, _: Any, fixed: Any) -> list[tf.Tensor]:
+        return stage.function(params, fixed[:count], fixed[count:])
+
+    first = Stage(stage.name, stage.params, [], stage.inputs + stage.fixed, function)
+    return [first, *rest]
+
+
 def _update_stage(name: str, specs: dict[str, tf.TensorSpec]) -> Stage:
     """Adam, for the parameters of a network."""
 
@@ -255,7 +267,7 @@ def parts(run: TpuRun) -> list[tuple[str, Stage, Mode, bool, int]]:
     def update(phase: str, stage: Stage) -> None:
         found.append((phase, stage, "forward", False, 1))
 
-    add("Gmain", generator, "first", True)
+    add("Gmain", _first_of(generator), "first", True)
     add("Gmain", augment, "first", False)
     add("Gmain", discriminator, "first", False)
     update("Gmain", update_g)
@@ -265,12 +277,12 @@ def parts(run: TpuRun) -> list[tuple[str, Stage, Mode, bool, int]]:
         # pass is part of the one that is differentiated, and makes it once.
         if rounds > 1:
             add("Greg", blocks, "first", False)
-        add("Greg", [mapping], "first", True)
+        add("Greg", _first_of([mapping]), "first", True)
         add("Greg", blocks, "second", True)
         update("Greg", update_g)
     add("Dmain", generator, "forward", False)
     add("Dmain", augment, "forward", False, times=2)
-    add("Dmain", discriminator_stages(run, 2 * images), "first", True)
+    add("Dmain", _first_of(discriminator_stages(run, 2 * images)), "first", True)
     update("Dmain", update_d)
     if config.r1_gamma != "auto" and config.r1_gamma > 0:
         add("Dreg", augment, "second", False)
