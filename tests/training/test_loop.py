@@ -87,10 +87,11 @@ def files(workdir: pathlib.Path) -> dict[str, bytes]:
 
 # ------------------------------------------------------------------------------ killed runs
 
-# Trains, and sends itself a signal at the n-th write to a path that ends so. Op by op: for seven
-# steps, tracing would take longest.
+# Trains, and sends itself a signal at the n-th write to a path that ends so. The run goes on when
+# the thread that watches for signals has seen it, which on a busy machine may be steps later. Op by
+# op: for seven steps, tracing would take longest.
 PROGRAM = """
-import os, signal, sys
+import os, signal, sys, time
 import tensorflow as tf
 from trainer.core import config, errors, storage
 from trainer.training import loop, preemption
@@ -105,6 +106,8 @@ def deadly(write):
             left -= 1
             if left == 0:
                 os.kill(os.getpid(), int(number))
+                while stop.begin(0) is None:
+                    time.sleep(0.01)
         write(path, text)
     return wrapped
 

@@ -197,7 +197,8 @@ def listdir(path: str) -> list[str]:
 def walk(path: str) -> dict[str, Digest]:
     """Every file below a directory, however deep, by its name from there on; by one listing.
 
-    {} where there is no directory. Files may come and go meanwhile. The checksums are known only on Cloud Storage.
+    {} where there is no directory. Files may come and go meanwhile. The checksums are known only on
+    Cloud Storage.
     """
     with _reported("list", path):
         if is_remote(path):
