@@ -9,7 +9,7 @@ of deletes and compositions, a composition's new generation) is seen to here, an
 its answers are put right.
 
 It ends, with fake-gcs-server, when its standard input does: nothing outlives the tests. Requests
-under `/__shim__/` are for itself: see `_Control`.
+under `/__shim__/` are for itself: see `_Shim._control`.
 
 usage: python -m tests.gcs.shim FOLDER   (with what `certificates.make` wrote)
 """
@@ -43,6 +43,7 @@ OWN = "x-tests"  # a header that tells the tests' own requests: no faults for th
 _BLOCK = 1 << 18
 _MAX_HEAD = 1 << 20
 _START_SECONDS = 30
+_FINISH_SECONDS = 5
 _HOST = "127.0.0.1"
 _DROPPED = {"connection", "proxy-connection", "keep-alive", "expect"}
 
@@ -192,9 +193,10 @@ class _Shim:
         self._listener = socket.create_server((_HOST, 0), backlog=512)
         self.port: int = self._listener.getsockname()[1]
         self.upstream = 0
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._uploads = _Uploads()
         self._log: list[Request] = []
+        self._answering: set[socket.socket] = set()
         self._faults = Faults()
         self._random = random.Random(self._faults.seed)
 
@@ -246,6 +248,8 @@ class _Shim:
         try:
             if faults.latency_sec:
                 time.sleep(faults.latency_sec)
+            with self._lock:
+                self._answering.add(connection)
             if fault == "reset" and not late:
                 _reset(connection)
                 return
@@ -276,6 +280,8 @@ class _Shim:
             request = Request(start, method, kind, name, status, received, sent, fault)
             with self._lock:
                 self._log += [] if own else [request]
+                self._answering.discard(connection)
+                self._lock.notify_all()
 
     def _draw(self, what: str) -> tuple[str, bool, Faults]:
         """The fault to commit, whether late, and the faults in force."""
@@ -392,6 +398,9 @@ class _Shim:
         if target.endswith("/faults") and method == "POST":
             self._set_faults(Faults(**json.loads(body)))
         with self._lock:
+            # A client has its answer a moment before the log has the request.
+            begun = set(self._answering)
+            self._lock.wait_for(lambda: not begun & self._answering, _FINISH_SECONDS)
             if target.endswith("/log") and method == "DELETE":
                 self._log = []
             answer = {
