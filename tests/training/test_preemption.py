@@ -92,7 +92,7 @@ sys.exit(75)
 """
 
 
-def run(hang: float, *signals: int, grace: float = 28.0, apart: float = 0.1) -> tuple[int, str]:
+def run(hang: float, *signals: int, grace: float = 28.0) -> tuple[int, str]:
     """Exit code, and what was printed on both streams."""
     process = subprocess.Popen(
         [sys.executable, "-c", _PROGRAM, str(hang), str(grace)],
@@ -103,7 +103,7 @@ def run(hang: float, *signals: int, grace: float = 28.0, apart: float = 0.1) -> 
     )
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     for number in signals:
-        time.sleep(apart)
+        time.sleep(0.5)  # two that wait to be delivered are one
         process.send_signal(number)
     out, _ = process.communicate(timeout=60)
     return process.returncode, out
