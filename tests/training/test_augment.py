@@ -12,7 +12,7 @@ import pytest
 import tensorflow as tf
 
 from trainer.core.errors import ConfigError
-from trainer.training import augment, augment_warp
+from trainer.training import augment, augment_warp, augment_windows
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "goldens" / "ada_debug_percentile.npz"
 COLOR = ("brightness", "contrast", "lumaflip", "hue", "saturation")
@@ -178,9 +178,11 @@ def test_warp_equals_the_plain_steps_for_images_with_different_margins(group_siz
         np.testing.assert_allclose(out[..., 0], expected, atol=1e-10)
 
 
-def test_windows_give_what_looking_up_gives() -> None:
+def test_windows_give_what_looking_up_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     """Values, gradients, and gradients of gradients, compiled; of images that are turned, slanted,
-    and shrunk and enlarged so much that a tile needs many blocks, and only part of one."""
+    and shrunk and enlarged so much that a tile needs many blocks, and only part of one. The tiles
+    are several groups, of which one is filled."""
+    monkeypatch.setattr(augment_windows, "_TILES_AT_ONCE", 100)
     rng = np.random.default_rng(4)
     images = tf.constant(rng.uniform(-1, 1, [4, 60, 76, 3]))
     linear = np.eye(2) + rng.normal(0, 0.3, [4, 2, 2])

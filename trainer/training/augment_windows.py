@@ -23,8 +23,9 @@ import tensorflow as tf
 TILE, BLOCK = 16, 32
 # Blocks of a column that are read at once, since matrix units are more than a block high.
 _PAIR = 2
-# Tiles that are sampled at a time: what these need stays on the chip.
-_TILES_AT_ONCE = 256
+# Tiles that are sampled at a time, at most: what these need stays on the chip.
+_TILES_AT_ONCE = 512
+_SUBLANES = 8  # rows in which a TPU keeps them; others are copied
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,10 @@ class Cells:
     right: tf.Tensor
     image: tf.Tensor
 
-    def parts(self) -> tuple[tf.Tensor, ...]:
-        """All of it, some tiles at a time: [groups of tiles, tiles, ...]."""
-        return tuple(
-            _grouped(part) for part in (self.row, self.column, self.down, self.right, self.image)
-        )
+    def parts(self, size: int) -> tuple[tf.Tensor, ...]:
+        """All of it, some tiles at a time: [groups of tiles, size, ...]."""
+        parts = self.row, self.column, self.down, self.right, self.image
+        return tuple(_grouped(part, size) for part in parts)
 
 
 def sample(
@@ -65,9 +65,10 @@ def sample(
       [M, C, S].
     """
     shape, channels = tf.shape(table), table.shape[2] // BLOCK
-    num_tiles = tf.shape(cells.row)[0]
-    rows = [_TILES_AT_ONCE, _PAIR * BLOCK, channels * BLOCK]
-    parts = cells.parts()
+    num_tiles = cells.row.shape[0]
+    size = _group_size(num_tiles)
+    rows = [size, _PAIR * BLOCK, channels * BLOCK]
+    parts = cells.parts(size)
 
     # Two linear maps, each the transpose, hence the derivative, of the other. The loops in them are
     # not to be differentiated as well, so they are given what has no gradient.
@@ -83,7 +84,7 @@ def sample(
                 found *= tf.tile(block.by_column, [1, channels, 1])
                 return total + tf.einsum("cr,trs->tcs", ones, found)
 
-            zero = tf.zeros([_TILES_AT_ONCE, channels, TILE**2], table.dtype)
+            zero = tf.zeros([size, channels, TILE**2], table.dtype)
             return _Window(Cells(*cells), blocks).fold(add, zero)
 
         found = tf.map_fn(group, parts, fn_output_signature=table.dtype)
@@ -96,26 +97,31 @@ def sample(
 
             def add(total: tf.Tensor, block: _Blocks) -> tf.Tensor:
                 found = values[:, :, tf.newaxis] * block.by_column[:, tf.newaxis]
-                found = tf.reshape(found, [_TILES_AT_ONCE, channels * BLOCK, TILE**2])
+                found = tf.reshape(found, [size, channels * BLOCK, TILE**2])
                 found = tf.matmul(block.by_row, found, transpose_b=True)
-                found = tf.reshape(found, [_TILES_AT_ONCE, _PAIR, BLOCK, channels * BLOCK])
+                found = tf.reshape(found, [size, _PAIR, BLOCK, channels * BLOCK])
                 return tf.tensor_scatter_nd_add(total, block.index[..., tf.newaxis], found)
 
             return _Window(Cells(*cells), blocks).fold(add, table)
 
         zero = tf.zeros(shape, samples.dtype)
-        given = (*parts, _grouped(tf.stop_gradient(samples)))
+        given = (*parts, _grouped(tf.stop_gradient(samples), size))
         return tf.foldl(group, given, initializer=zero), gather
 
     return gather(table)
 
 
-def _grouped(tiles: tf.Tensor) -> tf.Tensor:
-    """[M, ...] -> [groups of tiles, _TILES_AT_ONCE, ...], filled with zeros."""
-    shape = tf.shape(tiles)
-    fill = -shape[0] % _TILES_AT_ONCE
-    tiles = tf.pad(tiles, [[0, fill]] + [[0, 0]] * (tiles.shape.rank - 1))
-    return tf.reshape(tiles, tf.concat([[-1, _TILES_AT_ONCE], shape[1:]], axis=0))
+def _group_size(num_tiles: int) -> int:
+    """Tiles at a time, so that few are added to fill the last group."""
+    groups = -(-num_tiles // _TILES_AT_ONCE)
+    return -(-num_tiles // (groups * _SUBLANES)) * _SUBLANES
+
+
+def _grouped(tiles: tf.Tensor, size: int) -> tf.Tensor:
+    """[M, ...] -> [groups of tiles, size, ...], filled with zeros."""
+    num, *shape = tiles.shape
+    tiles = tf.pad(tiles, [[0, -num % size]] + [[0, 0]] * len(shape))
+    return tf.reshape(tiles, [-1, size, *shape])
 
 
 @dataclass(frozen=True)
