@@ -419,12 +419,13 @@ def conv2d_resample(
       [N, H * up / down, W * up / down, out], or packed.
     """
     if sides != (1, 1):
-        return packing.resample(x, weight, taps, up, down, sides)
+        assert sides[0] * up == sides[1] * down
+        return packing.resample(x, weight, taps, sides)
     size, _, inputs, outputs = weight.shape
     if formulas is Formulas.TPU and up == 2 and outputs <= _BLOCKS_MAX_CHANNELS:
-        return packing.unpack(packing.resample(x, weight, taps, up, 1, (1, 2)), 2)
+        return packing.unpack(packing.resample(x, weight, taps, (1, 2)), 2)
     if formulas is Formulas.TPU and down == 2 and inputs <= _BLOCKS_MAX_CHANNELS:
-        return packing.resample(packing.pack(x, 2), weight, taps, 1, down, (2, 1))
+        return packing.resample(packing.pack(x, 2), weight, taps, (2, 1))
     if up == 2 and size == 1:
         return upsample2d(conv2d(x, weight, formulas), taps, formulas)
     if up == 2:

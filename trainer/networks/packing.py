@@ -169,7 +169,7 @@ def join(x: tf.Tensor, count: int, margin: int) -> tf.Tensor:
 
 @functools.cache
 def _block_matrix(
-    size: int, taps: tuple[float, ...], up: int, down: int, pixels_in: int, pixels_out: int
+    size: int, taps: tuple[float, ...], pixels_in: int, pixels_out: int
 ) -> np.ndarray:
     """Where a kernel's weights act, along one axis: [size, blocks, pixels_in, pixels_out].
 
@@ -179,9 +179,11 @@ def _block_matrix(
     Args:
       size: of the kernel.
       taps: the resampling filter.
-      up, down: 1 or 2.
-      pixels_in, pixels_out: pixels in a block of the input and of the output.
+      pixels_in, pixels_out: pixels in a block of the input and of the output: as many, or twice as
+        many in one of them.
     """
+    up, down = max(pixels_out // pixels_in, 1), max(pixels_in // pixels_out, 1)
+    assert pixels_in * up == pixels_out * down and up * down <= 2
     reach, pad = 3, size // 2
     matrix = np.zeros([size, 2 * reach + 1, pixels_in, pixels_out])
     for t, b, c in np.ndindex(matrix.shape[:3]):
@@ -206,12 +208,7 @@ def _block_matrix(
 
 
 def block_conv2d(
-    x: tf.Tensor,
-    weight: tf.Tensor,
-    taps: np.ndarray,
-    up: int,
-    down: int,
-    sides: tuple[int, int],
+    x: tf.Tensor, weight: tf.Tensor, taps: np.ndarray, sides: tuple[int, int]
 ) -> tf.Tensor:
     """`ops.conv2d_resample` as one dense convolution, between maps of which any may be packed.
 
@@ -219,18 +216,15 @@ def block_conv2d(
       x: [N, H, W, in], or packed.
       weight: [k, k, in, out].
       taps: the resampling filter.
-      up: 1 or 2.
-      down: 1 or 2.
       sides: pixels along each side of a block of the input and of the output, 1 if not packed. Both
-        maps have the same number of blocks.
+        maps have the same number of blocks, so these say how it is resampled.
 
     Returns:
       What `ops.conv2d_resample` does, packed or not.
     """
     pixels_in, pixels_out = sides
-    assert pixels_in * up == pixels_out * down
     size, _, inputs, outputs = weight.shape
-    matrix = _block_matrix(size, tuple(taps.tolist()), up, down, pixels_in, pixels_out)
+    matrix = _block_matrix(size, tuple(taps.tolist()), pixels_in, pixels_out)
     places, blocks = tf.constant(matrix, weight.dtype), matrix.shape[1]
     kernel = tf.einsum("tyca,sxdb,tsio->yxcdiabo", places, places, weight)
     shape = [blocks, blocks, pixels_in**2 * inputs, pixels_out**2 * outputs]
@@ -239,24 +233,19 @@ def block_conv2d(
 
 
 def resample(
-    x: tf.Tensor,
-    weight: tf.Tensor,
-    taps: np.ndarray,
-    up: int,
-    down: int,
-    sides: tuple[int, int],
+    x: tf.Tensor, weight: tf.Tensor, taps: np.ndarray, sides: tuple[int, int]
 ) -> tf.Tensor:
     """`block_conv2d`, but a 1x1 kernel apart from the filter where that has all lanes to itself: it
     has no weights to learn, and the kernel then acts on the smaller map."""
     size, _, inputs, outputs = weight.shape
     before, after = sides
-    if size == 1 and up == 2 and outputs >= PACK_CHANNELS:
-        x = block_conv2d(x, weight, taps, 1, 1, (before, before))
-        return block_conv2d(x, _identity(outputs, x.dtype), taps, up, 1, sides)
-    if size == 1 and down == 2 and inputs >= PACK_CHANNELS:
-        x = block_conv2d(x, _identity(inputs, x.dtype), taps, 1, down, sides)
-        return block_conv2d(x, weight, taps, 1, 1, (after, after))
-    return block_conv2d(x, weight, taps, up, down, sides)
+    if size == 1 and before < after and outputs >= PACK_CHANNELS:
+        x = block_conv2d(x, weight, taps, (before, before))
+        return block_conv2d(x, _identity(outputs, x.dtype), taps, sides)
+    if size == 1 and before > after and inputs >= PACK_CHANNELS:
+        x = block_conv2d(x, _identity(inputs, x.dtype), taps, sides)
+        return block_conv2d(x, weight, taps, (after, after))
+    return block_conv2d(x, weight, taps, sides)
 
 
 def _identity(channels: int, dtype: tf.DType) -> tf.Tensor:
