@@ -17,7 +17,7 @@ STAMP := $(VENV)/.installed
 SMOKE := runs/smoke
 
 .DEFAULT_GOAL := help
-.PHONY: help install smoke smoke-replicas smoke-gcs placement chaos test test-slow test-matrix locks lint types format clean
+.PHONY: help install smoke smoke-replicas smoke-gcs placement chaos test test-slow proofs test-matrix locks lint types format clean
 
 help: ## list what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,14 +56,17 @@ chaos: $(STAMP) ## kill a small run 20 times, on a local Cloud Storage that fail
 placement: $(STAMP) ## show how far the same steps are apart on other placements
 	$(BIN)/python -m tests.training.placement
 
-test: $(STAMP) ## run the tests, without the slow proofs
-	$(BIN)/python -m pytest $(PARALLEL) -m "not slow" $(PYTEST)
+test: $(STAMP) ## run the tests, without the slow ones
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not proof" $(PYTEST)
 
-test-slow: $(STAMP) ## run the slow proofs
+test-slow: $(STAMP) ## run the slow tests
 	$(BIN)/python -m pytest $(PARALLEL) -m slow $(PYTEST)
 
+proofs: $(STAMP) ## run the long proofs, which rarely change
+	$(BIN)/python -m pytest $(PARALLEL) -m proof $(PYTEST)
+
 # The oldest TensorFlow, with what its time had; the one that Cloud TPUs have; the newest.
-test-matrix: ## run the tests, without the slow proofs, on every supported TensorFlow
+test-matrix: ## run the tests, without the slow ones, on every supported TensorFlow
 	$(MAKE) test VENV=$(VENV)-2.17 EXTRAS=$(EXTRAS),io \
 		PINS="tensorflow-cpu==2.17.1 numpy==1.26.4 protobuf==4.25.9"
 	$(MAKE) test VENV=$(VENV)-2.20 PINS=tensorflow-cpu==2.20.0
