@@ -1,31 +1,23 @@
 """One source image in, one encoded image at the final size out: a pure function on bytes.
 
-Pillow only: the converter's worker processes and Beam workers run this without TensorFlow.
+The converter's worker processes and Beam workers run this without TensorFlow.
 """
 
 from __future__ import annotations
 
 import io
-import warnings
 from dataclasses import dataclass
 
-import numpy as np
-from PIL import Image, ImageColor, ImageOps
+from PIL import Image, ImageColor
 
-from trainer.core.errors import DataError, TrainerError, UsageError
+from trainer.core.errors import DataError, UsageError
+from trainer.data import decoding
 
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 CROPS = ("center", "none")
 FILTERS = {"lanczos": Image.Resampling.LANCZOS, "box": Image.Resampling.BOX}
+MAX_BYTES = decoding.MAX_BYTES  # of a source
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-
-# What a hostile or broken source may make one worker allocate.
-MAX_PIXELS = 80_000_000
-MAX_BYTES = 256 << 20
-
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
-_KEPT_FORMATS = {"PNG": "png", "JPEG": "jpeg"}  # what the input pipeline can decode
-_ORIENTATION = 0x0112
 
 
 @dataclass(frozen=True)
@@ -83,7 +75,7 @@ class EncodedImage:
       height: pixels.
       width: pixels.
       channels: 1 to 4.
-      kept: the source's own bytes.
+      kept: the coded pixels are the source's own.
       enlarged: a side was scaled up.
       stretched: the proportions changed by more than one percent.
     """
@@ -101,9 +93,8 @@ class EncodedImage:
 def encode(data: bytes, options: ImageOptions) -> EncodedImage:
     """Decodes, turns upright, crops, scales and encodes one image.
 
-    The source's own bytes are kept where they already are what is asked for, so nothing is lost
-    and nothing grows. Everything else becomes a PNG. 16-bit samples keep their high byte, as
-    libpng and Pillow do for colour. Colour profiles are ignored.
+    The source's own coded pixels are kept where they already are what is asked for, so nothing is
+    lost and nothing grows. Everything else becomes a PNG. Neither has any metadata.
 
     Args:
       data: a PNG, JPEG, WebP, BMP or TIFF file.
@@ -112,40 +103,20 @@ def encode(data: bytes, options: ImageOptions) -> EncodedImage:
     Raises:
       DataError: with the reason alone; the caller knows the file's name.
     """
-    if len(data) > MAX_BYTES:
-        raise DataError(f"it has {len(data)} bytes; the limit is {MAX_BYTES}")
-    if not data:
-        raise DataError("the file is empty")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about broken metadata: the pixels are what counts
-            return _encode(data, options)
-    except TrainerError:
-        raise
-    except Exception as error:
-        # Pillow's decoders answer broken and hostile input with exceptions of many kinds.
-        reason = " ".join(str(error).split()) or type(error).__name__
-        if "cannot identify image file" in reason:
-            reason = "not a PNG, JPEG, WebP, BMP or TIFF image"
-        raise DataError(reason) from error
-
-
-def _encode(data: bytes, options: ImageOptions) -> EncodedImage:
-    source = Image.open(io.BytesIO(data), formats=_FORMATS)
-    _check_header(source)
-    source.load()
-    image = _composite(_plain(source), options)
+    source = decoding.decode(data)
+    image = _composite(source.image, options)
     height, width = options.resolution
     box = _crop_box(image.size, (width, height), options.crop)
     cut = (box[2] - box[0], box[3] - box[1])
     fits = image.size == cut == (width, height)
-    kept = fits and source.mode == image.mode and _is_decodable(source, data)
+    kept = fits and source.image.mode == image.mode and bool(source.encoded)
     if kept:
-        encoded, image_format = data, _KEPT_FORMATS[str(source.format)]
+        encoded, image_format = source.encoded, source.format
     else:
         if not fits:
             # RGBA is scaled with premultiplied alpha (Pillow does): no hidden colour bleeds in.
             image = image.resize((width, height), FILTERS[options.filter], box=box)
+        image.info.clear()
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
         encoded, image_format = buffer.getvalue(), "png"
@@ -159,57 +130,6 @@ def _encode(data: bytes, options: ImageOptions) -> EncodedImage:
         enlarged=width > cut[0] or height > cut[1],
         stretched=abs(cut[0] * height / (cut[1] * width) - 1) > 0.01,
     )
-
-
-def _is_decodable(source: Image.Image, data: bytes) -> bool:
-    """Whether TensorFlow's decoders read from the source's bytes what Pillow read."""
-    if source.format not in _KEPT_FORMATS or "transparency" in source.info:
-        return False
-    if source.format == "PNG" and data[24] != 8:  # bits to a sample, in the IHDR chunk
-        return False
-    return source.getexif().get(_ORIENTATION, 1) == 1
-
-
-def _check_header(image: Image.Image) -> None:
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise DataError(f"it has {width}x{height} pixels; the limit is {MAX_PIXELS}")
-    frames = getattr(image, "n_frames", 1)
-    # MPO is a photo with a preview after it: its first frame is the picture.
-    if frames > 1 and image.format != "MPO":
-        raise DataError(f"it has {frames} frames or pages; only single images are taken")
-
-
-def _plain(image: Image.Image) -> Image.Image:
-    """The upright image as L, LA, RGB or RGBA."""
-    if image.getexif().get(_ORIENTATION, 1) != 1:
-        image = ImageOps.exif_transpose(image)
-    transparent = "transparency" in image.info
-    mode = image.mode
-    if mode.startswith("I;16") or (mode == "I" and image.format in {"PNG", None}):
-        return _high_byte(image)
-    if mode in {"I", "F"}:
-        raise DataError(f"its samples are 32-bit (mode {mode}); save it with 8 or 16 bits")
-    if mode in {"L", "RGB"} and transparent:
-        return image.convert("LA" if mode == "L" else "RGBA")
-    if mode in MODES.values():
-        return image
-    if mode == "1":
-        return image.convert("LA" if transparent else "L")
-    if mode == "P":
-        return image.convert("RGBA" if transparent else "RGB")
-    return image.convert("RGBA" if mode in {"PA", "RGBa", "La"} else "RGB")
-
-
-def _high_byte(image: Image.Image) -> Image.Image:
-    """16-bit grey to 8 bits; a transparent grey value becomes alpha."""
-    values = np.asarray(image).astype(np.int64)
-    grey = Image.fromarray((values >> 8).clip(0, 255).astype(np.uint8))
-    key = image.info.get("transparency")
-    if not isinstance(key, int):
-        return grey
-    alpha = Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8))
-    return Image.merge("LA", (grey, alpha))
 
 
 def _composite(image: Image.Image, options: ImageOptions) -> Image.Image:
