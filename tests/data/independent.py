@@ -45,9 +45,9 @@ def pixels(data: bytes) -> np.ndarray:
     elif data.startswith(b"\xff\xd8"):
         found, exif = _jpeg(data)
     elif data.startswith(b"RIFF"):
-        found, exif = imagecodecs.webp_decode(data), _webp_exif(data)
+        found, exif = _webp(data)
     elif data.startswith(b"BM"):
-        found, exif = imagecodecs.bmp_decode(data), b""
+        found, exif = _bmp(data), b""
     else:
         return _tiff(data)
     if found.ndim == 2:
@@ -106,14 +106,28 @@ def _jpeg(data: bytes) -> tuple[np.ndarray, bytes]:
     return found, data[first.end() : first.end() + length] if first else b""
 
 
-def _webp_exif(data: bytes) -> bytes:
-    start = 12
-    while start + 8 <= len(data):
-        kind, length = struct.unpack("<4sI", data[start : start + 8])
-        if kind == b"EXIF":
-            return data[start + 8 : start + 8 + length]
-        start += 8 + length + length % 2
-    return b""
+def _bmp(data: bytes) -> np.ndarray:
+    if struct.unpack_from("<H", data, 28)[0] > 8:
+        data = data[:46] + bytes(4) + data[50:]  # a proposed palette is none of its business
+    return imagecodecs.bmp_decode(data)
+
+
+def _webp(data: bytes) -> tuple[np.ndarray, bytes]:
+    """libwebp refuses files for their metadata and reads on behind cut pixels; it gets neither."""
+    start, end = 12, 8 + struct.unpack_from("<I", data, 4)[0]
+    parts, exif = [], b""
+    while start + 8 <= end:
+        kind, length = struct.unpack_from("<4sI", data, start)
+        part = data[start : start + 8 + length] + b"\0" * (length % 2)
+        if kind == b"VP8X":
+            part = part[:8] + bytes([part[8] & 0x10]) + part[9:]  # alpha, and nothing else
+        if kind in {b"VP8X", b"ALPH", b"VP8 ", b"VP8L"}:
+            parts.append(part)
+        if kind == b"EXIF" and not exif:
+            exif = part[8 : 8 + length]
+        start += len(part)
+    body = b"WEBP" + b"".join(parts)
+    return imagecodecs.webp_decode(b"RIFF" + struct.pack("<I", len(body)) + body), exif
 
 
 def _rgb_of_cmyk(ink: np.ndarray) -> np.ndarray:
@@ -156,6 +170,6 @@ def _tiff(data: bytes) -> np.ndarray:
         found = found[..., :-1]
     if extra == (1,):
         alpha = found[..., -1:]
-        colour = np.where(alpha > 0, found[..., :-1] * 255 // np.maximum(alpha, 1), found[..., :-1])
+        colour = np.where(alpha > 0, found[..., :-1] * 255 // np.maximum(alpha, 1), 0)
         found = np.concatenate([np.minimum(colour, 255), alpha], axis=-1)
     return upright(found.astype(np.uint8), orientation)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,7 @@ def _bytes(rng: Rng, most: int) -> bytes:
     return rng.bytes(int(rng.integers(1, most + 1)))
 
 
-def _pick(rng: Rng, choices: list) -> object:
+def _pick(rng: Rng, choices: list) -> Any:
     return choices[int(rng.integers(len(choices)))]
 
 

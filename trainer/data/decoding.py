@@ -11,15 +11,14 @@ RGB without a profile, and colour profiles are ignored.
 from __future__ import annotations
 
 import io
-import struct
 import warnings
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import BmpImagePlugin, Image, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
+from PIL import BmpImagePlugin, Image, ImageFile, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
 
-from trainer.core.errors import DataError, TrainerError
-from trainer.data import jpeg, png, tiff
+from trainer.core.errors import DataError
+from trainer.data import bmp, jpeg, png, tiff, webp
 
 # What a hostile or broken source may make one worker allocate.
 MAX_PIXELS = 80_000_000
@@ -62,26 +61,32 @@ def decode(data: bytes) -> Decoded:
         raise DataError("the file is empty")
     if len(data) > MAX_BYTES:
         raise DataError(f"it has {len(data)} bytes; the limit is {MAX_BYTES}")
+    if data.startswith(png.SIGNATURE):
+        return _png(data)
+    if data.startswith(jpeg.SIGNATURE):
+        return _jpeg(data)
+    if webp.is_webp(data):
+        return _webp(data)
+    if data.startswith(bmp.SIGNATURE):
+        return _bmp(data)
+    if data.startswith(tiff.SIGNATURES):
+        return _tiff(data)
+    raise DataError("not a PNG, JPEG, WebP, BMP or TIFF image")
+
+
+def _load(plugin: type[ImageFile.ImageFile], data: bytes) -> ImageFile.ImageFile:
+    """By one of Pillow's decoders, which answer broken input with exceptions of many kinds."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is doubtful is an error here, or no matter
-            if data.startswith(png.SIGNATURE):
-                return _png(data)
-            if data.startswith(jpeg.SIGNATURE):
-                return _jpeg(data)
-            if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-                return _webp(data)
-            if data.startswith(b"BM"):
-                return _bmp(data)
-            if data.startswith(tiff.SIGNATURES):
-                return _tiff(data)
-    except TrainerError:
+            warnings.simplefilter("ignore")  # what is doubtful was refused before
+            image = plugin(io.BytesIO(data))
+            image.load()
+    except MemoryError:  # the machine's fault
         raise
     except Exception as error:
-        # Pillow's decoders answer broken and hostile input with exceptions of many kinds.
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise DataError(f"damaged: it cannot be decoded ({reason})") from error
-    raise DataError("not a PNG, JPEG, WebP, BMP or TIFF image")
+    return image
 
 
 def _upright(image: Image.Image, orientation: int) -> Image.Image:
@@ -110,8 +115,7 @@ def _with_alpha(image: Image.Image, opaque: np.ndarray) -> Image.Image:
 
 def _png(data: bytes) -> Decoded:
     file = png.read(data, MAX_PIXELS)
-    source = PngImagePlugin.PngImageFile(io.BytesIO(file.data))
-    source.load()
+    source = _load(PngImagePlugin.PngImageFile, file.data)
     orientation = tiff.orientation(file.exif)
     grey, colour, indexed, grey_alpha = (file.colour_type == kind for kind in (0, 2, 3, 4))
     image: Image.Image = source
@@ -150,79 +154,23 @@ def _jpeg(data: bytes) -> Decoded:
 
 
 def _webp(data: bytes) -> Decoded:
-    (size,) = struct.unpack("<I", data[4:8])
-    if len(data) < 30 or len(data) < 8 + size:
-        raise DataError("damaged: it ends within its pixels")
-    kind = data[12:16]
-    if kind == b"VP8X":
-        width, height = (int.from_bytes(data[n : n + 3], "little") + 1 for n in (24, 27))
-    elif kind == b"VP8L":
-        (packed,) = struct.unpack("<I", data[21:25])
-        width, height = (packed & 0x3FFF) + 1, (packed >> 14 & 0x3FFF) + 1
-    else:
-        width, height = (number & 0x3FFF for number in struct.unpack("<HH", data[26:30]))
-    if width * height > MAX_PIXELS:  # libwebp allocates them before it says how many they are
-        raise DataError(f"it has {width}x{height} pixels; the limit is {MAX_PIXELS}")
-    source = WebPImagePlugin.WebPImageFile(io.BytesIO(data))
-    if source.n_frames > 1:
-        raise DataError(f"it has {source.n_frames} frames or pages; only single images are taken")
-    source.load()
-    exif = source.info.get("exif", b"")
+    file = webp.read(data, MAX_PIXELS)
+    source = _load(WebPImagePlugin.WebPImageFile, file.data)
     image = source if source.mode in {"RGB", "RGBA"} else source.convert("RGB")
-    return Decoded(_upright(image, tiff.orientation(exif)))
+    return Decoded(_upright(image, tiff.orientation(file.exif)))
 
 
 def _bmp(data: bytes) -> Decoded:
-    colours = _check_bmp(data)
-    source = BmpImagePlugin.BmpImageFile(io.BytesIO(data))
-    source.load()
+    colours = bmp.check(data, MAX_PIXELS)
+    source = _load(BmpImagePlugin.BmpImageFile, data)
     if source.mode == "P":
         return Decoded(_from_palette(source, colours, transparent=False))
     return Decoded(source.convert("L") if source.mode == "1" else source)
 
 
-def _check_bmp(data: bytes) -> int:
-    """Refuses what Pillow would read in another way than it is meant; the palette's colours."""
-    pixels, header = struct.unpack_from("<II", data, 10)
-    if header not in {40, 52, 56, 108, 124}:
-        raise DataError(
-            f"a BMP of a kind that is not taken: its header has {header} bytes; save it as PNG"
-        )
-    width, height, planes, bits, packing = struct.unpack_from("<iiHHI", data, 18)
-    (colours,) = struct.unpack_from("<I", data, 46)
-    if width <= 0 or not height or planes != 1:
-        raise DataError(f"damaged: it has {width}x{height} pixels in {planes} planes")
-    if width * abs(height) > MAX_PIXELS:
-        raise DataError(f"it has {width}x{abs(height)} pixels; the limit is {MAX_PIXELS}")
-    if packing not in {0, 3} or (packing == 3 and bits not in {16, 24, 32}):
-        raise DataError(
-            f"a BMP of a kind that is not taken: {bits} bits, compressed (BI_COMPRESSION "
-            f"{packing}); save it uncompressed or as PNG"
-        )
-    end = 14 + header
-    if bits > 8:
-        colours = 0
-    else:
-        colours = colours or 1 << bits
-        if bits not in {1, 4, 8} or colours > 1 << bits:
-            raise DataError(f"damaged: it has {bits} bits and a palette of {colours} colours")
-        # Pillow takes palettes of greys for no palettes, and then goes by their size.
-        palette = [data[end + 4 * n : end + 4 * n + 3] for n in range(colours)]
-        grey = colours != 2 and all(each == bytes([n] * 3) for n, each in enumerate(palette))
-        two = palette == [b"\0" * 3, b"\xff" * 3]
-        if (bits != 1 and two) or (bits != 8 and grey):
-            raise DataError(
-                f"a BMP of a kind that is not taken: {colours} greys in {bits} bits; save it as PNG"
-            )
-    if pixels < end + 4 * colours:
-        raise DataError("damaged: its pixels start within its header")
-    return colours
-
-
 def _tiff(data: bytes) -> Decoded:
     file = tiff.read(data, MAX_PIXELS)
-    source = TiffImagePlugin.TiffImageFile(io.BytesIO(file.data))
-    source.load()
+    source = _load(TiffImagePlugin.TiffImageFile, file.data)
     if source.mode.startswith("I;16"):
         pixels = _highest_bits(source, file.bits)
         image = Image.fromarray(255 - pixels if file.inverted else pixels)

@@ -32,6 +32,7 @@ _OTHER_FRAMES = {
     0xCE: "hierarchical",
     0xCF: "hierarchical",
 }
+_METADATA = (*range(0xE0, 0xF0), 0xFE)  # of applications, and comments
 _IN_SCAN = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]")  # the first marker that ends a scan
 _EXTRANEOUS = re.compile(r"Corrupt JPEG data: (\d+) extraneous bytes before marker 0xd9")
 
@@ -122,13 +123,15 @@ def read(data: bytes, max_pixels: int) -> Jpeg:
                 "baseline JPEG or a PNG"
             )
         elif marker == 0xE1 and body.startswith(b"Exif\0\0"):
-            jpeg.exif = jpeg.exif or body
+            jpeg.exif = jpeg.exif or (b"" if scans else body)
         elif marker == _SCAN:
             jpeg.start_scan(body)
             scans += 1
             if scans > _MAX_SCANS:
                 raise DataError(f"a JPEG of more than {_MAX_SCANS} scans; save it again")
-        if marker in _FRAMES or marker in _TABLES or marker == _SCAN:
+        elif marker not in _TABLES and marker not in _METADATA:
+            raise DataError(f"damaged: it has a segment of no known kind (0x{marker:02x})")
+        if marker not in _METADATA:
             parts.append(data[start:end])
         elif marker == 0xE0 and body.startswith(b"JFIF\0") and len(body) >= 14:
             # Newer versions than 1 are unknown to decoders, and a preview is not needed.

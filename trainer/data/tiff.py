@@ -13,22 +13,23 @@ from dataclasses import dataclass
 
 from trainer.core.errors import DataError
 
-SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two are of BigTIFF
 
 # The tags that the pixels need.
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER = 256, 257, 258, 259, 262, 266
 _STRIPS, _ORIENTATION, _SAMPLES, _STRIP_ROWS, _STRIP_BYTES, _PLANAR = 273, 274, 277, 278, 279, 284
 _PREDICTOR, _PALETTE, _TILE_WIDTH, _TILE_HEIGHT, _TILES, _TILE_BYTES = 317, 320, 322, 323, 324, 325
-_INKS, _EXTRA, _FORMAT = 332, 338, 339
+_INKS, _EXTRA, _FORMAT, _SUBSAMPLING = 332, 338, 339, 530
 _NEEDED = {
     *(_WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER, _STRIPS, _ORIENTATION),
     *(_SAMPLES, _STRIP_ROWS, _STRIP_BYTES, _PLANAR, _PREDICTOR, _PALETTE, _TILE_WIDTH),
-    *(_TILE_HEIGHT, _TILES, _TILE_BYTES, _INKS, _EXTRA, _FORMAT),
+    *(_TILE_HEIGHT, _TILES, _TILE_BYTES, _INKS, _EXTRA, _FORMAT, _SUBSAMPLING),
 }
-_TYPES = {1: "B", 3: "H", 4: "I", 16: "Q"}  # the unsigned integers, by the code of their type
+_TYPES = {3: "H", 4: "I", 16: "Q"}  # the unsigned integers, by the code of their type
 
-_RAW, _DEFLATE = 1, (8, 32946)
-_COMPRESSIONS = {_RAW, 5, *_DEFLATE, 32773}  # 5 is LZW, the last PackBits
+_RAW, _LZW, _DEFLATE, _PACKBITS = 1, 5, (8, 32946), 32773
+_COMPRESSIONS = {_RAW, _LZW, *_DEFLATE, _PACKBITS}
+_PREDICTED = {_LZW, *_DEFLATE}
 _OTHER_COMPRESSIONS = {
     2: "CCITT",
     3: "CCITT",
@@ -67,6 +68,7 @@ _KINDS = {
     (_INDEXED, ()): (1, 2, 4, 8),
     (_CMYK, ()): (8,),
 }
+_PLANES = {(_RGB, ()), (_RGB, (2,)), (_CMYK, ())}  # of these, the samples may lie apart
 _COLOURS = {_WHITE: 1, _BLACK: 1, _RGB: 3, _INDEXED: 1, _CMYK: 4}
 
 _MAX_ENTRIES = 4096
@@ -82,7 +84,7 @@ class Tiff:
       width: pixels, as they are stored.
       height: pixels, as they are stored.
       bits: to a sample.
-      inverted: 0 is white.
+      inverted: `data` has 0 for white, though it says otherwise.
       orientation: 1 to 8, as in EXIF.
       data: a TIFF of the same pixels with no orientation and no other tags.
     """
@@ -134,21 +136,26 @@ def read(data: bytes, max_pixels: int) -> Tiff:
     layout, tags, more = _directory(data)
     if more:
         raise DataError("it has several pages; only single images are taken")
+    if layout.big and layout.order == ">":
+        raise _unknown("a BigTIFF with the most significant bytes first")
     width, height = _one(tags, _WIDTH, 0), _one(tags, _HEIGHT, 0)
     if not width or not height:
         raise DataError(f"damaged: it has {width}x{height} pixels")
     if width * height > max_pixels:
         raise DataError(f"it has {width}x{height} pixels; the limit is {max_pixels}")
-    bits, samples = _check_kind(tags)
-    _check_strips(data, tags, bits, samples, max_pixels)
+    bits, samples = _check_kind(tags, layout.order)
+    _check_strips(data, layout, tags, bits, samples, max_pixels)
     orientation = _one(tags, _ORIENTATION, 1)
+    inverted = bits == 16 and _one(tags, _PHOTOMETRIC, 0) == _WHITE
+    changed = {_PHOTOMETRIC: (_BLACK,)} if inverted else {}
+    changed |= {_PLANAR: (1,)} if samples == 1 else {}
     return Tiff(
         width=width,
         height=height,
         bits=bits,
-        inverted=_one(tags, _PHOTOMETRIC, 0) == _WHITE,
+        inverted=inverted,
         orientation=orientation if 1 <= orientation <= 8 else 1,
-        data=_rewrite(data, layout, tags),
+        data=_rewrite(data, layout, tags | changed),
     )
 
 
@@ -188,7 +195,7 @@ def _directory(data: bytes) -> tuple[_Layout, dict[int, tuple[int, ...]], bool]:
                 (place,) = struct.unpack_from(layout.offset, data, place)
             tags[tag] = struct.unpack_from(values, data, place)
         (following,) = struct.unpack_from(layout.offset, data, first + count * size)
-    except struct.error:
+    except (struct.error, OverflowError):
         raise DataError("damaged: it ends within its tags") from None
     return layout, tags, following != 0
 
@@ -200,7 +207,7 @@ def _one(tags: dict[int, tuple[int, ...]], tag: int, default: int) -> int:
     return values[0]
 
 
-def _check_kind(tags: dict[int, tuple[int, ...]]) -> tuple[int, int]:
+def _check_kind(tags: dict[int, tuple[int, ...]], order: str) -> tuple[int, int]:
     """Bits to a sample and samples to a pixel of a file whose kind is known."""
     compression = _one(tags, _COMPRESSION, _RAW)
     if compression not in _COMPRESSIONS:
@@ -230,15 +237,22 @@ def _check_kind(tags: dict[int, tuple[int, ...]]) -> tuple[int, int]:
             f"its samples are {bits}-bit (PhotometricInterpretation {photometric}, ExtraSamples "
             f"{', '.join(map(str, extra[:8])) or 'none'})"
         )
+    if bits == 12 and order == ">":
+        raise _unknown("its samples are 12-bit, with the most significant bytes first")
     if _one(tags, _FILL_ORDER, 1) != 1:
         raise _unknown("its bits are in reverse order (FillOrder)")
     if photometric == _CMYK and _one(tags, _INKS, 1) != 1:
         raise _unknown("its inks are not cyan, magenta, yellow and black")
-    if _one(tags, _PLANAR, 1) not in {1, 2}:
+    planar = _one(tags, _PLANAR, 1)
+    if planar not in {1, 2}:
         raise DataError("damaged: its samples lie in no known way (PlanarConfiguration)")
+    if planar == 2 and samples > 1 and (bits != 8 or (photometric, extra) not in _PLANES):
+        raise _unknown(f"its samples are {bits}-bit and lie apart (PlanarConfiguration)")
     predictor = _one(tags, _PREDICTOR, 1)
-    if predictor not in {1, 2} or (predictor == 2 and bits not in {8, 16}):
-        raise _unknown(f"its predictor is number {predictor}, for {bits} bits")
+    if predictor != 1 and (predictor != 2 or bits not in {8, 16} or compression not in _PREDICTED):
+        raise _unknown(f"its predictor is number {predictor}, with {bits} bits")
+    if _SUBSAMPLING in tags:
+        raise _unknown("it names the sampling of YCbCr, but has none")
     if photometric == _INDEXED:
         _check_palette(tags.get(_PALETTE, ()), bits)
     return bits, samples
@@ -258,14 +272,21 @@ def _check_palette(palette: tuple[int, ...], bits: int) -> None:
 
 
 def _check_strips(
-    data: bytes, tags: dict[int, tuple[int, ...]], bits: int, samples: int, max_pixels: int
+    data: bytes,
+    layout: _Layout,
+    tags: dict[int, tuple[int, ...]],
+    bits: int,
+    samples: int,
+    max_pixels: int,
 ) -> None:
     """Refuses a file of whose strips or tiles one is not there, not whole or of another size."""
     width, height = _one(tags, _WIDTH, 0), _one(tags, _HEIGHT, 0)
     tiled = _TILES in tags
+    if tags.keys() & (
+        {_STRIPS, _STRIP_BYTES} if tiled else {_TILE_WIDTH, _TILE_HEIGHT, _TILE_BYTES}
+    ):
+        raise DataError("damaged: it has tags of strips and of tiles")
     if tiled:
-        if _STRIPS in tags:
-            raise DataError("damaged: it has strips and tiles")
         columns, rows = _one(tags, _TILE_WIDTH, 0), _one(tags, _TILE_HEIGHT, 0)
     else:
         columns, rows = width, min(height, _one(tags, _STRIP_ROWS, height))
@@ -284,15 +305,27 @@ def _check_strips(
     row = (columns * bits * (samples // planes) + 7) // 8
     for n, (place, length) in enumerate(zip(places, lengths, strict=True)):
         short = 0 if tiled or n % down < down - 1 else down * rows - height
-        needed = row * (rows - short)
-        if place + length > len(data) or not length or (compression == _RAW and length < needed):
+        size = row * (rows - short)
+        if place < 2 * layout.place:
+            raise DataError("damaged: its pixels start within its header")
+        if place + length > len(data) or not length:
             raise DataError("damaged: it ends within its pixels")
+        if compression == _LZW:
+            continue  # it has no checksum, and libtiff finds out whether it ends early
+        found = length
         if compression in _DEFLATE:
-            _check_stream(data[place : place + length], needed, row * rows)
+            found = _inflated(data[place : place + length], size)
+        elif compression == _PACKBITS:
+            found = _unpacked(data[place : place + length], size)
+        if found < size or (found > size and compression != _RAW):
+            raise DataError("damaged: its pixels are not as many as its size says")
 
 
-def _check_stream(stream: bytes, needed: int, most: int) -> None:
-    """Inflates a strip, to its checksum, without holding it; libtiff stops before that."""
+def _inflated(stream: bytes, most: int) -> int:
+    """Bytes that a strip gives, up to one more than `most`, by Deflate, to its checksum.
+
+    libtiff stops when it has enough, before the checksum.
+    """
     inflater, total = zlib.decompressobj(), 0
     try:
         while not inflater.eof and total <= most:
@@ -300,11 +333,24 @@ def _check_stream(stream: bytes, needed: int, most: int) -> None:
             total += len(piece)
             stream = inflater.unconsumed_tail
             if not (piece or stream):
-                break
+                raise DataError("damaged: it ends within its pixels")
     except zlib.error as error:
         raise DataError(f"damaged: its pixels cannot be unpacked ({error})") from error
-    if not inflater.eof or not needed <= total <= most:
-        raise DataError("damaged: its pixels are not as many as its size says")
+    return total
+
+
+def _unpacked(stream: bytes, most: int) -> int:
+    """Bytes that a strip gives, up to a run more than `most`, by PackBits."""
+    total = start = 0
+    while start < len(stream) and total <= most:
+        head = stream[start]
+        if head < 128:
+            total += head + 1
+            start += head + 2
+        else:
+            total += 257 - head if head > 128 else 0
+            start += 2 if head > 128 else 1
+    return total if start <= len(stream) else 0
 
 
 def _rewrite(data: bytes, layout: _Layout, tags: dict[int, tuple[int, ...]]) -> bytes:
