@@ -39,7 +39,14 @@ def check(data: bytes, max_pixels: int) -> int:
         raise _unknown(f"{bits} bits, compressed (BI_COMPRESSION {packing})")
     if max(size, start + length) > len(data):
         raise DataError(f"damaged: it has {len(data)} of {max(size, start + length)} bytes")
-    end = 14 + header + (12 if packing == _MASKS and header == 40 else 0)
+    end = 14 + header
+    if packing == _MASKS:
+        if not all(struct.unpack_from("<III", data.ljust(66, b"\0"), 54)):
+            raise _unknown("a mask of its colours is empty")
+        if header == 40:
+            end += 12
+            if start != end:
+                raise _unknown("more than three masks may belong to its header")
     colours = _palette(data, bits, end) if bits <= 8 else 0
     if start < end + 4 * colours:
         raise DataError("damaged: its pixels start within its header")

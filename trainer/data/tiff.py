@@ -160,13 +160,24 @@ def read(data: bytes, max_pixels: int) -> Tiff:
 
 
 def orientation(exif: bytes) -> int:
-    """The orientation that an EXIF block names, 1 to 8; 1 where it names none or is broken."""
-    try:
-        _, tags, _ = _directory(exif.removeprefix(b"Exif\0\0"))
-        found = _one(tags, _ORIENTATION, 1)
-    except DataError:
+    """The orientation that an EXIF block names, 1 to 8; 1 where it names none.
+
+    A block that is broken elsewhere still names it.
+    """
+    exif = exif.removeprefix(b"Exif\0\0")
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
+    if order is None:
         return 1
-    return found if 1 <= found <= 8 else 1
+    try:
+        (start,) = struct.unpack_from(order + "I", exif, 4)
+        (count,) = struct.unpack_from(order + "H", exif, start)
+        for entry in range(start + 2, start + 2 + 12 * count, 12):
+            tag, kind, number, found = struct.unpack_from(order + "HHIH", exif, entry)
+            if (tag, kind, number) == (_ORIENTATION, 3, 1):
+                return found if 1 <= found <= 8 else 1
+    except struct.error:
+        pass  # it ends within its tags
+    return 1
 
 
 def _directory(data: bytes) -> tuple[_Layout, dict[int, tuple[int, ...]], bool]:
@@ -193,6 +204,8 @@ def _directory(data: bytes) -> tuple[_Layout, dict[int, tuple[int, ...]], bool]:
             place = entry + size - inline
             if struct.calcsize(values) > inline:
                 (place,) = struct.unpack_from(layout.offset, data, place)
+                if place < 2 * layout.place:
+                    raise DataError(f"damaged: its tag {tag} lies within its header")
             tags[tag] = struct.unpack_from(values, data, place)
         (following,) = struct.unpack_from(layout.offset, data, first + count * size)
     except (struct.error, OverflowError):
