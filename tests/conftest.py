@@ -8,7 +8,7 @@ import sys
 import hypothesis
 import pytest
 
-from tests.gcs.fixture import gcs, gcs_emulator  # noqa: F401
+from tests.gcs.fixture import gcs, gcs_emulators  # noqa: F401
 from trainer.distribution import host
 
 # Before any test module imports TensorFlow. Parity is a matter of float32 on the CPU: a GPU that

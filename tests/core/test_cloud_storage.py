@@ -161,7 +161,8 @@ def test_wrong_project(code: int, message: str) -> None:
     error = exceptions.from_http_status(code, message)
     reason = cloud_storage.reason(error, "gs://bucket/x")
     assert reason is not None
-    assert reason.startswith(f"wrong project or billing ({message}); choose another")
+    assert reason.startswith(f"wrong project or billing ({message}); choose the project that pays")
+    assert reason.endswith("GOOGLE_CLOUD_QUOTA_PROJECT")
 
 
 def test_path_without_a_bucket_or_name(gcs: Gcs) -> None:

@@ -4,6 +4,9 @@ By hand, any command with its gs:// paths on it (its buckets are made on first u
 the command):
 
   python -m tests.gcs.emulator -- python -m trainer.convert --dest=gs://bucket/photos ...
+
+The servers behind it are written by others, independently of each other: what holds on one only
+must not be relied upon.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from tests.gcs import certificates
 from tests.gcs.faults import Faults, Request
 
 ROOT = pathlib.Path(__file__).parents[2]
+SERVERS = ("fake-gcs-server", "gcp-storage-emulator")
 _HOST = "127.0.0.1"
 
 
@@ -59,13 +63,17 @@ class _Set:
 class Emulator:
     """The Cloud Storage: one process, which ends with this one whatever happens.
 
+    Args:
+      server: one of `SERVERS`.
+
     Attributes:
       faults: what is done to requests; see `tests.gcs.faults.Faults`. Assign its attributes, or
         `update` several.
       port: of 127.0.0.1, for everything.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, server: str = SERVERS[0]) -> None:
+        self.server = server
         self.port = 0
         self.faults: Any = _Set(self)
         self._process: subprocess.Popen[str] | None = None
@@ -76,7 +84,7 @@ class Emulator:
         self._folder = pathlib.Path(tempfile.mkdtemp(prefix="gcs-"))
         certificates.make(self._folder)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.gcs.shim", str(self._folder)],
+            [sys.executable, "-m", "tests.gcs.shim", str(self._folder), self.server],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -192,7 +200,8 @@ class Emulator:
         body = document if isinstance(document, bytes) else json.dumps(document).encode()
         connection = http.client.HTTPConnection(_HOST, self.port, timeout=60)
         try:
-            headers = {"Content-Type": "application/json", "X-Tests": "own"}
+            kind = "octet-stream" if isinstance(document, bytes) else "json"
+            headers = {"Content-Type": f"application/{kind}", "X-Tests": "own"}
             connection.request(method, target, None if document is None else body, headers)
             answer = connection.getresponse()
             data = answer.read()

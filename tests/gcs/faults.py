@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,10 @@ class Faults:
       truncate_rate: of a body only the first half arrives, then the connection is closed.
       expired_token: all are answered 401, as for credentials whose time is up.
       forbidden: all are answered 403, as for an account without permission.
+      left_out: fields and headers that answers lack, by their names in Google's documents, such as
+        'crc32c', which listings lack where objects are under a key of the customer's.
+      pages: 'html' or 'text': refusals have such a body, as those of proxies and balancers, not
+        Google's JSON.
       seed: of the draws.
     """
 
@@ -34,6 +39,8 @@ class Faults:
     truncate_rate: float = 0.0
     expired_token: bool = False
     forbidden: bool = False
+    left_out: Sequence[str] = ()
+    pages: str = ""
     seed: int = 0
 
 

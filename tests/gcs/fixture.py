@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
 
-from tests.gcs.emulator import Emulator
+from tests.gcs.emulator import SERVERS, Emulator
 from trainer.core import cloud_storage
 
 # Read when gcsfs is imported, by whatever test comes first.
@@ -37,14 +39,23 @@ class Gcs:
 
 
 @pytest.fixture(scope="session")
-def gcs_emulator() -> Iterator[Emulator]:
-    with Emulator() as emulator:
-        yield emulator
+def gcs_emulators() -> Iterator[Callable[[str], Emulator]]:
+    """The Cloud Storage with a server, which is started when it is first asked for."""
+    with contextlib.ExitStack() as stack:
+        yield functools.cache(lambda server: stack.enter_context(Emulator(server)))
 
 
 @pytest.fixture
-def gcs(gcs_emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gcs]:
-    """An empty bucket; the clients in this process, TensorFlow too, come to it during the test."""
+def gcs(
+    gcs_emulators: Callable[[str], Emulator],
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Gcs]:
+    """An empty bucket; the clients in this process, TensorFlow too, come to it during the test.
+
+    `pytest.mark.parametrize("gcs", SERVERS, indirect=True)` for another server than the first.
+    """
+    gcs_emulator = gcs_emulators(getattr(request, "param", SERVERS[0]))
     for name, value in gcs_emulator.environment().items():
         monkeypatch.setenv(name, value)
     bucket = f"tests-{uuid.uuid4().hex[:12]}"

