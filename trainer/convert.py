@@ -17,6 +17,7 @@ from tqdm import tqdm
 from trainer import data
 from trainer.core import flags as command
 from trainer.core.errors import UsageError
+from trainer.core.text import printable
 from trainer.data import beam, conversion, images, manifest
 
 USAGE = """Convert a folder or zip archive of images into sharded TFRecords with a manifest.
@@ -172,7 +173,7 @@ def _settings() -> conversion.Settings:
 def _print_result(result: manifest.Manifest, report: conversion.Report) -> None:
     height, width = result.resolution
     print(
-        f"{result.directory}: {result.num_images} images, {width} wide, {height} high, "
+        f"{printable(result.directory)}: {result.num_images} images, {width} wide, {height} high, "
         f"{result.channels} channels, {result.num_classes or 'no'} classes, "
         f"{len(result.shards)} shards, "
         f"{sum(shard.bytes for shard in result.shards) / 1e6:.1f} MB"
@@ -189,8 +190,8 @@ def _print_result(result: manifest.Manifest, report: conversion.Report) -> None:
     if report.ignored:
         print(f"{report.ignored} files of the source are no images by their names")
     print(
-        f"train on it: python -m trainer.task --config=configs/auto.yaml --data={result.directory} "
-        f"--workdir=runs/{result.name}"
+        f"train on it: python -m trainer.task --config=configs/auto.yaml --data="
+        f"{printable(result.directory)} --workdir=runs/{printable(result.name)}"
     )
 
 

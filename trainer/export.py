@@ -33,6 +33,7 @@ from absl import flags as absl_flags
 
 from trainer.core import flags, storage
 from trainer.core.errors import UsageError
+from trainer.core.text import printable
 from trainer.training import checkpoint, export
 
 FLAGS = absl_flags.FLAGS
@@ -89,7 +90,7 @@ def main(_: Sequence[str]) -> None:
         f"{check['max_difference']} and on average {check['mean_difference']:.3g} of 255 from "
         "those of trainer.generate"
     )
-    print(f"wrote {exported.path}")
+    print(f"wrote {printable(exported.path)}")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from absl import flags as absl_flags
 from trainer.core import flags, storage
 from trainer.core.errors import UsageError
 from trainer.core.seeds import Purpose, generator
+from trainer.core.text import printable, quoted, shorten
 from trainer.networks.stylegan2 import Generator, Params
 from trainer.telemetry import images as grids
 from trainer.telemetry import video
@@ -68,7 +69,9 @@ def choose_classes(wanted: str | None, label_names: Sequence[str], num_classes: 
         if wanted is not None:
             raise UsageError(f"--class={wanted}: this network was trained without classes")
         return [-1]
-    names = ", ".join(label_names[:20]) + (", ..." if len(label_names) > 20 else "")
+    names = ", ".join(shorten(name, 40) for name in label_names[:20]) + (
+        ", ..." if len(label_names) > 20 else ""
+    )
     choice = f"use all, an index below {num_classes}" + (f" or one of: {names}" if names else "")
     if wanted is None:
         raise UsageError(f"this network was trained with classes and needs --class: {choice}")
@@ -76,11 +79,11 @@ def choose_classes(wanted: str | None, label_names: Sequence[str], num_classes: 
         return [list(label_names).index(wanted)]
     if wanted == "all":
         return list(range(num_classes))
-    if re.fullmatch(r"\d+", wanted, re.ASCII) and int(wanted) < num_classes:
+    if re.fullmatch(r"\d{1,9}", wanted, re.ASCII) and int(wanted) < num_classes:
         return [int(wanted)]
     near = difflib.get_close_matches(wanted, label_names, n=1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    raise UsageError(f"--class={wanted}: no such class{hint}; {choice}")
+    hint = f" (did you mean {quoted(near[0])}?)" if near else ""
+    raise UsageError(f"--class={shorten(wanted)}: no such class{hint}; {choice}")
 
 
 class Painter:
@@ -270,7 +273,7 @@ def main(_: Sequence[str]) -> None:
     else:
         *images, grid = write_images(painter, seeds["seeds"], classes, names, out)
         written = f"{len(images)} images and {grid}"
-    print(f"wrote {written}")
+    print(f"wrote {printable(written)}")
 
 
 _STYLE_FLAGS = ("truncation_psi", "truncation_cutoff", "noise_mode", "batch")

@@ -43,6 +43,7 @@ from trainer.core import config as config_lib
 from trainer.core import flags, storage
 from trainer.core.config import BatchArithmetic, Config
 from trainer.core.errors import ConfigError, UsageError
+from trainer.core.text import printable
 from trainer.distribution import cluster
 
 # TensorFlow takes seconds to import; mistakes in the call are told before.
@@ -444,7 +445,7 @@ def _shape(manifest: Manifest, config: Config) -> DataShape:
 
 def _print_rows(rows: Sequence[tuple[str, str]]) -> None:
     for name, text in rows:
-        print(f"{name:<14}{text}", flush=True)
+        print(f"{name:<14}{printable(text)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -22,9 +22,10 @@ from typing import Any
 from absl import flags as absl_flags
 
 from trainer.core import config as config_lib
-from trainer.core import flags, storage
+from trainer.core import documents, flags, storage
 from trainer.core.config import Config
 from trainer.core.errors import DataError, StorageError, UsageError
+from trainer.core.text import printable, shorten
 from trainer.data import manifest as manifest_lib
 from trainer.vertex import facts, fit, jobs, service, targets
 from trainer.vertex.fit import Shape
@@ -196,9 +197,11 @@ def _print_job(request: Request, job: dict[str, Any]) -> None:
         for name, content in files.items():
             storage.write_text_atomic(storage.join(folder, name), content)
     for name, content in files.items():
-        print(f"\n# {name}\n{content}", end="")
+        print(f"\n# {name}")
+        for line in content.split("\n")[:-1]:
+            print(printable(line))
     print("\n# The same with gcloud, from these files:")
-    print("\n".join(jobs.commands(request, job, folder)))
+    print("\n".join(map(printable, jobs.commands(request, job, folder))))
 
 
 def _check_free(workdir: str, client: service.Service) -> None:
@@ -220,8 +223,8 @@ def _start(client: service.Service, job: dict[str, Any], workdir: str) -> None:
     storage.write_text_atomic(
         storage.join(workdir, FOLDER, _RECORD), json.dumps(record, indent=2) + "\n"
     )
-    print(f"started {started.name}")
-    print(f"follow it with: python -m trainer.submit watch {workdir}", flush=True)
+    print(f"started {printable(started.name)}")
+    print(f"follow it with: python -m trainer.submit watch {printable(workdir)}", flush=True)
 
 
 # ------------------------------------------------------------------------------------ resume
@@ -251,9 +254,12 @@ def _record(workdir: str) -> dict[str, Any] | None:
     if not storage.exists(path):
         return None
     try:
-        record: dict[str, Any] = json.loads(storage.read_text(path))
-        record["name"]
-    except (ValueError, TypeError, KeyError):
+        record = documents.read_object(path)
+    except documents.DocumentError:
+        record = {}
+    if not all(isinstance(record.get(key, ""), str) for key in ("name", "endpoint")):
+        record = {}
+    if not record.get("name"):
         raise UsageError(f"{path} is no record of a job; give the job's name") from None
     return record
 
@@ -286,15 +292,15 @@ def _find(name: str) -> tuple[service.Service, service.Job]:
 def watch(name: str) -> None:
     """Prints what a job and its run do, until it ends; ends with the code of the run."""
     client, job = _find(name)
-    print(f"{job.name}, run in {job.workdir}", flush=True)
+    print(f"{printable(job.name)}, run in {printable(job.workdir)}", flush=True)
     ticks = _Ticks(job.workdir)
     state = ""
     while True:
         if job.state != state:
             state = job.state
-            print(state, flush=True)
+            print(printable(state), flush=True)
         for line in ticks.new():
-            print(line, flush=True)
+            print(printable(line), flush=True)
         if job.has_ended:
             break
         time.sleep(FLAGS.poll_sec)
@@ -318,30 +324,45 @@ class _Ticks:
         size = storage.size(self._path)
         # A resumed run drops what came after its checkpoint.
         self._offset = min(self._offset, size)
-        data = storage.read_range(self._path, self._offset, size - self._offset)
+        length = min(size - self._offset, documents.LONGEST)
+        data = storage.read_range(self._path, self._offset, length)
         whole = data[: data.rfind(b"\n") + 1]
+        if not whole and len(data) == documents.LONGEST:
+            whole = data  # of a line without an end, which is no tick
         self._offset += len(whole)
-        return [tick_line(json.loads(line)) for line in whole.splitlines()]
+        return [self._line(line) for line in whole.split(b"\n") if line]
+
+    def _line(self, line: bytes) -> str:
+        try:
+            return tick_line(documents.parse_object(line))
+        except (documents.DocumentError, KeyError, TypeError) as error:
+            reason = error if isinstance(error, documents.DocumentError) else "numbers are missing"
+            return f"{self._path}: a line is no tick of a run ({reason}); passed over"
 
 
 def tick_line(stats: dict[str, Any]) -> str:
-    """A tick of `stats.jsonl` in one line."""
-    parts = [f"tick {stats['tick']:<6}kimg {stats['nimg'] / 1000:<10.1f}"]
+    """A tick of `stats.jsonl` in one line.
+
+    Raises:
+      KeyError, TypeError: it isn't one.
+    """
+    parts = [f"tick {stats['tick']:<6d}kimg {stats['nimg'] / 1000:<10.1f}"]
     for label, key in {
         "sec/kimg": "Timing/sec_per_kimg",
         "augment": "Progress/augment",
         "D signs": "Loss/signs/real",
         "G loss": "Loss/G/loss",
     }.items():
-        mean = (stats.get(key) or {}).get("mean")
-        if mean is not None:
+        stat = stats.get(key)
+        mean = stat.get("mean") if isinstance(stat, dict) else None
+        if isinstance(mean, (int, float)):
             parts.append(f"{label} {mean:<9.3g}")
     return " ".join(parts).rstrip()
 
 
 def _print_rows(rows: Sequence[tuple[str, str]]) -> None:
     for name, text in rows:
-        print(f"{name:<14}{text}", flush=True)
+        print(f"{name:<14}{shorten(text, 1000)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from trainer.core import config as config_lib
 from trainer.core import flags, storage
 from trainer.core.config import Config
 from trainer.core.errors import UsageError
+from trainer.core.text import printable
 from trainer.distribution import cluster, compilation
 from trainer.vertex import environment
 from trainer.vertex.environment import Choice
@@ -59,7 +60,7 @@ def main(_: Sequence[str]) -> None:
     events = environment.tensorboard_dir(config.telemetry.tensorboard_dir)
     model = environment.model_dir(config.checkpoint.export_dir)
     for line in _sources(config, workdir, events, model):
-        print(line, flush=True)
+        print(printable(line), flush=True)
     config = dataclasses.replace(
         config,
         telemetry=dataclasses.replace(config.telemetry, tensorboard_dir=events.path),

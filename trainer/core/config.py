@@ -28,16 +28,14 @@ import difflib
 import hashlib
 import json
 import math
-import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Union
 
-import yaml
-
-from trainer.core import storage
+from trainer.core import documents, storage
 from trainer.core.errors import ConfigError
+from trainer.core.text import quoted, shorten
 
 Auto = Literal["auto"]
 
@@ -109,7 +107,14 @@ def _as_option(option: Any, value: Any) -> tuple[bool, Any]:
             return False, value
     if option is int:
         return is_number and isinstance(value, int), value
+    if option is str:
+        return isinstance(value, str) and _is_clean(value), value
     return option is not float and isinstance(value, option), value
+
+
+def _is_clean(text: str) -> bool:
+    """Whether a text can be a path, and be written to a file."""
+    return "\0" not in text and not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def _expected(hint: Any, limit: _Limit | None) -> str:
@@ -135,7 +140,9 @@ def _checked(key: str, hint: Any, limit: _Limit | None, value: Any) -> Any:
         matches, canonical = _as_option(option, value)
         if matches and (limit is None or option not in (int, float) or limit.holds(canonical)):
             return canonical
-    shown = "null" if value is None else f"{value!r} ({type(value).__name__})"
+    shown = "null" if value is None else f"{quoted(value)} ({type(value).__name__})"
+    if isinstance(value, str) and not _is_clean(value):
+        raise ConfigError(f"{key} = {shown} holds characters that no file can hold; leave them out")
     raise ConfigError(f"{key} = {shown}: expected {_expected(hint, limit)}")
 
 
@@ -408,6 +415,7 @@ _HINTS = {
     for name, section in _SECTIONS.items()
     for key, hint in typing.get_type_hints(section).items()
 }
+_NAMES = {"base", *_SECTIONS, *(key.partition(".")[2] for key in _HINTS)}
 _LIMITS = {
     f"{name}.{field.name}": field.metadata.get("limit")
     for name, section in _SECTIONS.items()
@@ -417,66 +425,23 @@ _LIMITS = {
 
 # ---------------------------------------------------------------- YAML
 
-_SCALARS: tuple[tuple[str, str, str], ...] = (
-    ("tag:yaml.org,2002:null", r"~|null|Null|NULL|", "~nN\0"),
-    ("tag:yaml.org,2002:bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("tag:yaml.org,2002:int", r"[-+]?(?:0|[1-9][0-9]*)|0x[0-9a-fA-F]+", "-+0123456789"),
-    (
-        "tag:yaml.org,2002:float",
-        r"[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+|\.inf)|\.nan",
-        "-+.0123456789",
-    ),
-)
+
+def _wrong(where: str, error: documents.DocumentError) -> ConfigError:
+    """The error for what is no YAML; of the text, only keys that a config has are repeated."""
+    what = str(error)
+    if isinstance(error, documents.RepeatedKeyError) and error.key in _NAMES:
+        what = f"{error.key!r} is given twice"
+    return ConfigError(f"{where}{_line(error)}: {what}; expected a config in YAML")
 
 
-class _Loader(yaml.SafeLoader):
-    """Reads YAML 1.2 scalars and refuses repeated keys."""
-
-    yaml_implicit_resolvers = {}  # noqa: RUF012  (PyYAML copies it before it adds to it)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: dict[Any, yaml.Mark] = {}
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str) and key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key!r} is given twice", key_node.start_mark
-                )
-            if isinstance(key, str):
-                seen[key] = key_node.start_mark
-        return super().construct_mapping(node, deep=deep)
-
-
-# Line breaks for YAML, besides those that it always quotes.
-_BREAKS = frozenset("\x85\u2028\u2029")
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes exactly what `_Loader` would not read back as text."""
-
-    yaml_implicit_resolvers = {}  # noqa: RUF012  (PyYAML copies it before it adds to it)
-
-
-for _tag, _pattern, _first in _SCALARS:
-    for _reader in (_Loader, _Dumper):
-        _reader.add_implicit_resolver(
-            _tag, re.compile(rf"(?:{_pattern})\Z"), ["" if c == "\0" else c for c in _first]
-        )
-
-
-def _parse_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = f" line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{where}{line}: {error.problem or 'not valid YAML'}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{where}: not valid YAML ({reason})") from error
+def _line(error: documents.DocumentError) -> str:
+    return "" if error.line is None else f" line {error.line}"
 
 
 # ---------------------------------------------------------------- layers
+
+
+_MOST_BASES = 32  # one on top of the other
 
 
 class _Value(NamedTuple):
@@ -494,28 +459,41 @@ def _unknown(key: str, where: str) -> ConfigError:
         hint = f"did you mean {elsewhere[0] if elsewhere else f'{section}.{close[0]}'}?"
     else:
         hint = f"keys of {section} are {', '.join(neighbours)}"
-    return ConfigError(f"{where}: unknown key {key}; {hint}")
+    return ConfigError(f"{where}: unknown key {shorten(key)}; {hint}")
 
 
 def _unknown_section(name: Any, where: str) -> ConfigError:
-    text = str(name)
+    text = shorten(name)
     owners = [known for known in _HINTS if known.endswith(f".{text}")]
     close = owners or difflib.get_close_matches(text, _SECTIONS, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]}?" if close else f"sections are {', '.join(_SECTIONS)}"
     return ConfigError(f"{where}: unknown section {text!r}; {hint}")
 
 
+def _is_like_a_config(document: Mapping[Any, Any]) -> bool:
+    """Whether a name in it is one of a config's, or nearly."""
+    names = [name for name in document if isinstance(name, str) and len(name) < 100]
+    return any(
+        name in _NAMES or difflib.get_close_matches(name, _SECTIONS, n=1, cutoff=0.5)
+        for name in names
+    )
+
+
 def _flatten(document: Any, where: str) -> Iterator[tuple[str, _Value]]:
     """Known keys of a document as ('section.key', value); an empty section is no keys."""
-    if document is None:
+    if document is None or document == {}:
         return
-    if not isinstance(document, Mapping):
-        raise ConfigError(f"{where}: expected sections ({', '.join(_SECTIONS)}), got {document!r}")
+    if not isinstance(document, Mapping) or not _is_like_a_config(document):
+        # It may be any file, with secrets in it: nothing of it is shown.
+        raise ConfigError(
+            f"{where} line 1: this is no config; expected sections ({', '.join(_SECTIONS)})"
+        )
     for section, keys in document.items():
         if section not in _SECTIONS:
             raise _unknown_section(section, where)
         if not isinstance(keys, Mapping) and keys is not None:
-            raise ConfigError(f"{where}: section {section} must hold keys, got {keys!r}")
+            got = "text" if isinstance(keys, str) else quoted(keys)
+            raise ConfigError(f"{where}: section {section} must hold keys, got {got}")
         for name, value in (keys or {}).items():
             key = f"{section}.{name}"
             if key not in _HINTS:
@@ -527,20 +505,27 @@ def _read_layers(path: str, children: tuple[str, ...] = ()) -> dict[str, _Value]
     """The values of a file on top of those of the files it is based on."""
     if path in children:
         chain = " -> ".join([*children[children.index(path) :], path])
-        raise ConfigError(f"{children[-1]}: base files form a cycle: {chain}")
-    document = _parse_yaml(storage.read_text(path), path)
+        raise ConfigError(f"{children[-1]}: base files form a cycle: {shorten(chain, 1000)}")
+    if len(children) >= _MOST_BASES:
+        raise ConfigError(
+            f"{children[0]}: there are more than {_MOST_BASES} base files below it; expected a few"
+        )
+    try:
+        document = documents.read_yaml(path)
+    except documents.DocumentError as error:
+        raise _wrong(path, error) from None
     values: dict[str, _Value] = {}
     if isinstance(document, dict) and "base" in document:
         base = document.pop("base")
         if not isinstance(base, str) or not base:
-            raise ConfigError(f"{path}: base = {base!r}: expected the path of another config")
+            raise ConfigError(f"{path}: base = {quoted(base)}: expected the path of another config")
         values = _read_layers(storage.sibling(path, base), (*children, path))
     values.update(_flatten(document, path))
     return values
 
 
 def _read_override(text: str) -> tuple[str, _Value]:
-    where = f"--set {text}"
+    where = f"--set {shorten(text)}"
     key, equals, raw = text.partition("=")
     key = key.strip()
     if not equals or "." not in key:
@@ -553,7 +538,10 @@ def _read_override(text: str) -> tuple[str, _Value]:
     is_quoted = len(raw) > 1 and raw[0] == raw[-1] and raw[0] in "\"'"
     if _HINTS[key] is str and not is_quoted:
         return key, _Value(raw, where)  # a path stays as typed, whatever YAML would make of it
-    return key, _Value(_parse_yaml(raw, where), where)
+    try:
+        return key, _Value(documents.parse_yaml(raw), where)
+    except documents.DocumentError as error:
+        raise ConfigError(f"{where}: {error}; expected --set section.key=value") from None
 
 
 def _build(values: Mapping[str, _Value]) -> Config:
@@ -607,20 +595,9 @@ def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     return dataclasses.asdict(config)
 
 
-def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
-    # Unquoted, what Unicode calls a line break would be read back as a space.
-    style = '"' if _BREAKS & set(text) else None
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
-
-
-_Dumper.add_representer(str, _represent_text)
-
-
 def to_yaml(config: Config) -> str:
     """YAML that `load` reads back as an equal config."""
-    return yaml.dump(
-        to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=2**20
-    )
+    return documents.dump_yaml(to_dict(config))
 
 
 # ---------------------------------------------------------------- identity

@@ -12,9 +12,11 @@ from typing import NoReturn
 from absl import app, flags, logging
 
 from trainer.core.errors import TrainerError, UsageError, require_tensorflow
+from trainer.core.text import shorten
 
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error, too.")
 
+_LONGEST_MESSAGE = 4000  # characters
 _INTERRUPTED = 130  # what a shell reports for a program ended by ctrl-C
 
 
@@ -79,7 +81,7 @@ def fail(error: TrainerError) -> NoReturn:
     """Ends the process with the error's one line and exit code."""
     if flags.FLAGS.is_parsed() and _DEBUG.value:
         traceback.print_exception(error)
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {shorten(str(error), _LONGEST_MESSAGE)}", file=sys.stderr)
     sys.exit(error.exit_code)
 
 

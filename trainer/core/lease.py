@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from trainer.core import flags, storage
+from trainer.core import documents, flags, storage
 from trainer.core.errors import StorageError
 from trainer.core.storage import ConflictError
 
@@ -87,9 +87,8 @@ class Owner:
     def parse(cls, data: bytes) -> Owner | None:
         """The owner that a lease names, None if it is damaged."""
         try:
-            document = json.loads(data)
-            return cls(**{key.name: document[key.name] for key in dataclasses.fields(cls)})
-        except (ValueError, KeyError, TypeError):
+            return documents.as_record(cls, documents.parse_object(data))
+        except documents.DocumentError:
             return None
 
     def __str__(self) -> str:

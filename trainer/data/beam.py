@@ -13,7 +13,7 @@ import json
 import logging
 from collections.abc import Iterator
 
-from trainer.core import storage
+from trainer.core import documents, storage
 from trainer.core.errors import DataError, TrainerError, UsageError
 from trainer.data import manifest, sources
 from trainer.data.conversion import Done, Frame, Task, encode_all, write_shard
@@ -125,5 +125,5 @@ def _dump(tasks: list[Task]) -> str:
 def _load(data: bytes) -> list[Task]:
     return [
         Task(name, sources.Member(*member) if member else None, label)
-        for name, label, member in json.loads(data)
+        for name, label, member in documents.parse_json(data, len(data))
     ]

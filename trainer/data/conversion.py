@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import PIL
 
-from trainer.core import storage, tfrecord
+from trainer.core import documents, storage, tfrecord
 from trainer.core.errors import DataError, TrainerError, UsageError
 from trainer.data import images, manifest, records, sources
 
@@ -359,10 +359,9 @@ def _open_journal(settings: Settings, plan: _Plan, dest: str, name: str) -> None
 
 def _read_json(where: str) -> dict[str, Any]:
     try:
-        document = json.loads(storage.read_bytes(where))
-    except (ValueError, RecursionError):
+        return documents.read_object(where)
+    except documents.DocumentError:
         return {}
-    return document if isinstance(document, dict) else {}
 
 
 def _finished(dest: str, names: list[str]) -> list[dict[str, Any] | None]:

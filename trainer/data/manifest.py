@@ -13,13 +13,14 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from trainer.core import storage
+from trainer.core import documents, storage
 from trainer.core.errors import DataError
 
 FILE_NAME = "dataset.json"
 PARTIAL_NAME = ".partial"  # where the converter keeps its place
 VERSION = 1
 
+_LONGEST = 1 << 28  # bytes; an index of 10 million records has about 2 million
 MAX_BLOCK = 64
 _BLOCK_BYTES = 1 << 20
 
@@ -154,12 +155,13 @@ def load(path: str) -> Manifest:
     if not storage.isfile(where):
         raise DataError(_missing(path, directory))
     try:
-        document = json.loads(storage.read_bytes(where))
-    except (ValueError, RecursionError) as error:
+        document = documents.read_object(where, _LONGEST)
+    except documents.DocumentError as error:
         raise DataError(
-            f"{where} is not JSON, or only a part of it ({error}); copy or convert the data set again"
-        ) from error
-    if isinstance(document, dict) and "labels" in document and "shards" not in document:
+            f"{where} is not what the converter wrote, or only a part of it: {error}; copy or "
+            "convert the data set again"
+        ) from None
+    if "labels" in document and "shards" not in document:
         raise DataError(
             f"{where} holds labels of images, not a converted data set; make one: "
             f"python -m trainer.convert --source={path} --dest=DATASET --resolution=SIZE"

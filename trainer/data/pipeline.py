@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from trainer.core.errors import ConfigError, DataError, StorageError, require_tensorflow
+from trainer.core.text import printable
 
 require_tensorflow()  # before anything imports it
 
@@ -676,7 +677,7 @@ def _flip(image: tf.Tensor, flip: tf.Tensor) -> tf.Tensor:
 
 
 def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 def _options(threads: int) -> tf.data.Options:

@@ -19,12 +19,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO
 
-from trainer.core import storage
+from trainer.core import documents, storage
 from trainer.core.errors import DataError, StorageError
+from trainer.core.text import shorten
 from trainer.data import images
 
 LABEL_FILE = "dataset.json"
 MAX_CLASSES = 1_000_000
+_LONGEST_LABELS = 1 << 30  # bytes; those of ImageNet-21k take half of it
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 
@@ -304,20 +306,24 @@ def _label_text(source: Source, labels: str) -> tuple[bytes | None, str]:
             raise DataError(
                 f"no label file at {where}; --labels is auto, none, folders or a JSON's path"
             )
-        return storage.read_bytes(where), where
+        return storage.read_range(where, 0, _LONGEST_LABELS + 1), where
     where = storage.join(source.path, LABEL_FILE)
     if source.members is not None:
         if source.labels_member is None:
             return None, where
         return Reader(source.path).read(LABEL_FILE, source.labels_member), where
-    return (storage.read_bytes(where) if storage.isfile(where) else None), where
+    if not storage.isfile(where):
+        return None, where
+    return storage.read_range(where, 0, _LONGEST_LABELS + 1), where
 
 
 def _labels_from_json(source: Source, text: bytes, where: str, *, required: bool) -> Labels:
     try:
-        document = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is not JSON: {error}") from error
+        document = documents.parse_json(text, _LONGEST_LABELS)
+    except documents.DocumentError as error:
+        raise DataError(
+            f"{where} is not the JSON of labels: {error}; put it right, or convert with --labels=none"
+        ) from None
     entries = document.get("labels") if isinstance(document, dict) else None
     if entries is None and not required:
         return Labels([-1] * len(source.names), [])
@@ -327,7 +333,7 @@ def _labels_from_json(source: Source, text: bytes, where: str, *, required: bool
     for entry in entries:
         name, number = _label_entry(entry, where)
         if name in given:
-            raise DataError(f"{where} names {name} twice")
+            raise DataError(f"{where} names {shorten(name)} twice")
         given[name] = number
     known = set(source.names)
     absent = [name for name in given if name not in known]
@@ -354,5 +360,5 @@ def _label_entry(entry: object, where: str) -> tuple[str, int]:
 
 
 def _few(names: list[str]) -> str:
-    shown = ", ".join(names[:3])
+    shown = ", ".join(shorten(name) for name in names[:3])
     return f"{len(names)} files ({shown}{', ...' if len(names) > 3 else ''})"

@@ -4,7 +4,12 @@ Before TensorFlow starts, every worker says hello to the chief over TCP, on the 
 chief's TensorFlow will take afterwards. So a missing worker, another version of TensorFlow or
 another config is known by name, within a time limit. The connections stay open while the run lasts.
 A worker that dies closes its own, one that hangs falls silent; then all others end, too, since
-TensorFlow alone would wait for it or end in a stack dump.
+TensorFlow alone would wait for it or end in a stack dump. Its own heartbeats are set to come later
+(`heartbeat_timeout`).
+
+Anybody can connect to the port while the workers gather. All connections are served at once; who
+says nothing, or something else than a worker does, is closed, and is no more than a part of the
+message about who is missing.
 
 Over the same connections the workers agree after which step to stop early (`Membership.ask_to_stop`
 and `begin`). It costs a step nothing but the look at a variable:
@@ -25,7 +30,9 @@ import contextlib
 import glob
 import importlib.metadata
 import json
+import math
 import os
+import re
 import selectors
 import socket
 import sys
@@ -37,9 +44,10 @@ from typing import Any, NoReturn
 
 import trainer
 from trainer.core import config as config_lib
-from trainer.core import flags
+from trainer.core import documents, flags
 from trainer.core.config import Config
 from trainer.core.errors import ConfigError, PreemptedError, TrainerError, UsageError
+from trainer.core.text import quoted, shorten
 
 SOURCES = ("TF_CONFIG", "CLUSTER_SPEC")  # the first that is set counts
 
@@ -55,7 +63,20 @@ _TRAINING = ("chief", "master", "worker")  # the jobs that train, in TensorFlow'
 _BEATS = 4  # messages in the time after which a silent peer counts as gone
 _RETRY_SEC = 0.2
 _HELLO_SEC = 5.0  # in which who connects must have said hello
-_LONGEST_HELLO = 1 << 16  # bytes
+_SEND_SEC = 5.0  # after which a message counts as sent in vain
+_MOST_WAITING = 64  # connections that haven't said hello
+_LONGEST_MESSAGE = 1 << 16  # bytes
+_LONGEST_REASON = 1000  # characters of what a peer reports
+# TensorFlow looks for each at half of its timeout, so twice the silence is above ours.
+_HEARTBEATS, _HEARTBEATS_SEC = 4, 60.0
+# TensorFlow's errors that a single process never meets, and what the others' texts have in common.
+_LOST_KINDS = {"UnavailableError", "AbortedError", "DeadlineExceededError"}
+_LOST_TEXTS = re.compile(
+    r"unhealthy|heartbeat|coordination service|collective ops is aborted|connection reset|"
+    r"socket closed|peer health",
+    re.IGNORECASE,
+)
+_LONGEST_DESCRIPTION = 1 << 20  # characters: 10,000 workers have half of it
 # What the main thread gets to end by itself when a peer is gone, before the process is ended.
 _GRACE_SEC = 3.0
 _POLL_SEC = 0.02
@@ -65,6 +86,9 @@ class PeerError(TrainerError):
     """A worker is missing or gone; started again together, the workers go on."""
 
     exit_code = 75
+
+
+_CODES = {1, *(kind.exit_code for kind in TrainerError.__subclasses__())}
 
 
 @dataclass(frozen=True)
@@ -153,9 +177,10 @@ def parse(source: str, text: str) -> Cluster | None:
       ConfigError, EvaluatorTask: as for `find`.
     """
     try:
-        document = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"{source} is not JSON ({error}); put it right or unset it") from None
+        document = documents.parse_json(text, _LONGEST_DESCRIPTION)
+    except documents.DocumentError as error:
+        what = str(error).removeprefix("it ")
+        raise ConfigError(f"{source} {what}; put it right or unset it") from None
     if not isinstance(document, dict):
         raise _wrong(source, "it is no object", '{"cluster": ..., "task": ...}')
     jobs = document.get("cluster") or {}
@@ -187,19 +212,21 @@ def _wrong(source: str, what: str, expected: str) -> ConfigError:
 def _checked_jobs(source: str, jobs: Any) -> dict[str, list[str]]:
     expected = '"cluster": {"chief": ["host:port"], "worker": ["host:port", ...]}'
     if not isinstance(jobs, dict):
-        raise _wrong(source, f"its cluster is {jobs!r}", expected)
+        raise _wrong(source, f"its cluster is {quoted(jobs)}", expected)
     checked: dict[str, list[str]] = {}
     for name, addresses in jobs.items():
         job = _POOLS.get(name, name)
         if job not in (*_TRAINING, "ps", "evaluator"):
-            raise _wrong(source, f"there is no job {name!r}", "chief, worker or evaluator")
+            raise _wrong(source, f"there is no job {quoted(name)}", "chief, worker or evaluator")
         if not isinstance(addresses, list) or not all(map(_is_address, addresses)):
-            raise _wrong(source, f"the addresses of {name} are {addresses!r}", expected)
+            raise _wrong(source, f"the addresses of {name} are {_shown(addresses)}", expected)
         checked[job] = addresses
     everyone = [address for job in _TRAINING for address in checked.get(job, ())]
     twice = sorted({address for address in everyone if everyone.count(address) > 1})
     if twice:
-        raise _wrong(source, f"{twice[0]} is there twice", "an address of its own for each worker")
+        raise _wrong(
+            source, f"{shorten(twice[0])} is there twice", "an address of its own for each worker"
+        )
     if len(checked.get("chief", ())) + len(checked.get("master", ())) > 1:
         raise _wrong(source, "it names several chiefs", "one chief, the others as worker")
     return checked
@@ -209,24 +236,39 @@ def _is_address(value: Any) -> bool:
     if not isinstance(value, str):
         return False
     host, _, port = value.rpartition(":")
-    return bool(host) and port.isdecimal() and 0 < int(port) < 65536
+    return (
+        bool(re.fullmatch(r"[\w.:\[\]%-]{1,255}", host, re.ASCII))
+        and bool(re.fullmatch(r"\d{1,5}", port, re.ASCII))
+        and 0 < int(port) < 65536
+    )
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(quoted(each, 60) for each in value[:3])}{', ...' * (len(value) > 3)}]"
+    return quoted(value)
 
 
 def _checked_task(source: str, task: Any, jobs: Mapping[str, list[str]]) -> tuple[str, int]:
     expected = '"task": {"type": "worker", "index": 0}'
     if not isinstance(task, dict) or not {"type", "index"} <= set(task):
-        raise _wrong(source, f"its task is {task!r}", expected)
-    job, index = str(_POOLS.get(task["type"], task["type"])), task["index"]
-    if isinstance(index, str) and index.isdecimal():
+        raise _wrong(source, f"its task is {quoted(task)}", expected)
+    kind, index = task["type"], task["index"]
+    if isinstance(index, str) and re.fullmatch(r"\d{1,9}", index, re.ASCII):
         index = int(index)
+    if not isinstance(kind, str) or type(index) is not int:
+        what = f"its task is of type {quoted(kind)} with index {quoted(index)}"
+        raise _wrong(source, what, f"{expected}, one of the cluster")
+    job = _POOLS.get(kind, kind)
     # Evaluators are no part of the cluster in TensorFlow's own description of it.
     members = jobs.get(job, [""] if job == "evaluator" else [])
-    if not isinstance(index, int) or not members:
-        raise _wrong(source, f"its task is {task!r}", f"{expected}, one of the cluster")
+    if not members:
+        what = f"its task is of type {quoted(kind)}"
+        raise _wrong(source, what, f"{expected}, one of the cluster")
     if job != "evaluator" and not 0 <= index < len(members):
         raise _wrong(
             source,
-            f"task {task['type']}:{index} is not one of the {len(members)} of the cluster",
+            f"task {kind}:{index} is not one of the {len(members)} of the cluster",
             f"an index from 0 to {len(members) - 1}",
         )
     return job, index
@@ -242,7 +284,9 @@ class _Line:
         self._socket, self._rest = connection, b""
         self._lock = threading.Lock()
         self.heard = time.monotonic()
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.settimeout(_SEND_SEC)
+        with contextlib.suppress(OSError):  # it may be closed again
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -256,7 +300,7 @@ class _Line:
         """The messages that have come, after waiting for some; None at the end.
 
         Raises:
-          ValueError: what comes is no message.
+          ValueError: what comes is no message, or one that is too long.
         """
         try:
             data = self._socket.recv(1 << 16)
@@ -267,10 +311,11 @@ class _Line:
         if not data:
             return None
         *lines, self._rest = (self._rest + data).split(b"\n")
-        messages = [json.loads(line) for line in lines]
-        if not all(isinstance(message, dict) for message in messages):
+        if len(self._rest) > _LONGEST_MESSAGE:
             raise ValueError("not a message")
-        self.heard = time.monotonic()
+        messages = [documents.parse_object(line, _LONGEST_MESSAGE) for line in lines]
+        if messages:
+            self.heard = time.monotonic()
         return messages
 
     def wait_for(self, deadline: float) -> dict[str, Any] | None:
@@ -289,16 +334,13 @@ class _Line:
                 if not byte or time.monotonic() >= deadline:
                     return None
                 line += byte
-                if len(line) > _LONGEST_HELLO:
+                if len(line) > _LONGEST_MESSAGE:
                     raise ValueError("not a message")
         except OSError:  # a timeout, too
             return None
-        self._socket.settimeout(None)
+        self._socket.settimeout(_SEND_SEC)
         self.heard = time.monotonic()
-        message = json.loads(line)
-        if not isinstance(message, dict):
-            raise ValueError("not a message")
-        return message
+        return documents.parse_object(line, _LONGEST_MESSAGE)
 
     def close(self) -> None:
         self._socket.close()
@@ -318,7 +360,7 @@ def _listen(cluster: Cluster) -> socket.socket:
         if listener.family == socket.AF_INET6:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         listener.bind(("", port))
-        listener.listen(len(cluster.names))
+        listener.listen(max(128, len(cluster.names)))
     except OSError as error:
         listener.close()
         raise ConfigError(
@@ -353,26 +395,119 @@ def _count_gpus() -> int:
     return sum(name.strip() not in ("", "-1") for name in visible.split(","))
 
 
+class _Gathering:
+    """The chief's part of the start: takes the hello of all and compares what they are.
+
+    Args:
+      cluster: who they are.
+      own: the chief's own identity.
+      listener: on the chief's port.
+    """
+
+    def __init__(self, cluster: Cluster, own: Mapping[str, str], listener: socket.socket) -> None:
+        self.lines: dict[int, _Line] = {}
+        self.problems: list[TrainerError] = []
+        self._cluster, self._own, self._listener = cluster, own, listener
+        self._everyone = set(range(1, len(cluster.names)))
+        self._waiting: dict[_Line, tuple[float, str]] = {}  # until when they may say hello; who
+        self._strangers, self._last_stranger = 0, ""
+        self._selector = selectors.DefaultSelector()
+        listener.setblocking(False)
+        self._selector.register(listener, selectors.EVENT_READ)
+
+    @property
+    def missing(self) -> set[int]:
+        """Who isn't there."""
+        return self._everyone - set(self.lines)
+
+    @property
+    def strangers(self) -> str:
+        """What to add to a message about who is missing: others have connected instead."""
+        if not self._strangers:
+            return ""
+        return f" ({self._strangers} other connections, the last {self._last_stranger})"
+
+    def run(self, deadline: float) -> None:
+        """Takes connections until all are there, or until the deadline."""
+        try:
+            while self.missing and (now := time.monotonic()) < deadline:
+                first = min([deadline, *(until for until, _ in self._waiting.values())])
+                for key, _ in self._selector.select(max(0.0, first - now)):
+                    if key.fileobj is self._listener:
+                        self._accept()
+                    else:
+                        self._read(key.data)
+                now = time.monotonic()
+                for line in [line for line, (until, _) in self._waiting.items() if until <= now]:
+                    self._refuse(line, "said no hello in time")
+        finally:
+            self._selector.close()
+            for line in self._waiting:
+                line.close()
+
+    def _accept(self) -> None:
+        try:
+            connection, address = self._listener.accept()
+        except OSError:  # it has gone again, or there are too many
+            time.sleep(_POLL_SEC)
+            return
+        if len(self._waiting) >= _MOST_WAITING:
+            self._refuse(next(iter(self._waiting)), "said no hello before many others came")
+        line = _Line(connection)
+        self._waiting[line] = time.monotonic() + _HELLO_SEC, shorten(str(address[0]), 60)
+        self._selector.register(connection, selectors.EVENT_READ, line)
+
+    def _read(self, line: _Line) -> None:
+        try:
+            messages = line.receive()
+        except ValueError:
+            messages = None
+        if line not in self._waiting:
+            # A worker has nothing to add to its hello: it has ended, or never was one.
+            if messages != []:
+                self.lines = {index: each for index, each in self.lines.items() if each is not line}
+                self._drop(line)
+            return
+        if messages == []:
+            return
+        index = _index_of(messages[0]) if messages is not None and len(messages) == 1 else None
+        if index not in self._everyone:
+            self._refuse(line, "said something else than a worker")
+        elif index in self.lines:
+            self._refuse(line, f"called itself {self._cluster.names[index]}, which is there")
+        else:
+            assert index is not None and messages is not None
+            del self._waiting[line]
+            self.lines[index] = line
+            self.problems += _mismatches(self._cluster, self._own, messages[0])
+
+    def _refuse(self, line: _Line, what: str) -> None:
+        _, who = self._waiting.pop(line)
+        self._strangers, self._last_stranger = self._strangers + 1, f"from {who}, which {what}"
+        self._drop(line)
+
+    def _drop(self, line: _Line) -> None:
+        self._selector.unregister(line)
+        line.close()
+
+
+def _index_of(hello: Mapping[str, Any]) -> int | None:
+    """Which worker says this hello, None if it is none that a worker says."""
+    index, theirs = hello.get("index"), hello.get("identity")
+    if type(index) is not int or not isinstance(theirs, dict) or "trainer" not in theirs:
+        return None
+    return index if all(isinstance(value, str) for value in theirs.values()) else None
+
+
 def _gather(cluster: Cluster, own: Mapping[str, str], limit: float) -> dict[int, _Line]:
-    """The chief's part of the start: waits for the hello of all and compares what they are."""
-    lines: dict[int, _Line] = {}
-    everyone = set(range(1, len(cluster.names)))
-    deadline = time.monotonic() + limit
-    problems: list[TrainerError] = []
+    """The connections to all other workers, once all have said hello and are the same."""
     with _listen(cluster) as listener:
-        while set(lines) != everyone and time.monotonic() < deadline:
-            listener.settimeout(deadline - time.monotonic())
-            hello: dict[str, Any] = {}
-            # Strangers are passed over, and what ends early or comes late is missing.
-            with contextlib.suppress(TimeoutError, ValueError):
-                line = _Line(listener.accept()[0])
-                hello = line.wait_for(min(deadline, time.monotonic() + _HELLO_SEC)) or {}
-            if hello.get("index") in everyone:
-                lines[hello["index"]] = line
-                problems += _mismatches(cluster, own, hello)
-    if set(lines) != everyone:
-        missing = ", ".join(cluster.peer(index) for index in sorted(everyone - set(lines)))
-        problems.append(_missing(limit, missing))
+        gathering = _Gathering(cluster, own, listener)
+        gathering.run(time.monotonic() + limit)
+    lines, problems = gathering.lines, gathering.problems
+    if gathering.missing:
+        missing = ", ".join(cluster.peer(index) for index in sorted(gathering.missing))
+        problems.append(_missing(limit, missing + gathering.strangers))
     for line in lines.values():
         line.send(**(_stop(problems[0]) if problems else {"go": True}))
     if problems:
@@ -390,11 +525,11 @@ def _missing(limit: float, who: str) -> PeerError:
 def _mismatches(
     cluster: Cluster, own: Mapping[str, str], hello: Mapping[str, Any]
 ) -> list[TrainerError]:
-    theirs = hello.get("identity")
-    theirs = theirs if isinstance(theirs, dict) else {}
+    theirs = hello["identity"]
     return [
         UsageError(
-            f"{cluster.peer(hello['index'])} has {name} {theirs.get(name)}, {cluster.peer(0)} has "
+            f"{cluster.peer(hello['index'])} has {name} {shorten(theirs.get(name), 60)}, "
+            f"{cluster.peer(0)} has "
             f"{value}; start all workers with the same"
         )
         for name, value in own.items()
@@ -403,7 +538,7 @@ def _mismatches(
 
 
 def _stop(problem: TrainerError) -> dict[str, Any]:
-    return {"stop": str(problem), "code": problem.exit_code}
+    return {"stop": shorten(str(problem), _LONGEST_REASON), "code": problem.exit_code}
 
 
 def _report(cluster: Cluster, own: Mapping[str, str], limit: float) -> dict[int, _Line]:
@@ -423,12 +558,15 @@ def _report(cluster: Cluster, own: Mapping[str, str], limit: float) -> dict[int,
         line.send(index=cluster.index, identity=dict(own))
         # The chief's own limit ends the wait; it may have begun later than this one.
         try:
-            reply = line.wait_for(time.monotonic() + limit + 5)
+            reply = line.wait_for(time.monotonic() + limit + 5) or {}
+            verdict = _error(reply) if "stop" in reply else None
+            if reply and verdict is None and reply.get("go") is not True:
+                raise ValueError("not an answer")
         except ValueError:
-            reply, why = None, "something else answers there"
-        if reply is not None and "stop" in reply:
-            raise _error(reply)
-        if reply is not None:
+            reply, verdict, why = {}, None, "something else answers there"
+        if verdict is not None:
+            raise verdict
+        if reply:
             return {0: line}
         line.close()
         time.sleep(_RETRY_SEC)
@@ -436,9 +574,29 @@ def _report(cluster: Cluster, own: Mapping[str, str], limit: float) -> dict[int,
 
 
 def _error(message: Mapping[str, Any]) -> TrainerError:
-    error = TrainerError(message["stop"])
-    error.exit_code = int(message.get("code", PeerError.exit_code))
+    """What a peer has reported.
+
+    Raises:
+      ValueError: it is no report.
+    """
+    text, code = message.get("stop"), message.get("code")
+    if not isinstance(text, str) or type(code) is not int or code not in _CODES:
+        raise ValueError("not a report")
+    error = TrainerError(shorten(text, _LONGEST_REASON))
+    error.exit_code = code
     return error
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("not a text")
+    return shorten(value, _LONGEST_REASON)
+
+
+def _steps(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError("not a number of steps")
+    return value
 
 
 # ------------------------------------------------------------------------------ while it runs
@@ -479,12 +637,18 @@ class Membership:
             for key, _ in selector.select(max(0.0, beat - time.monotonic())):
                 if not self._read(key.data):
                     selector.unregister(key.fileobj)
+            # After reading: if it was this process that stood still, the others' beats are there.
+            self._look_for_silence()
         if self._verdict is not None and not self._leaving.wait(_GRACE_SEC):
             self.end(self._verdict)
 
     def _send_beats(self) -> None:
         for index, line in self._lines.items():
-            line.send(beat=True)
+            if index not in self._closed:
+                line.send(beat=True)
+
+    def _look_for_silence(self) -> None:
+        for index, line in self._lines.items():
             quiet = time.monotonic() - line.heard
             if index not in self._finished and quiet > self._silence:
                 self._lost(index, f"has been silent for {quiet:.0f} s")
@@ -493,10 +657,12 @@ class Membership:
         """Takes in what a peer says; whether it may say more."""
         try:
             messages = self._lines[index].receive()
+            for message in messages or ():
+                self._take(index, message)
         except ValueError:
-            messages = None
-        for message in messages or ():
-            self._take(index, message)
+            self._closed.add(index)
+            self._lost(index, "has sent what no worker sends")
+            return False
         if messages is None:
             self._closed.add(index)
             if index not in self._finished:
@@ -504,21 +670,22 @@ class Membership:
         return messages is not None
 
     def _take(self, index: int, message: Mapping[str, Any]) -> None:
+        """Acts on a message; raises a ValueError if it is none that a worker sends."""
         if message.get("done"):
             self._finished.add(index)
         elif "stop" in message:
             self._decide(_error(message))
         elif "please_stop" in message:
-            self._hold_all(str(message["please_stop"]))
+            self._hold_all(_text(message["please_stop"]))
         elif "hold" in message:
             with self._hold:
-                self._stop_reason = str(message["hold"])
+                self._stop_reason = _text(message["hold"])
                 self._lines[index].send(begun=self._begun)
         elif "begun" in message:
-            self._answered(index, int(message["begun"]))
+            self._answered(index, _steps(message["begun"]))
         elif "last_step" in message:
             with self._hold:
-                self._last_step = int(message["last_step"])
+                self._last_step = _steps(message["last_step"])
                 self._hold.notify_all()
 
     def _lost(self, index: int, what: str) -> None:
@@ -611,15 +778,19 @@ class Membership:
     def finish(self) -> None:
         """Tells the others that this worker has done its part, and waits until all have.
 
-        Who leaves earlier pulls TensorFlow's connections away from the others; the chief, to whom
+        It may be long until the chief has exported its network; one that hangs is found by its
+        silence, and `reason` says so. Who leaves earlier pulls TensorFlow's connections away from the others; the chief, to whom
         all are connected, leaves last.
         """
         for line in self._lines.values():
             line.send(done=True)
-        everyone, deadline = set(self._lines), time.monotonic() + self._silence
+        everyone, deadline = set(self._lines), math.inf
         while time.monotonic() < deadline and self._verdict is None:
             if everyone <= (self._closed if self._cluster.is_chief else self._finished):
                 break
+            if everyone <= self._finished and deadline == math.inf:
+                # Nothing is left to do but to leave; who hangs in that isn't waited for.
+                deadline = time.monotonic() + self._silence
             time.sleep(_POLL_SEC)
         self._leaving.set()
 
@@ -631,7 +802,9 @@ class Membership:
         self._leaving.set()
         if self._verdict is None:
             text = f"{self._cluster.peer(self._cluster.index)} has stopped: {error}"
-            self._tell(_error({"stop": text, "code": error.exit_code}))
+            ending = TrainerError(text)
+            ending.exit_code = error.exit_code
+            self._tell(ending)
         code: Any = 1
         try:
             flags.fail(error)
@@ -680,10 +853,39 @@ def member(cluster: Cluster | None, config: Config) -> Iterator[Membership | Non
         raise
     except TrainerError as error:
         membership.end(error)
-    except Exception:
+    except Exception as error:
         # Most likely a sum over workers that a lost one has broken; that will be known at once.
-        reason = membership.reason(wait=_GRACE_SEC)
+        reason = membership.reason(wait=_GRACE_SEC) or lost_peer(error)
         if reason is None:
             raise
         membership.end(reason)
     membership.finish()
+    reason = membership.reason(wait=0)
+    if reason is not None:
+        membership.end(reason)
+
+
+def heartbeat_timeout(worker_timeout: float) -> float:
+    """Seconds for TensorFlow's own heartbeats: so many that `Membership` finds a hang first.
+
+    Args:
+      worker_timeout: seconds after which a silent worker counts as gone.
+    """
+    return _HEARTBEATS * worker_timeout + _HEARTBEATS_SEC
+
+
+def lost_peer(error: BaseException) -> PeerError | None:
+    """What an error of TensorFlow means if it is about another worker, else None.
+
+    It comes first only if this process found no time to hear of the loss itself.
+    """
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if "OpError" not in kinds:
+        return None
+    if not kinds & _LOST_KINDS and not _LOST_TEXTS.search(str(error)):
+        return None
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return PeerError(
+        f"TensorFlow has lost a worker ({shorten(lines[0])}): see the logs of the others; start "
+        "all workers again, they go on from the newest checkpoint"
+    )

@@ -27,7 +27,13 @@ import tensorflow as tf
 from trainer.core import flags
 from trainer.core.config import RunConfig
 from trainer.core.errors import ConfigError
-from trainer.distribution.cluster import Cluster, PeerError, find
+from trainer.distribution.cluster import (
+    Cluster,
+    PeerError,
+    find,
+    heartbeat_timeout,
+    lost_peer,
+)
 
 
 @dataclass(frozen=True)
@@ -153,9 +159,15 @@ def _multi_worker(run: RunConfig, cluster: Cluster) -> Placement:
         num_accelerators={"GPU": len(gpus)},
     )
     try:
-        with contextlib.nullcontext() if gpus else _logical_cpus(run.cpu_replicas):
+        with (
+            contextlib.nullcontext() if gpus else _logical_cpus(run.cpu_replicas),
+            _late_heartbeats(heartbeat_timeout(run.worker_timeout)),
+        ):
             strategy = tf.distribute.MultiWorkerMirroredStrategy(resolver, options)
     except tf.errors.OpError as error:
+        lost = lost_peer(error)
+        if lost is not None:
+            raise lost from error
         raise ConfigError(
             f"{cluster.peer(cluster.index)} can't start TensorFlow's server ({_reason(error)}); "
             f"check the addresses in {cluster.source}"
@@ -188,6 +200,32 @@ def _logical_cpus(count: int) -> Iterator[None]:
         yield
     finally:
         extended._initialize_local_devices = original
+
+
+@contextlib.contextmanager
+def _late_heartbeats(seconds: float) -> Iterator[None]:
+    """Lets TensorFlow's own search for workers that are gone come after `cluster.Membership`'s.
+
+    Its limit of 10 s isn't ours, and its end is a stack dump. The strategy sets up the service
+    itself, with no way to give it this; a TensorFlow without that call keeps its own limit, and its
+    error is understood, too (`cluster.lost_peer`).
+    """
+    from tensorflow.python.eager import context
+
+    here = context.context()
+    original = getattr(here, "configure_coordination_service", None)
+    if original is None:
+        yield
+        return
+
+    def configure(*args: Any, **kwargs: Any) -> None:
+        original(*args, **{**kwargs, "heartbeat_timeout_in_ms": round(1000 * seconds)})
+
+    here.configure_coordination_service = configure
+    try:
+        yield
+    finally:
+        del here.configure_coordination_service
 
 
 # ------------------------------------------------------------------------------ TPU

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from tqdm import tqdm
 
+from trainer.core.text import printable
 from trainer.telemetry.statsfile import Stat
 
 
@@ -118,6 +119,7 @@ class Console:
 
     def line(self, text: str) -> None:
         """Prints one line at once, so that a log file is never behind."""
+        text = printable(text)
         if self._bar is None:
             print(text, flush=True)
         else:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from trainer.core import storage
+from trainer.core import documents, storage
 
 
 class Stat(NamedTuple):
@@ -81,6 +81,6 @@ def truncate_after(path: str, nimg: int) -> int:
 def _position(line: bytes) -> float:
     """`nimg` of a line; infinite when it is no line of ours."""
     try:
-        return float(json.loads(line)["nimg"])
+        return float(documents.parse_object(line)["nimg"])
     except (ValueError, KeyError, TypeError):
         return math.inf

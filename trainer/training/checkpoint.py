@@ -29,14 +29,14 @@ import psutil
 import tensorflow as tf
 
 from trainer.core import config as config_lib
+from trainer.core import documents, storage
 from trainer.core import lease as lease_lib
-from trainer.core import storage
 from trainer.core.config import CheckpointConfig, Config
 from trainer.core.errors import CheckpointError, StorageError
 from trainer.core.lease import Lease, LeaseLostError
 from trainer.core.storage import Digest
 from trainer.networks.stylegan2 import Generator
-from trainer.training import build
+from trainer.training import build, run_info
 
 _MARKER = "COMMITTED"
 _INFO = "state.json"
@@ -95,7 +95,7 @@ class _Stored:
         try:
             files = {
                 name: Digest(int(digest["bytes"]), int(digest["crc32c"]))
-                for name, digest in json.loads(self._read(_MARKER))["files"].items()
+                for name, digest in documents.parse_object(self._read(_MARKER))["files"].items()
             }
         except (ValueError, KeyError, TypeError, AttributeError):
             return f"{_MARKER} is damaged"
@@ -105,9 +105,9 @@ class _Stored:
             if not self._holds(name, files.get(name)):
                 return f"{name} is not what was written (size or CRC32C)"
         try:
-            return Found(self.path, step, json.loads(self._read(_INFO)), files)
+            return Found(self.path, step, run_info.parse(self._read(_INFO)), files)
         except ValueError as error:
-            return f"{_INFO} is not JSON ({error})"
+            return f"{_INFO} is damaged ({error})"
 
     def _read(self, name: str) -> bytes:
         return storage.read_bytes(storage.join(self.path, name))
@@ -191,7 +191,7 @@ class Inventory:
         if stored.kimg is None:
             try:
                 text = storage.read_bytes(storage.join(stored.path, _INFO))
-                stored.kimg = float(json.loads(text)["kimg"])
+                stored.kimg = float(documents.parse_object(text)["kimg"])
             except (StorageError, ValueError, KeyError, TypeError):
                 stored.kimg = 0.0
         return stored.kimg
@@ -477,6 +477,7 @@ def load_generator(
       CheckpointError: there is no whole checkpoint.
     """
     found = find(path)
+    run_info.check_network(found.info, found.path)
     config = config_lib.from_dict(found.info["config"], where=f"{found.path}/{_INFO}")
     data = build.DataShape(
         tuple(found.info["resolution"]), found.info["channels"], tuple(found.info["label_counts"])

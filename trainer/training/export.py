@@ -7,7 +7,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import io
-import json
 import pathlib
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from tensorflow.core.protobuf import saved_model_pb2
 
 import trainer
 from trainer.core import config as config_lib
-from trainer.core import storage
+from trainer.core import documents, storage
 from trainer.core.config import Config
 from trainer.core.errors import DivergedError, StorageError, TrainerError
 from trainer.distribution import host
@@ -244,8 +243,13 @@ def _check(
             f"{failed} a new process could not load it and draw with it (exit code "
             f"{done.returncode}: {said[-1][:300]}); if there is memory enough, please report this"
         )
-    check = json.loads(done.stdout.decode().splitlines()[-1])
-    difference, mean = check["max_difference"], check["mean_difference"]
+    try:
+        check = documents.parse_object((done.stdout.splitlines() or [b""])[-1])
+        difference, mean = float(check["max_difference"]), float(check["mean_difference"])
+    except (documents.DocumentError, KeyError, TypeError, ValueError) as error:
+        raise ExportError(
+            f"{failed} a new process that drew with it reported no difference; please report this"
+        ) from error
     if precision == "bfloat16" and mean > _MAX_MEAN_BFLOAT16:
         raise ExportError(
             f"{failed} in bfloat16 its pixels differ by {mean:.1f} of 255 on average; this network "

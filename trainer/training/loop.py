@@ -24,6 +24,7 @@ from trainer.core.errors import (
     PreemptedError,
     StorageError,
 )
+from trainer.core.text import printable, quoted
 from trainer.data import manifest as manifest_lib
 from trainer.data.manifest import Manifest
 from trainer.data.pipeline import ImageStream
@@ -33,7 +34,7 @@ from trainer.distribution.strategy import Placement, choose
 from trainer.telemetry import images as telemetry_images
 from trainer.telemetry.statsfile import Stat, constant
 from trainer.telemetry.writers import Telemetry
-from trainer.training import build, checkpoint, cost, export, loss_scale
+from trainer.training import build, checkpoint, cost, export, loss_scale, run_info
 from trainer.training.checkpoint import Checkpoints, Inventory
 from trainer.training.preemption import Preemption
 from trainer.training.snapshot import Snapshots
@@ -92,9 +93,10 @@ def train(
     costs = cost.estimate(config, arithmetic, generator, discriminator)
     for line in _description(config, manifest, arithmetic, placement, jit, costs):
         if is_chief or line.startswith("devices"):
-            print(line, flush=True)
+            print(printable(line), flush=True)
     if dry_run:
-        print(config_lib.to_yaml(config) if is_chief else "", end="")
+        for line in config_lib.to_yaml(config).split("\n")[:-1] if is_chief else ():
+            print(printable(line))
         return
 
     with contextlib.ExitStack() as closing:
@@ -104,7 +106,7 @@ def train(
         inventory = Inventory(workdir, files)
         found, skipped = inventory.newest()
         for line in skipped:
-            print(line)
+            print(printable(line))
         if found is not None:
             _check_same_run(found, config, manifest, allow_change)
         with strategy.scope():
@@ -132,7 +134,8 @@ def train(
             checkpoints.restore(found)
             tick, tick_start = found.info["tick"], found.info["tick_start"]
             previous_sec = found.info["total_sec"]
-            print(f"resuming from {found.path}: step {found.step}, kimg {found.info['kimg']:.3f}")
+            where = printable(found.path)
+            print(f"resuming from {where}: step {found.step}, kimg {found.info['kimg']:.3f}")
         elif config.training.init_from:
             _start_from(config.training.init_from, state)
         if not agree(strategy, int(state.step.numpy())):
@@ -291,7 +294,7 @@ def train(
             f"{reason}: stopped {saved_at if step else 'before the first step'}; run the same command "
             "again to go on"
         )
-    print(f"finished: {images / 1000:g} kimg, {step} steps; see {workdir}")
+    print(f"finished: {images / 1000:g} kimg, {step} steps; see {printable(workdir)}")
 
 
 def _tensorboard_dir(config: Config, workdir: str) -> str:
@@ -346,10 +349,11 @@ def _check_same_run(
     found: checkpoint.Found, config: Config, manifest: Manifest, allow_change: Sequence[str]
 ) -> None:
     """Refuses to go on with another config or data set than the checkpoint's."""
+    run_info.check_position(found.info, found.path)
     before = config_lib.from_dict(found.info["config"], where=found.path)
     changes = [c for c in config_lib.diff(before, config) if c[0] not in allow_change]
     if changes:
-        text = ", ".join(f"{key}: {old!r} -> {new!r}" for key, old, new in changes)
+        text = ", ".join(f"{key}: {quoted(old)} -> {quoted(new)}" for key, old, new in changes)
         keys = ",".join(key for key, _, _ in changes)
         raise ConfigError(
             f"the config differs from that of {found.path}: {text}; use the old values, another "
@@ -376,7 +380,7 @@ def _start_from(path: str, state: TrainState) -> None:
                 wrong.append(f"{prefix}/{name}")
             else:
                 variable.assign(tf.cast(stored[name], variable.dtype))
-        print(f"init_from {found.path}: {prefix}, {len(table)} parameters")
+        print(f"init_from {printable(found.path)}: {prefix}, {len(table)} parameters")
     if wrong:
         raise ConfigError(
             f"training.init_from: {found.path} has no fitting {', '.join(wrong[:3])} "

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trainer.core import config as config_lib
-from trainer.core import storage
+from trainer.core import documents, storage
+from trainer.core.errors import StorageError
+from trainer.core.text import code, code_block, markdown
 
 FORMAT = 1
 TEXT = "MODEL_CARD.md"
@@ -24,19 +26,23 @@ def metrics(workdir: str, step: int) -> list[dict[str, Any]]:
     for name in storage.listdir(workdir):
         if not (name.startswith("metric-") and name.endswith(".jsonl")):
             continue
-        lines = map(_parsed, storage.read_text(storage.join(workdir, name)).splitlines())
+        path = storage.join(workdir, name)
+        data = storage.read_range(path, 0, documents.LONGEST + 1)
+        if len(data) > documents.LONGEST:
+            raise StorageError(f"{path} is larger than a run's metrics can be; move it elsewhere")
+        lines = map(_parsed, data.split(b"\n"))
         until = [line for line in lines if line is not None and line["step"] <= step]
         if until:
             found.append(max(until, key=lambda line: line["step"]))
     return found
 
 
-def _parsed(line: str) -> dict[str, Any] | None:
+def _parsed(line: bytes) -> dict[str, Any] | None:
     try:
-        entry = json.loads(line)
+        entry = documents.parse_object(line)
         results = {str(name): float(value) for name, value in entry["results"].items()}
         return {"results": results, "step": int(entry["step"]), "kimg": float(entry["kimg"])}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return None
 
 
@@ -112,8 +118,8 @@ def text(card: Mapping[str, Any]) -> str:
         "single images of it. Nobody has examined it for a use; do so before you rely on it. For "
         "what its images may be used, the licence of the data matters too.\n",
         "## Training\n",
-        f"Config fingerprint `{training['config_fingerprint']}`.\n",
-        f"```yaml\n{config}```\n",
+        f"Config fingerprint {code(training['config_fingerprint'])}.\n",
+        code_block(config, "yaml"),
     ]
     return "\n".join(sections)
 
@@ -158,7 +164,9 @@ def _classes(data: Mapping[str, Any]) -> str:
     names, count = data["label_names"], len(data["label_counts"])
     if not count:
         return "no classes"
-    shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+    shown = ", ".join(markdown(name, 100) for name in names[:20]) + (
+        ", ..." if len(names) > 20 else ""
+    )
     return f"{count} classes" + (f" ({shown})" if shown else "")
 
 
@@ -197,9 +205,9 @@ def _export(how: Mapping[str, Any]) -> str:
 
 def _data(data: Mapping[str, Any]) -> str:
     lines = [
-        f"- path: `{data['path']}`",
-        f"- fingerprint: `{data['fingerprint']}`",
-        f"- licence: {data['licence'] or 'not given'}",
+        f"- path: {code(data['path'])}",
+        f"- fingerprint: {code(data['fingerprint'])}",
+        f"- licence: {markdown(data['licence'] or 'not given')}",
     ]
     return "\n".join(lines) + "\n"
 
@@ -209,7 +217,10 @@ def _metrics(found: list[dict[str, Any]]) -> str:
         return "None is known.\n"
     lines = ["| | | at kimg |", "|---|---|---|"]
     for entry in found:
-        lines += [f"| {k} | {v:g} | {entry['kimg']:g} |" for k, v in entry["results"].items()]
+        lines += [
+            f"| {markdown(k, 100)} | {v:g} | {entry['kimg']:g} |"
+            for k, v in entry["results"].items()
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -219,4 +230,6 @@ def write(folder: str, card: Mapping[str, Any], *, name: str) -> None:
     files = {file: storage.digest(storage.join(folder, file)) for file in storage.walk(folder)}
     listed = {file: {"bytes": d.bytes, "crc32c": d.crc32c} for file, d in sorted(files.items())}
     document = json.dumps({**card, "files": listed}, indent=1)
+    for char in "<>&":  # pages that show it may not escape it
+        document = document.replace(char, f"\\u{ord(char):04x}")
     storage.write_text_atomic(storage.join(folder, name), document)

@@ -19,7 +19,6 @@ a server that has given up on one doesn't come back to it.
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import secrets
 from collections.abc import Callable, Iterator
@@ -27,8 +26,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+from trainer.core import documents, storage
 from trainer.core import lease as lease_lib
-from trainer.core import storage
 from trainer.core.errors import StorageError
 from trainer.core.lease import Lease, LeaseLostError
 
@@ -110,10 +109,9 @@ def newest_card(dest: str) -> dict[str, Any] | None:
         return None
     found = storage.read_version(storage.join(dest, str(max(complete)), FIRST))
     try:
-        card = json.loads(found[0] if found else b"")
-    except ValueError:
+        return documents.parse_object(found[0] if found else b"")
+    except documents.DocumentError:
         return None  # another program's
-    return card if isinstance(card, dict) else None
 
 
 def _publish_locally(folder: str, partial: str, path: str, lease: Lease) -> None:

@@ -8,10 +8,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
-
 import trainer
-from trainer.core import storage
+from trainer.core import documents, storage
 from trainer.vertex import request as request_lib
 from trainer.vertex.request import Request
 from trainer.vertex.targets import Target
@@ -131,7 +129,7 @@ def _labels(request: Request) -> dict[str, str]:
 
 def to_yaml(job: Mapping[str, Any]) -> str:
     """What `gcloud ai custom-jobs create --config` reads: the job's spec alone."""
-    return yaml.safe_dump(job["jobSpec"], sort_keys=False, width=2**20)
+    return documents.dump_yaml(job["jobSpec"])
 
 
 def to_json(job: Mapping[str, Any]) -> str:

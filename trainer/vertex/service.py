@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from trainer.core import documents
 from trainer.core.errors import PreemptedError, TrainerError, UsageError
 
 ENDED = {
@@ -176,7 +177,10 @@ class Service:
         text = type(message).to_json(
             message, use_integers_for_enums=False, always_print_fields_with_no_presence=False
         )
-        return Job(message.name, json.loads(text))
+        try:
+            return Job(message.name, documents.parse_object(text))
+        except documents.DocumentError as error:
+            raise ServiceError(f"cannot read what Vertex AI answers: {error}") from None
 
 
 @contextlib.contextmanager
