@@ -162,6 +162,64 @@ def test_bad_file_is_one_clear_line(text: str, message: str, tmp_path: pathlib.P
     assert "\n" not in str(caught.value)
 
 
+SECRETS = {
+    "passwd": "root:x:0:0:root:/root:/bin/sh\nhunter2:x:1:1::/:/bin/false\n",
+    "key": "-----BEGIN PRIVATE KEY-----\nhunter2hunter2+/=\n-----END PRIVATE KEY-----\n",
+    "json": '{"type": "service_account", "private_key": "hunter2"}',
+    "ini": "[default]\naws_secret_access_key = hunter2\n",
+    "env": "export TOKEN='hunter2\n",
+    "list": "- hunter2\n",
+    "yaml": "apiVersion: v1\nstringData: {hunter2: hunter2}\n",
+    "repeated": "hunter2: 1\nhunter2: 2\n",
+    "tag": "!hunter2 a",
+    "alias": "*hunter2",
+    "escape": '"hunter2 \\q"',
+    "binary": "\x7fELF hunter2 \0\0",
+    "deep": "[" * 500 + "hunter2",
+    "huge": "hunter2 " * 200_000,
+}
+
+
+@pytest.mark.parametrize("kind", SECRETS)
+@pytest.mark.parametrize("as_base", [False, True])
+def test_a_file_that_is_no_config_is_not_shown(
+    kind: str, as_base: bool, tmp_path: pathlib.Path
+) -> None:
+    """Only where it is, and the line: it may hold secrets that a job's log must not."""
+    path = write(tmp_path / "other", SECRETS[kind])
+    if as_base:
+        path = write(tmp_path / "c.yaml", "base: other\n")
+    with pytest.raises(ConfigError) as caught:
+        config_lib.load(path)
+    text = str(caught.value)
+    assert str(tmp_path / "other") in text
+    assert not any(word in text.replace(str(tmp_path), "") for word in ("hunter2", "root:", "v1"))
+    assert len(text.replace(str(tmp_path), "")) < 300
+    assert text.isprintable()
+
+
+def test_values_in_messages_are_short_and_printable(tmp_path: pathlib.Path) -> None:
+    for value in ('"\\e[2J\\n"', "x" * 10_000, "1" * 20, "[" + "1, " * 1000 + "]", '"\\u202e"'):
+        with pytest.raises(ConfigError, match=r"run\.jit = ") as caught:
+            config_lib.load(write(tmp_path / "c.yaml", f"run: {{jit: {value}}}"))
+        text = str(caught.value).replace(str(tmp_path), "")
+        assert len(text) < 400
+        assert text.isprintable()
+
+
+@pytest.mark.parametrize("value", ['"a\\0b"', '"\\uD800"'])
+def test_a_path_that_no_file_can_have(value: str, tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.path = .* characters that no file can hold"):
+        config_lib.load(write(tmp_path / "c.yaml", f"data: {{path: {value}}}"))
+
+
+def test_a_chain_of_bases_has_an_end(tmp_path: pathlib.Path) -> None:
+    for index in range(40):
+        write(tmp_path / f"{index}.yaml", f"base: {index + 1}.yaml\n")
+    with pytest.raises(ConfigError, match="more than 32 base files"):
+        config_lib.load(str(tmp_path / "0.yaml"))
+
+
 def test_on_and_exponents_read_as_a_person_means_them(tmp_path: pathlib.Path) -> None:
     path = write(tmp_path / "c.yaml", "run: {jit: on}\ntraining: {g_lr: 1e-3, r1_gamma: 10}\n")
     config = config_lib.load(path)

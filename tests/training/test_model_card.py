@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 from typing import Any
 
 import pytest
@@ -102,6 +103,35 @@ def test_people_are_told_what_is_not_known() -> None:
     assert "None is known." in text
     assert "no classes" in text
     assert "label" not in text.partition("## Signatures")[0]
+
+
+HOSTILE = "x`y|z</td><script>alert(1)</script> [a](javascript:b)\n# Free\u202e\x1b[2J"
+
+
+def test_what_others_wrote_is_text_in_the_card(tmp_path: pathlib.Path) -> None:
+    card = make((5, 3), data_licence=HOSTILE)
+    card["data"] |= {"path": HOSTILE, "fingerprint": HOSTILE, "label_names": [HOSTILE, "dog"]}
+    card["training"]["config_fingerprint"] = HOSTILE
+    card["training"]["config"]["data"]["path"] = "```\n" + HOSTILE
+    card["metrics"] = [{"results": {HOSTILE: 1.0}, "step": 1, "kimg": 1.0}]
+    text, plain = model_card.text(card), model_card.text(make((5, 3)))
+    assert not set("\x1b\u202e") & set(text)
+    assert [line for line in text.splitlines() if line.startswith("#")] == [
+        line for line in plain.splitlines() if line.startswith("#")
+    ]
+    fence = next(line for line in text.splitlines() if line.endswith("yaml")).removesuffix("yaml")
+    assert text.count(f"\n{fence}\n") == 1  # nothing closes the config's block but its end
+    # Outside of code nothing is HTML; in a table no cell ends early.
+    outside = re.sub(r"(`+)[^\n]*?[^`\n]\1(?!`)", "", text.partition(f"{fence}yaml")[0])
+    assert "<script" not in outside
+    cells = next(line for line in text.splitlines() if line.endswith("| 1 | 1 |"))
+    assert len(re.findall(r"(?<!\\)\|", cells)) == 4
+
+    model_card.write(str(tmp_path), card, name="model_card.json")
+    document = (tmp_path / "model_card.json").read_text()
+    assert "<" not in document
+    assert document.isascii()
+    assert json.loads(document)["data"]["licence"] == HOSTILE
 
 
 @pytest.mark.parametrize("licence", ["", "CC0"])

@@ -69,6 +69,7 @@ _LONGEST_MESSAGE = 1 << 16  # bytes
 _LONGEST_REASON = 1000  # characters of what a peer reports
 # TensorFlow looks for each at half of its timeout, so twice the silence is above ours.
 _HEARTBEATS, _HEARTBEATS_SEC = 4, 60.0
+_START_SEC = 60.0  # at least, for TensorFlow's servers: usually they take one or two
 # TensorFlow's errors that a single process never meets, and what the others' texts have in common.
 _LOST_KINDS = {"UnavailableError", "AbortedError", "DeadlineExceededError"}
 _LOST_TEXTS = re.compile(
@@ -616,7 +617,9 @@ class Membership:
         self._finished: set[int] = set()
         self._closed: set[int] = set()
         self._verdict: TrainerError | None = None
-        self._hold = threading.Condition()  # guards the next four
+        self._hold = threading.Condition()  # guards the next six
+        self._there: set[int] = set()  # the chief's: who has come to `meet`
+        self._met = False
         self._begun = 0  # steps
         self._stop_reason: str | None = None
         self._last_step: int | None = None  # after which all stop
@@ -634,10 +637,15 @@ class Membership:
             if time.monotonic() >= beat:
                 beat = time.monotonic() + self._silence / _BEATS
                 self._send_beats()
-            for key, _ in selector.select(max(0.0, beat - time.monotonic())):
+            ready = selector.select(max(0.0, beat - time.monotonic()))
+            if time.monotonic() > beat + self._silence / _BEATS:
+                # This process itself stood still, or TensorFlow kept Python's lock: what the others
+                # did then isn't known.
+                for line in self._lines.values():
+                    line.heard = time.monotonic()
+            for key, _ in ready:
                 if not self._read(key.data):
                     selector.unregister(key.fileobj)
-            # After reading: if it was this process that stood still, the others' beats are there.
             self._look_for_silence()
         if self._verdict is not None and not self._leaving.wait(_GRACE_SEC):
             self.end(self._verdict)
@@ -675,6 +683,12 @@ class Membership:
             self._finished.add(index)
         elif "stop" in message:
             self._decide(_error(message))
+        elif "here" in message:
+            self._came(index)
+        elif "all_here" in message:
+            with self._hold:
+                self._met = True
+                self._hold.notify_all()
         elif "please_stop" in message:
             self._hold_all(_text(message["please_stop"]))
         elif "hold" in message:
@@ -722,6 +736,34 @@ class Membership:
             self._hold_all(reason)
         else:
             self._lines[0].send(please_stop=reason)
+
+    def meet(self) -> None:
+        """Waits until all workers have come here, once in a run.
+
+        To be called just before TensorFlow's server starts, which keeps Python's lock until all
+        servers have: waiting there for a worker that reads or imports for minutes, this one would
+        look as if it hung itself.
+
+        Raises:
+          TrainerError: a worker is gone or has failed.
+        """
+        if self._cluster.is_chief:
+            self._came(self._cluster.index)
+        else:
+            self._lines[0].send(here=True)
+        with self._hold:
+            self._hold.wait_for(lambda: self._met or self._verdict)
+            if self._verdict is not None:
+                raise self._verdict
+
+    def _came(self, index: int) -> None:
+        with self._hold:
+            self._there.add(index)
+            if len(self._there) == len(self._cluster.names):
+                self._met = True
+                for line in self._lines.values():
+                    line.send(all_here=True)
+                self._hold.notify_all()
 
     def begin(self, steps: int) -> str | None:
         """To be called before each call of the training step.
@@ -863,6 +905,15 @@ def member(cluster: Cluster | None, config: Config) -> Iterator[Membership | Non
     reason = membership.reason(wait=0)
     if reason is not None:
         membership.end(reason)
+
+
+def start_timeout(worker_timeout: float) -> float:
+    """Seconds in which all of TensorFlow's servers must have started, after `Membership.meet`.
+
+    Args:
+      worker_timeout: seconds after which a silent worker counts as gone.
+    """
+    return max(worker_timeout, _START_SEC)
 
 
 def heartbeat_timeout(worker_timeout: float) -> float:

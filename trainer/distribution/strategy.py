@@ -33,6 +33,7 @@ from trainer.distribution.cluster import (
     find,
     heartbeat_timeout,
     lost_peer,
+    start_timeout,
 )
 
 
@@ -161,7 +162,7 @@ def _multi_worker(run: RunConfig, cluster: Cluster) -> Placement:
     try:
         with (
             contextlib.nullcontext() if gpus else _logical_cpus(run.cpu_replicas),
-            _late_heartbeats(heartbeat_timeout(run.worker_timeout)),
+            _time_limits(run.worker_timeout),
         ):
             strategy = tf.distribute.MultiWorkerMirroredStrategy(resolver, options)
     except tf.errors.OpError as error:
@@ -203,12 +204,14 @@ def _logical_cpus(count: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _late_heartbeats(seconds: float) -> Iterator[None]:
-    """Lets TensorFlow's own search for workers that are gone come after `cluster.Membership`'s.
+def _time_limits(worker_timeout: float) -> Iterator[None]:
+    """Sets TensorFlow's own limits for workers that are gone, by `run.worker_timeout`.
 
-    Its limit of 10 s isn't ours, and its end is a stack dump. The strategy sets up the service
-    itself, with no way to give it this; a TensorFlow without that call keeps its own limit, and its
-    error is understood, too (`cluster.lost_peer`).
+    While its server starts, which takes Python's lock, it alone can end the wait: by its own limit
+    that takes an hour. Afterwards it has to come later than `cluster.Membership`: its 10 s aren't
+    ours, and its end is a stack dump. The strategy sets up the service itself, with no way to give
+    it these; a TensorFlow without that call keeps its own limits, and its errors are understood,
+    too (`cluster.lost_peer`).
     """
     from tensorflow.python.eager import context
 
@@ -219,7 +222,15 @@ def _late_heartbeats(seconds: float) -> Iterator[None]:
         return
 
     def configure(*args: Any, **kwargs: Any) -> None:
-        original(*args, **{**kwargs, "heartbeat_timeout_in_ms": round(1000 * seconds)})
+        limits = {
+            "cluster_register_timeout_in_ms": start_timeout(worker_timeout),
+            "heartbeat_timeout_in_ms": heartbeat_timeout(worker_timeout),
+        }
+        original(*args, **kwargs, **{key: round(1000 * sec) for key, sec in limits.items()})
+        settings = here.coordination_service
+        if "cluster_register_with_barrier" in settings.DESCRIPTOR.fields_by_name:
+            # The limit counts until all have registered, not this one alone.
+            settings.cluster_register_with_barrier = True
 
     here.configure_coordination_service = configure
     try:

@@ -75,6 +75,8 @@ def train(
     for path in (manifest.directory, workdir):
         storage.prepare_tensorflow(path)
     config = config_lib.resolve(config, resolution=manifest.resolution)
+    if stop:
+        stop.meet()
     placement, jit = choose(config.run, cluster)
     if stop:
         stop.listen()

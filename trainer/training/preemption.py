@@ -90,6 +90,11 @@ class Preemption:
         """
         return self._members.begin(steps) if self._members is not None else self._reason
 
+    def meet(self) -> None:
+        """Waits until all workers have come here; see `Membership.meet`."""
+        if self._members is not None:
+            self._members.meet()
+
     def listen(self) -> None:
         """Takes hold of the signals, again: to be called when TensorFlow has started.
 
