@@ -335,7 +335,7 @@ class _Ticks:
     def _line(self, line: bytes) -> str:
         try:
             return tick_line(documents.parse_object(line))
-        except (documents.DocumentError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             reason = error if isinstance(error, documents.DocumentError) else "numbers are missing"
             return f"{self._path}: a line is no tick of a run ({reason}); passed over"
 
@@ -344,7 +344,7 @@ def tick_line(stats: dict[str, Any]) -> str:
     """A tick of `stats.jsonl` in one line.
 
     Raises:
-      KeyError, TypeError: it isn't one.
+      KeyError, TypeError, ValueError: it isn't one.
     """
     parts = [f"tick {stats['tick']:<6d}kimg {stats['nimg'] / 1000:<10.1f}"]
     for label, key in {

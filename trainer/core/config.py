@@ -442,6 +442,7 @@ def _line(error: documents.DocumentError) -> str:
 
 
 _MOST_BASES = 32  # one on top of the other
+_LONGEST_BASE = 1000  # characters
 
 
 class _Value(NamedTuple):
@@ -517,7 +518,7 @@ def _read_layers(path: str, children: tuple[str, ...] = ()) -> dict[str, _Value]
     values: dict[str, _Value] = {}
     if isinstance(document, dict) and "base" in document:
         base = document.pop("base")
-        if not isinstance(base, str) or not base:
+        if not isinstance(base, str) or not 0 < len(base) <= _LONGEST_BASE or not _is_clean(base):
             raise ConfigError(f"{path}: base = {quoted(base)}: expected the path of another config")
         values = _read_layers(storage.sibling(path, base), (*children, path))
     values.update(_flatten(document, path))

@@ -87,7 +87,8 @@ class Owner:
     def parse(cls, data: bytes) -> Owner | None:
         """The owner that a lease names, None if it is damaged."""
         try:
-            return documents.as_record(cls, documents.parse_object(data))
+            owner = documents.as_record(cls, documents.parse_object(data))
+            return owner if 0 < owner.pid < 1 << 31 else None
         except documents.DocumentError:
             return None
 

@@ -31,7 +31,7 @@ import PIL
 
 from trainer.core import documents, storage, tfrecord
 from trainer.core.errors import DataError, TrainerError, UsageError
-from trainer.data import images, manifest, records, sources
+from trainer.data import images, journal, manifest, records, sources
 
 _SHARD_BYTES = 100 << 20  # a shard has this much or up to twice it
 _MIN_SHARDS = 8
@@ -364,7 +364,7 @@ def _read_json(where: str) -> dict[str, Any]:
         return {}
 
 
-def _finished(dest: str, names: list[str]) -> list[dict[str, Any] | None]:
+def _finished(dest: str, names: list[str], num_classes: int) -> list[dict[str, Any] | None]:
     """The journal's entries of the shards, None for those that are not complete."""
     there = storage.walk(dest)
 
@@ -372,8 +372,8 @@ def _finished(dest: str, names: list[str]) -> list[dict[str, Any] | None]:
         where = f"{manifest.PARTIAL_NAME}/{name}.json"
         if name not in there or where not in there:
             return None
-        found = _read_json(storage.join(dest, where))
-        return found if found.get("bytes") == there[name].bytes else None
+        size = there[name].bytes
+        return journal.read_entry(storage.join(dest, where), name, size, num_classes)
 
     with futures.ThreadPoolExecutor(_READERS) as pool:
         return list(pool.map(entry, names))
@@ -391,7 +391,7 @@ def _write_shards(
     beam: Callable[[Frame, str, dict[str, list[Task]]], None] | None,
 ) -> list[dict[str, Any]]:
     names = [_shard_name(name, shard, len(plan.shards)) for shard in range(len(plan.shards))]
-    entries = _finished(dest, names)
+    entries = _finished(dest, names, len(plan.labels.names))
     pending = [shard for shard, entry in enumerate(entries) if entry is None]
     total = sum(len(numbers) for numbers in plan.shards)
     earlier = total - sum(len(plan.shards[shard]) for shard in pending)
@@ -399,7 +399,7 @@ def _write_shards(
     frame = plan.frame(settings)
     if beam is not None:
         beam(frame, dest, {names[shard]: plan.tasks(plan.shards[shard]) for shard in pending})
-        entries = _finished(dest, names)
+        entries = _finished(dest, names, len(plan.labels.names))
         _check_all(frame, names, entries)
         progress(total - earlier, earlier, total)
         return [entry for entry in entries if entry is not None]
