@@ -38,7 +38,7 @@ PLACES = {
     "tf.io.read_file": (),
     "tf.io.write_file": (),
     "io.open": (),
-    "os.open": ("trainer.core.storage",),
+    "os.open": ("trainer.core.storage", "trainer.core.output"),
     "os.fdopen": (),
     # What others may have written is read within limits, in one place.
     "json.load": ("trainer.core.documents",),
@@ -49,8 +49,13 @@ PLACES = {
     "keras": (),
     "torch": (),
 }
-# The second is what the first has for URLs that are not gs://.
-OPENERS = ("trainer.core.storage", "trainer.core.fsspec_storage", "trainer.data.records")
+# The second is what the first has for URLs that are not gs://; the third opens nothing but /dev/null.
+OPENERS = (
+    "trainer.core.storage",
+    "trainer.core.fsspec_storage",
+    "trainer.core.output",
+    "trainer.data.records",
+)
 # Methods that open a file whatever they are called on, and the names they are harmless on.
 OPENING_METHODS = {
     "open": {"Image", "PIL.Image"},

@@ -6,7 +6,7 @@ import difflib
 import runpy
 import sys
 
-from trainer.core import flags
+from trainer.core import flags, output
 from trainer.core.errors import UsageError
 
 _MODULES = {"train": "trainer.task"}  # the others are named as their modules
@@ -35,9 +35,11 @@ def _listing() -> str:
 
 def main() -> None:
     """Hands the rest of the command line to the command that the first word names."""
+    output.install()
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in {"", "help", "-h", "--help"}:
         print(_listing())
+        output.check()
         sys.exit(0)
     if name not in _COMMANDS:
         close = difflib.get_close_matches(name, _COMMANDS, n=1)

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from absl import flags as absl_flags
 
 from trainer.core import config as config_lib
-from trainer.core import flags, storage
+from trainer.core import flags, output, storage
 from trainer.core.config import Config
-from trainer.core.errors import UsageError
+from trainer.core.errors import StorageError, UsageError
 from trainer.core.text import printable
 from trainer.distribution import cluster, compilation
 from trainer.vertex import environment
@@ -46,6 +46,7 @@ def define_flags() -> None:
 
 def main(_: Sequence[str]) -> None:
     """Trains as the flags say."""
+    output.outlive_readers()  # what nobody reads stops the run in time, saved
     workdir = environment.workdir(FLAGS.workdir)
     if not FLAGS.config or not (workdir.path or FLAGS.dry_run):
         raise UsageError("--config and --workdir are needed; --help lists the flags")
@@ -73,7 +74,13 @@ def main(_: Sequence[str]) -> None:
         return
     from trainer.training import preemption
 
-    compilation.keep(config.run.compilation_cache)
+    try:
+        compilation.keep(config.run.compilation_cache)
+    except StorageError as error:
+        # A preset's cache is welcome where there is a place for it; one that is asked for must be.
+        if any(text.partition("=")[0].strip() == "run.compilation_cache" for text in overrides):
+            raise
+        print(f"note      compiled programs are not kept: {error}", flush=True)
     # TensorFlow takes seconds to import; a mistake above is told before.
     with (
         cluster.member(workers, config) as members,

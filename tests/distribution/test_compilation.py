@@ -146,7 +146,7 @@ def test_what_others_may_write_to_is_refused(tmp_path: pathlib.Path) -> None:
     shared.mkdir()
     shared.chmod(0o777)
     before = os.environ["TF_XLA_FLAGS"]
-    with pytest.raises(ConfigError, match="others may write to .*shared.*chmod go-w"):
+    with pytest.raises(StorageError, match="others may write to .*shared.*chmod go-w"):
         compilation.keep(str(shared))
     assert os.environ["TF_XLA_FLAGS"] == before
 

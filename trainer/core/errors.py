@@ -9,9 +9,16 @@ import importlib.util
 
 
 class TrainerError(Exception):
-    """Anything the trainer reports on purpose; the commands turn it into one line and an exit."""
+    """Anything the trainer reports on purpose; the commands turn it into one line and an exit.
+
+    Attributes:
+      exit_code: of the process.
+      patience: with code 75: seconds within which whoever takes the machine away also ends this
+        process; 0 if nobody does, since the user has stopped it or its time is up.
+    """
 
     exit_code = 1
+    patience = 300.0
 
 
 class UsageError(TrainerError):
@@ -54,6 +61,10 @@ class PreemptedError(TrainerError):
     """The machine is going away or the time is up: state is saved, run the same command again."""
 
     exit_code = 75
+
+    def __init__(self, message: str, patience: float = TrainerError.patience) -> None:
+        super().__init__(message)
+        self.patience = patience
 
 
 def require_tensorflow() -> None:

@@ -38,6 +38,8 @@ _PACKAGE_PREFIX = "package:"
 
 _BLOCK = 1 << 22
 
+_HOMELESS = "HOME is not set, and the system doesn't know this user"
+
 _REASONS = {
     errno.ENOSPC: "the disk is full; free some space or choose another path",
     errno.EDQUOT: "the disk quota is used up; free some space or choose another path",
@@ -64,6 +66,9 @@ def resolve(path: str) -> str:
 
     `package:data/x` is the directory `data/x` inside the installed package, `~` is the home
     directory, `file://` is dropped, `gcs://` is `gs://`; other URLs and paths stay as they are.
+
+    Raises:
+      StorageError: `~` has no meaning here, as for a user whom the machine doesn't know.
     """
     if path.startswith(_PACKAGE_PREFIX):
         return os.path.join(_PACKAGE_ROOT, *path[len(_PACKAGE_PREFIX) :].split("/"))
@@ -71,7 +76,17 @@ def resolve(path: str) -> str:
         return path[len("file://") :]
     if path.startswith("gcs://"):
         return f"gs://{path[len('gcs://') :]}"
-    return path if is_remote(path) else os.path.expanduser(path)
+    if is_remote(path) or not path.startswith("~"):
+        return path
+    expanded, first = os.path.expanduser(path), path.partition("/")[0]
+    # What can't be expanded comes back as it is, and would be made as a directory of that name.
+    if expanded.startswith("~") and (first == "~" or not os.path.lexists(first)):
+        whose = f"there is no user {first[1:]}" if first != "~" else _HOMELESS
+        raise StorageError(
+            f"cannot tell what {first} means in {path!r} ({whose}); write the path out, or "
+            f"./{path} for one that begins so"
+        )
+    return expanded
 
 
 def join(path: str, *parts: str) -> str:
@@ -296,7 +311,7 @@ def _write_remote(path: str) -> Iterator[IO[bytes]]:
     # Uploading while writing would leave the first half of an interrupted write as the object.
     with _reported("write", path):
         try:
-            with tempfile.NamedTemporaryFile() as file:
+            with tempfile.NamedTemporaryFile(dir=temporary_directory()) as file:
                 yield file
                 file.flush()
                 _store(path).put_file(path, file.name)
@@ -307,6 +322,21 @@ def _write_remote(path: str) -> Iterator[IO[bytes]]:
                 f"cannot write {path}: the disk of temporary files ({tempfile.gettempdir()}) is "
                 "full; free some space, or set TMPDIR to a directory on another"
             ) from error
+
+
+def temporary_directory() -> str:
+    """The directory for temporary files.
+
+    Raises:
+      StorageError: there is none that can be written.
+    """
+    try:
+        return tempfile.gettempdir()
+    except OSError as error:
+        raise StorageError(
+            "there is no directory for temporary files: neither TMPDIR nor the usual ones can be "
+            "written; set TMPDIR to one that can"
+        ) from error
 
 
 def _sync_directory(folder: str) -> None:

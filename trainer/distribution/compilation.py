@@ -33,7 +33,8 @@ def keep(directory: str) -> None:
       directory: local; made if it isn't there. Empty keeps nothing.
 
     Raises:
-      ConfigError: it is remote, or others may write to it.
+      ConfigError: it is remote.
+      StorageError: it can't be used here: it can't be made or written, or others may write to it.
     """
     if not directory:
         return
@@ -48,10 +49,12 @@ def keep(directory: str) -> None:
         os.makedirs(folder, mode=0o700, exist_ok=True)
     except OSError as error:
         raise StorageError(f"run.compilation_cache = {directory!r}: {error.strerror}") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise StorageError(f"run.compilation_cache = {directory!r}: {folder} can't be written")
     for owned in (os.path.abspath(path), folder):
         status = os.stat(owned)
         if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise ConfigError(
+            raise StorageError(
                 f"run.compilation_cache: others may write to {owned}, and what is in it is run as "
                 f"code; choose a directory of your own, or chmod go-w it"
             )

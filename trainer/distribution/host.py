@@ -7,6 +7,8 @@ import platform
 import sys
 from importlib import metadata
 
+from trainer.core import output
+
 # XLA's CPU runtime asks for its scratch memory anew at each call. By default glibc takes such
 # blocks from the kernel and gives them back, so every step would fault in a gigabyte page by page;
 # kept, and on huge pages, they make a 3x3 convolution 1.1 to 1.7 times faster.
@@ -40,18 +42,19 @@ _CLOUD_STORAGE = {
 def prepare() -> None:
     """Restarts the program once with the allocator settings above, and quietens TensorFlow's log.
 
-    Also calls `tune_cloud_storage` and `choose_emitters`. To be called before TensorFlow is
-    imported. Doesn't restart where glibc is not used, or where the user has set one of these
-    variables.
+    Also calls `tune_cloud_storage` and `choose_emitters`, and opens the standard descriptors that
+    are closed. To be called before TensorFlow is imported. Doesn't restart where glibc is not used,
+    or where the user has set one of these variables.
     """
+    output.reopen_closed()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     tune_cloud_storage()
     choose_emitters()
     if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in _ALLOCATOR):
         return
     os.environ.update(_ALLOCATOR)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.flush()
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 

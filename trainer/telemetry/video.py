@@ -102,7 +102,9 @@ def _encode_animation(pictures: Iterator[Image.Image], fps: float, kind: str) ->
 def _encode_mp4(pictures: Iterator[Image.Image], fps: float) -> bytes:
     """H.264 in the pixel format every player knows, which needs even sides."""
     first = next(pictures)
-    with tempfile.TemporaryDirectory() as folder:  # ffmpeg wants a file it can seek in
+    with tempfile.TemporaryDirectory(
+        dir=storage.temporary_directory()
+    ) as folder:  # ffmpeg wants a file it can seek in
         path = os.path.join(folder, "video.mp4")
         writer = _ffmpeg().write_frames(path, first.size, fps=fps, quality=8, macro_block_size=2)
         writer.send(None)

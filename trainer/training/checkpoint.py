@@ -388,7 +388,7 @@ def _first_line(error: Exception) -> str:
 @contextlib.contextmanager
 def scratch() -> Iterator[str]:
     """A local directory for as long as it is needed; those that killed processes left go, too."""
-    place, here = tempfile.gettempdir(), zlib.crc32(lease_lib.machine().encode())
+    place, here = storage.temporary_directory(), zlib.crc32(lease_lib.machine().encode())
     start = f"stylegan-checkpoint-{here:08x}-"
     for name in storage.listdir(place):
         pid = name.removeprefix(start).partition("-")[0]

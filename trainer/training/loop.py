@@ -34,7 +34,7 @@ from trainer.distribution.strategy import Placement, choose
 from trainer.telemetry import images as telemetry_images
 from trainer.telemetry.statsfile import Stat, constant
 from trainer.telemetry.writers import Telemetry
-from trainer.training import build, checkpoint, cost, export, loss_scale, run_info
+from trainer.training import build, checkpoint, cost, export, loss_scale, preemption, run_info
 from trainer.training.checkpoint import Checkpoints, Inventory
 from trainer.training.preemption import Preemption
 from trainer.training.snapshot import Snapshots
@@ -294,7 +294,8 @@ def train(
         saved_at = f"after step {step} (kimg {images / 1000:.3f}), which is saved in {workdir}"
         raise PreemptedError(
             f"{reason}: stopped {saved_at if step else 'before the first step'}; run the same command "
-            "again to go on"
+            "again to go on",
+            preemption.patience(reason),
         )
     print(f"finished: {images / 1000:g} kimg, {step} steps; see {printable(workdir)}")
 

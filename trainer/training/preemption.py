@@ -4,7 +4,9 @@ Whatever the cause, the run stops between two steps, saves, and ends with exit c
 stop after the same step (`cluster.Membership`). Asking costs a step nothing: threads wait for the
 causes, the loop looks at a variable.
 
-- SIGTERM, and ctrl-C once; ctrl-C again ends the process at once.
+- SIGTERM, SIGHUP, and ctrl-C once; ctrl-C again ends the process at once. What the program was
+  started to ignore, as by nohup, it ignores.
+- Output that nobody reads any more: `tee` is gone, or the terminal.
 - The metadata server of a Google Cloud machine: `instance/preempted`, and `maintenance-event` if it
   says that the machine will be terminated. It is asked to answer when the value changes, so that an
   hour costs two dozen requests. Where there is none, nothing more is asked.
@@ -12,13 +14,13 @@ causes, the loop looks at a variable.
 
 After SIGTERM or a preemption the machine may be gone in 30 seconds. If nothing has been saved by
 `run.grace_time`, be it that a step, a disk or another worker hangs, the process ends as it is: what
-was committed before is whole. Needs no TensorFlow.
+was committed before is whole. After a hangup or the loss of its reader the machine stays, and a save
+may take its time. Needs no TensorFlow.
 """
 
 from __future__ import annotations
 
 import http.client
-import os
 import select
 import signal
 import socket
@@ -26,9 +28,8 @@ import sys
 import threading
 import time
 import types
-from typing import NoReturn
 
-from trainer.core import flags
+from trainer.core import flags, output
 from trainer.core.config import RunConfig
 from trainer.core.errors import PreemptedError
 from trainer.distribution.cluster import Membership
@@ -53,7 +54,12 @@ _POLL_SEC = 300
 _LATE_SEC = 30.0  # after which an answer that should have come doesn't
 _RETRY_SEC = 10.0
 
-_INTERRUPTED = 130  # what a shell reports for a program ended by ctrl-C
+# Why the user wants the run to stop; so the texts begin, on whichever worker it was.
+_INTERRUPT, _TIME = "interrupted", "run.max_hours"
+# Maintenance is announced up to an hour ahead.
+_MAINTENANCE_SEC = 3900.0
+
+_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 # Bytes to the watching thread; the others are numbers of signals.
 _CLOSE, _WAKE = b"\0", b"\xff"
@@ -82,12 +88,16 @@ class Preemption:
     def begin(self, steps: int) -> str | None:
         """To be called before each call of the training step; see `Membership.begin`.
 
+        This is also where a lost reader is noticed, since printing doesn't raise.
+
         Args:
           steps: how many will have been begun with this call, from the start of the run.
 
         Returns:
           None if it may be made, else why the run stops before it.
         """
+        if self._reason is None and (stream := output.closed()):
+            self._notice(f"nobody reads {stream} any more", hurry=False)
         return self._members.begin(steps) if self._members is not None else self._reason
 
     def meet(self) -> None:
@@ -102,8 +112,9 @@ class Preemption:
         """
         if threading.current_thread() is not threading.main_thread():
             return
-        for number in (signal.SIGTERM, signal.SIGINT):
-            before = signal.signal(number, _leave_to_the_thread)
+        for number in _SIGNALS:
+            ignored = signal.getsignal(number) == signal.SIG_IGN
+            before = signal.signal(number, signal.SIG_IGN if ignored else _leave_to_the_thread)
             self._handlers.setdefault(number, before)
             signal.siginterrupt(number, False)
 
@@ -133,6 +144,7 @@ class Preemption:
 
     def _notice(self, reason: str, *, hurry: bool) -> None:
         """The machine or the user wants the run to stop; the first reason is the one told."""
+        output.hurry()  # a print that waits for its reader holds up neither the loop nor the save
         if hurry and self._deadline is None:
             self._deadline = time.monotonic() + self._grace
             self._sender.send(_WAKE)
@@ -155,25 +167,28 @@ class Preemption:
                     self._signalled(number)
             if self._limit is not None and time.monotonic() >= self._limit:
                 self._limit = None
-                self._notice(f"run.max_hours = {self._hours:g} is over", hurry=False)
+                self._notice(f"{_TIME} = {self._hours:g} is over", hurry=False)
             if self._deadline is not None and time.monotonic() >= self._deadline:
-                _end(
-                    f"error: {self._reason}: nothing saved within run.grace_time = "
-                    f"{self._grace:g} s; run the same command again: it goes on from the newest "
-                    "checkpoint",
-                    PreemptedError.exit_code,
+                reason = self._reason or ""
+                flags.fail_at_once(
+                    PreemptedError(
+                        f"{reason}: nothing saved within run.grace_time = {self._grace:g} s; run the "
+                        "same command again: it goes on from the newest checkpoint",
+                        patience(reason),
+                    )
                 )
 
     def _signalled(self, number: int) -> None:
         if number == signal.SIGTERM:
             self._notice("SIGTERM", hurry=True)
-        if number != signal.SIGINT:
-            return
-        self._interrupts += 1
-        if self._interrupts > 1:
-            _end("interrupted; run the same command again to go on", _INTERRUPTED)
-        print("stopping after this step, to save; ctrl-C again ends at once", file=sys.stderr)
-        self._notice("interrupted", hurry=False)
+        elif number == signal.SIGHUP:
+            self._notice("SIGHUP", hurry=False)
+        elif number == signal.SIGINT:
+            self._interrupts += 1
+            if self._interrupts > 1:
+                flags.interrupt()
+            self._notice(_INTERRUPT, hurry=False)
+            print("stopping after this step, to save; ctrl-C again ends at once", file=sys.stderr)
 
     # ------------------------------------------------------------------ metadata server
 
@@ -196,6 +211,17 @@ class Preemption:
             if value == bad and not self._closed.is_set():
                 self._notice(reason, hurry=name == "preempted")
                 return
+
+
+def patience(reason: str) -> float:
+    """Seconds within which the machine is taken away from a run that stops for this reason.
+
+    0 if it isn't taken away: the user has stopped the run. See `TrainerError.patience`.
+    """
+    if reason.startswith((_INTERRUPT, _TIME)):
+        return 0.0
+    maintenance = reason.startswith(_EVENTS["maintenance-event"][1])
+    return _MAINTENANCE_SEC if maintenance else PreemptedError.patience
 
 
 class _NotThereError(Exception):
@@ -228,10 +254,3 @@ def _ask(host: str, name: str, etag: str) -> tuple[str, str]:
 
 def _leave_to_the_thread(number: int, frame: types.FrameType | None) -> None:
     """A handler must be there for a signal to be written down at all."""
-
-
-def _end(text: str, code: int) -> NoReturn:
-    """Ends the process, which hangs or isn't waited for, without what usually is done then."""
-    print(text, file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(code)
