@@ -448,6 +448,11 @@ def test_neither_the_command_nor_its_workers_import_tensorflow():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+# A terminal sends its signals to the workers as well.
+_ENDS = {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGHUP: 75, signal.SIGTERM: 75}
+_OF_TERMINALS = (signal.SIGINT, signal.SIGHUP)
+
+
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_command_goes_on_to_the_same_bytes_and_leaves_nobody_behind(tmp_path, kind):
     source = tmp_path / "source"
@@ -465,6 +470,7 @@ def test_a_killed_command_goes_on_to_the_same_bytes_and_leaves_nobody_behind(tmp
         arguments,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        start_new_session=True,
         # Shells have what runs in the background ignore it, which is inherited.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
@@ -472,14 +478,15 @@ def test_a_killed_command_goes_on_to_the_same_bytes_and_leaves_nobody_behind(tmp
         while not first.exists() and process.poll() is None:
             time.sleep(0.01)
         workers = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(kind)
+        (os.killpg if kind in _OF_TERMINALS else os.kill)(process.pid, kind)
         _, stderr = process.communicate()
-    assert process.returncode == (-9 if kind == signal.SIGKILL else 130)
-    if kind == signal.SIGINT:
-        assert (
-            stderr.decode().splitlines()[-1] == "interrupted; run the same command again to go on"
+    assert process.returncode == _ENDS[kind]
+    if kind != signal.SIGKILL:
+        (line,) = stderr.decode().splitlines()
+        assert line in (
+            "interrupted; run the same command again to go on",
+            f"error: {kind.name}: ended before it was done; run the same command again",
         )
-        assert b"Traceback" not in stderr
     assert len(workers) >= 2
     assert not psutil.wait_procs(workers, timeout=60)[1], "workers end with their parent"
     assert not (dest / "dataset.json").exists()
@@ -489,6 +496,27 @@ def test_a_killed_command_goes_on_to_the_same_bytes_and_leaves_nobody_behind(tmp
     run(source, tmp_path / "whole" / "dest", resolution=(128, 128), shards=16)
     assert contents(dest) == contents(tmp_path / "whole" / "dest")
     assert not list(dest.glob(".*")), "neither journal nor temporary files stay"
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGHUP, signal.SIGTERM])
+@pytest.mark.parametrize("children", [1, 4])
+def test_a_signal_ends_a_command_in_one_line_while_its_workers_start(
+    folder, tmp_path, kind, children
+):
+    with subprocess.Popen(
+        command(
+            f"--source={folder}", f"--dest={tmp_path / 'dest'}", "--resolution=8", "--workers=8"
+        ),
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
+        while len(psutil.Process(process.pid).children()) < children:
+            time.sleep(0.001)
+        (os.killpg if kind in _OF_TERMINALS else os.kill)(process.pid, kind)
+        _, stderr = process.communicate()
+    assert process.returncode == _ENDS[kind]
+    assert stderr.count(b"\n") == 1, stderr.decode()
 
 
 def test_progress_is_plain_lines_without_a_terminal(capsys, monkeypatch):

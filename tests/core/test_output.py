@@ -46,12 +46,9 @@ def start(
     path = tmp_path / "command.py"
     path.write_text(textwrap.dedent(COMMAND).replace("BODY", lines))
     environ = {"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"]} | options.pop("env", {})
-    return subprocess.Popen(
-        [*prefix, sys.executable, str(path), *(arguments or (str(tmp_path),))],
-        cwd=ROOT,
-        env=environ,
-        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options,
-    )
+    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    command = [*prefix, sys.executable, str(path), *(arguments or (str(tmp_path),))]
+    return subprocess.Popen(command, cwd=ROOT, env=environ, **(streams | options))
 
 
 def finish(process: subprocess.Popen[bytes]) -> tuple[int, str, str]:

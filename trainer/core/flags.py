@@ -91,11 +91,18 @@ def run(
     except _Stopped as stopped:
         fail(PreemptedError(f"{stopped}: ended before it was done; run the same command again"))
     finally:
+        _ignore_stops()
+
+
+def _ignore_stops() -> None:
+    """The process is ending already."""
+    if threading.current_thread() is threading.main_thread():
         for number in _STOPS:
             signal.signal(number, signal.SIG_IGN)
 
 
 def _interrupted() -> NoReturn:
+    _ignore_stops()
     output.outlive_readers()
     output.hurry()
     if sys.exc_info()[0] and flags.FLAGS.is_parsed() and _DEBUG.value:
@@ -109,8 +116,7 @@ class _Stopped(BaseException):
 
 
 def _stop(number: int, frame: types.FrameType | None) -> NoReturn:
-    for each in _STOPS:  # it is ending already
-        signal.signal(each, signal.SIG_IGN)
+    _ignore_stops()
     output.hurry()
     raise _Stopped(signal.Signals(number).name)
 
@@ -130,6 +136,7 @@ def fail(error: TrainerError) -> NoReturn:
     comes, it ends with 134, after which the job is started again, too. 75 is left for what the user
     wanted: the time is up, or ctrl-C.
     """
+    _ignore_stops()
     output.outlive_readers()
     if flags.FLAGS.is_parsed() and _DEBUG.value:
         traceback.print_exception(error)
@@ -169,9 +176,6 @@ def _wait_for_the_end(job: str, seconds: float) -> None:
         f"otherwise this process ends with {_TRY_AGAIN} in {seconds:g} s",
         file=sys.stderr,
     )
-    if threading.current_thread() is threading.main_thread():
-        for number in _STOPS:  # has been heard
-            signal.signal(number, signal.SIG_IGN)
     time.sleep(seconds)
 
 

@@ -12,6 +12,7 @@ whole. Whoever makes it again, as a machine does whose success was not heard of,
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import json
 import multiprocessing
@@ -558,18 +559,22 @@ def _run(
         for chunk in chunks:
             yield from zip(chunk, encode_all(chunk, reader, settings.options), strict=True)
         return
-    with futures.ProcessPoolExecutor(
-        settings.workers,
-        # A fork of a process that has threads (fsspec's, a test runner's) can hang.
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(plan.source.path, settings.options),
-    ) as pool:
+    with _signals_held():
+        executor = futures.ProcessPoolExecutor(
+            settings.workers,
+            # A fork of a process that has threads (fsspec's, a test runner's) can hang.
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_start_worker,
+            initargs=(plan.source.path, settings.options),
+        )
+    with executor as pool:
         under_way: collections.deque[tuple[list[Task], futures.Future[list[Done]]]]
         under_way = collections.deque()
         try:
             for chunk in chunks:
-                under_way.append((chunk, pool.submit(_encode_chunk, chunk)))
+                with _signals_held():  # it may start a process
+                    future = pool.submit(_encode_chunk, chunk)
+                under_way.append((chunk, future))
                 if len(under_way) > 2 * settings.workers + 2:
                     yield from _take(under_way.popleft())
             while under_way:
@@ -598,8 +603,38 @@ def _set_up_worker(path: str, options: images.ImageOptions) -> None:
     _worker = sources.Reader(path), options
 
 
+_FOR_THE_PARENT = {
+    signal.SIGINT,
+    signal.SIGHUP,
+}  # which stops the pool; a terminal sends them to all
+_HELD = _FOR_THE_PARENT | {signal.SIGTERM}
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Keeps signals back while processes are started, which begin with what is blocked here."""
+    came: list[int] = []
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        # Blocking doesn't suffice: the signal would come by another thread.
+        handlers = {
+            number: signal.signal(number, lambda number, _: came.append(number))
+            for number in _HELD
+            if signal.getsignal(number) != signal.SIG_IGN
+        }
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for late in came:
+            signal.raise_signal(late)
+
+
 def _start_worker(path: str, options: images.ImageOptions) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C is for the parent, which stops the pool
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD - _FOR_THE_PARENT)
     _set_up_worker(path, options)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
