@@ -80,7 +80,7 @@ def run(
     # absl's handler has taken hold of the stream that was there before.
     logging.get_absl_handler().python_handler.setStream(sys.stderr)
     for number in _STOPS:
-        if signal.getsignal(number) == signal.SIG_DFL:  # nohup has SIGHUP ignored
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has SIGHUP
             signal.signal(number, _stop)
     try:
         app.run(guarded, flags_parser=parse)

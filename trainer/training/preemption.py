@@ -4,8 +4,8 @@ Whatever the cause, the run stops between two steps, saves, and ends with exit c
 stop after the same step (`cluster.Membership`). Asking costs a step nothing: threads wait for the
 causes, the loop looks at a variable.
 
-- SIGTERM, SIGHUP, and ctrl-C once; ctrl-C again ends the process at once. What the program was
-  started to ignore, as by nohup, it ignores.
+- SIGTERM, SIGHUP unless nohup has it ignored, and ctrl-C once; ctrl-C again ends the process at
+  once.
 - Output that nobody reads any more: `tee` is gone, or the terminal.
 - The metadata server of a Google Cloud machine: `instance/preempted`, and `maintenance-event` if it
   says that the machine will be terminated. It is asked to answer when the value changes, so that an
@@ -113,7 +113,7 @@ class Preemption:
         if threading.current_thread() is not threading.main_thread():
             return
         for number in _SIGNALS:
-            ignored = signal.getsignal(number) == signal.SIG_IGN
+            ignored = number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
             before = signal.signal(number, signal.SIG_IGN if ignored else _leave_to_the_thread)
             self._handlers.setdefault(number, before)
             signal.siginterrupt(number, False)
