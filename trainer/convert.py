@@ -19,6 +19,7 @@ from trainer.core import flags as command
 from trainer.core.errors import UsageError
 from trainer.core.text import printable
 from trainer.data import beam, conversion, images, manifest
+from trainer.distribution import host
 
 USAGE = """Convert a folder or zip archive of images into sharded TFRecords with a manifest.
 
@@ -211,6 +212,7 @@ def main(argv: Sequence[str]) -> None:
 
 def entry() -> None:
     """The console script."""
+    host.quieten_tensorflow()
     define_flags()
     command.run(main, usage=USAGE)
 

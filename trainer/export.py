@@ -29,6 +29,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
+from trainer.distribution import host
+
+if __name__ == "__main__":
+    host.prepare()  # before anything imports TensorFlow
+
 from absl import flags as absl_flags
 
 from trainer.core import flags, storage
@@ -94,8 +99,5 @@ def main(_: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    from trainer.distribution import host
-
-    host.prepare()
     define_flags()
     flags.run(main, usage=__doc__ or "")

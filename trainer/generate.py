@@ -17,6 +17,11 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 
+from trainer.distribution import host
+
+if __name__ == "__main__":
+    host.prepare()  # before anything imports TensorFlow
+
 import numpy as np
 import tensorflow as tf
 from absl import flags as absl_flags
@@ -298,8 +303,5 @@ def _check_flags() -> dict[str, list[int]]:
 
 
 if __name__ == "__main__":
-    from trainer.distribution import host
-
-    host.prepare()
     define_flags()
     flags.run(main, usage=__doc__ or "")

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import PIL
 
-from trainer.core import documents, storage, tfrecord
+from trainer.core import documents, storage, tensorflow_log, tfrecord
 from trainer.core.errors import DataError, TrainerError, UsageError
 from trainer.data import images, journal, manifest, records, sources
 
@@ -634,6 +634,7 @@ def _signals_held() -> Iterator[None]:
 
 
 def _start_worker(path: str, options: images.ImageOptions) -> None:
+    tensorflow_log.hide_start_up()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD - _FOR_THE_PARENT)
     _set_up_worker(path, options)
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -7,7 +7,7 @@ import platform
 import sys
 from importlib import metadata
 
-from trainer.core import output
+from trainer.core import output, tensorflow_log
 
 # XLA's CPU runtime asks for its scratch memory anew at each call. By default glibc takes such
 # blocks from the kernel and gives them back, so every step would fault in a gigabyte page by page;
@@ -40,14 +40,14 @@ _CLOUD_STORAGE = {
 
 
 def prepare() -> None:
-    """Restarts the program once with the allocator settings above, and quietens TensorFlow's log.
+    """Restarts the program once with the allocator settings above.
 
-    Also calls `tune_cloud_storage` and `choose_emitters`, and opens the standard descriptors that
-    are closed. To be called before TensorFlow is imported. Doesn't restart where glibc is not used,
-    or where the user has set one of these variables.
+    Also calls `quieten_tensorflow`, `tune_cloud_storage` and `choose_emitters`, and opens the
+    standard descriptors that are closed. To be called before TensorFlow is imported. Doesn't restart
+    where glibc is not used, or where the user has set one of these variables.
     """
     output.reopen_closed()
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    quieten_tensorflow()
     tune_cloud_storage()
     choose_emitters()
     if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in _ALLOCATOR):
@@ -56,6 +56,12 @@ def prepare() -> None:
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.flush()
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def quieten_tensorflow() -> None:
+    """Lets TensorFlow log errors alone, unless the user chose; before TensorFlow is imported."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    tensorflow_log.hide_start_up()
 
 
 def tune_cloud_storage() -> None:

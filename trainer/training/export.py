@@ -20,7 +20,7 @@ from tensorflow.core.protobuf import saved_model_pb2
 
 import trainer
 from trainer.core import config as config_lib
-from trainer.core import documents, storage
+from trainer.core import documents, storage, tensorflow_log
 from trainer.core.config import Config
 from trainer.core.errors import DivergedError, StorageError, TrainerError
 from trainer.distribution import host
@@ -238,10 +238,12 @@ def _check(
             f"{_CHECK_SECONDS} s; run the same command on a machine that does less"
         ) from error
     if done.returncode:
-        said = done.stderr.decode(errors="replace").strip().splitlines() or ["nothing said"]
+        lines = done.stderr.strip().splitlines()
+        lines = [line for line in lines if not tensorflow_log.harmless(line)] or [b"nothing said"]
+        said = lines[-1].decode(errors="replace")
         raise ExportError(
             f"{failed} a new process could not load it and draw with it (exit code "
-            f"{done.returncode}: {said[-1][:300]}); if there is memory enough, please report this"
+            f"{done.returncode}: {said[:300]}); if there is memory enough, please report this"
         )
     try:
         check = documents.parse_object((done.stdout.splitlines() or [b""])[-1])
