@@ -410,3 +410,12 @@ def test_examples_in_the_help_are_real_calls() -> None:
         values = absl_flags.FlagValues()
         generate.define_flags(values)
         assert values(["generate", *call.split()]) == ["generate"]
+
+
+def test_names_of_classes_in_messages_are_short() -> None:
+    names = ["\x1b[2J" + "x" * 5000] * 50
+    for wanted in (None, "y" * 5000, "1" * 5000):
+        with pytest.raises(UsageError) as caught:
+            choose_classes(wanted, names, 50)
+        assert len(str(caught.value)) < 1500
+        assert "\x1b" not in str(caught.value)

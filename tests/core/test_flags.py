@@ -9,7 +9,7 @@ import textwrap
 
 import pytest
 
-from trainer.core import flags
+from trainer.core import errors, flags
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -155,3 +155,17 @@ def test_env(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("A_NAME")
     assert flags.env("A_NAME") is None
     assert flags.env("A_NAME", "other") == "other"
+
+
+def test_an_error_is_one_line_that_steers_no_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is in the message: names of files, values of a config, answers of a service."""
+    for text in ("a\x1b[2J\x9b1A\r\nerror: fine\u202e\u2028b\udcff", "x" * 100_000):
+        with pytest.raises(SystemExit) as ended:
+            flags.fail(errors.DataError(text))
+        assert ended.value.code == 3
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ")
+        assert line.isprintable()
+        assert len(line) < 5000

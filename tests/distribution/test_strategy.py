@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import tensorflow as tf
 
 from trainer.core.config import RunConfig
 from trainer.core.errors import ConfigError
-from trainer.distribution.cluster import Cluster
+from trainer.distribution.cluster import Cluster, PeerError
 from trainer.distribution.strategy import choose
 
 
@@ -156,6 +157,45 @@ def test_several_workers(
     assert (placement.worker, placement.num_workers, placement.is_chief) == (1, 2, False)
     assert placement.description.startswith(f"{description}, this is worker:0 (b:1) (")
     assert placement.accelerated == (gpus > 0)
+
+
+@pytest.fixture
+def coordination() -> Iterator[Any]:
+    """TensorFlow's context, whose settings for workers are as they were afterwards."""
+    from tensorflow.python.eager import context
+
+    here = context.context()
+    before = here._coordination_service_config
+    yield here
+    here._coordination_service_config = before
+
+
+def test_tensorflow_finds_lost_workers_by_our_limits(
+    monkeypatch: pytest.MonkeyPatch, coordination: Any
+) -> None:
+    def make(resolver: Any, options: Any) -> Any:  # as the strategy does
+        coordination.configure_coordination_service(
+            service_type="standalone", service_leader="/job:chief/replica:0/task:0"
+        )
+
+    monkeypatch.setattr(tf.distribute, "MultiWorkerMirroredStrategy", make)
+    choose(RunConfig(worker_timeout=120), TWO)
+    settings = coordination.coordination_service
+    assert settings.service_type == "standalone"
+    assert settings.heartbeat_timeout_in_ms == 540_000
+    assert settings.cluster_register_timeout_in_ms == 120_000
+    assert "configure_coordination_service" not in vars(coordination)
+
+
+def test_a_worker_lost_while_the_servers_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no mistake in the config."""
+
+    def make(resolver: Any, options: Any) -> Any:
+        raise tf.errors.DeadlineExceededError(None, None, "Barrier timed out.\nmore")
+
+    monkeypatch.setattr(tf.distribute, "MultiWorkerMirroredStrategy", make)
+    with pytest.raises(PeerError, match=r"has lost a worker \(Barrier timed out\.\)"):
+        choose(RunConfig(), TWO)
 
 
 def test_nccl_needs_gpus() -> None:

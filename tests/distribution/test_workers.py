@@ -178,6 +178,32 @@ def test_a_worker_that_dies_takes_all_along(flags: list[str], tmp_path: pathlib.
 
 
 @pytest.mark.slow
+def test_a_worker_that_hangs_is_found_by_our_limit(
+    flags: list[str], tmp_path: pathlib.Path
+) -> None:
+    """Not by TensorFlow, whose own limit would come first, and which ends in a stack dump."""
+    workdir = tmp_path / "run"
+    settings = ("training.total_kimg=1000", "run.worker_timeout=25")
+    more = [f"--workdir={workdir}", *(f"--set={setting}" for setting in settings)]
+    chief, other = (start([*flags, *more], environment) for environment in environments(2))
+    try:
+        while not (workdir / "stats.jsonl").exists():
+            assert chief.poll() is None, chief.communicate()
+            time.sleep(0.2)
+        other.send_signal(signal.SIGSTOP)
+        _, err = chief.communicate(timeout=300)
+    finally:
+        for each in (chief, other):
+            each.kill()
+            each.communicate()
+    assert chief.returncode == RESTART, err
+    (error,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert "worker:1 (localhost:" in error
+    assert "has been silent for" in error
+    assert "Traceback" not in err
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("told", [0, 1])
 def test_a_worker_that_is_preempted_has_all_saved(
     flags: list[str], tmp_path: pathlib.Path, told: int

@@ -124,3 +124,8 @@ def test_console_on_a_terminal_keeps_lines_on_stdout(capsys, monkeypatch) -> Non
     out, err = capsys.readouterr()
     assert out == "one\n"
     assert "img" in err
+
+
+def test_lines_steer_no_terminal(capsys) -> None:
+    Console(1.0, 0).line("wrote a\x1b[2J\nb\u202e.png")
+    assert capsys.readouterr().out == "wrote a\\x1b[2J\\nb\\u202e.png\n"

@@ -34,6 +34,7 @@ def read_entry(path: str, name: str, size: int, num_classes: int) -> dict[str, A
     whole = (
         (entry.get("name"), entry.get("bytes")) == (name, size)
         and _is_count(entry.get("crc32c"), 1 << 32)
+        and isinstance(offsets, list)
         and _are_rising(offsets, size)
         and _are_labels(labels, num_classes, len(offsets))
         and isinstance(skipped, list)
@@ -47,10 +48,9 @@ def _is_count(value: Any, limit: int) -> bool:
     return type(value) is int and 0 <= value < limit
 
 
-def _are_rising(offsets: Any, size: int) -> bool:
+def _are_rising(offsets: list[Any], size: int) -> bool:
     return (
-        isinstance(offsets, list)
-        and bool(offsets)
+        bool(offsets)
         and all(_is_count(offset, size) for offset in offsets)
         and offsets[0] == 0
         and all(low < high for low, high in itertools.pairwise(offsets))

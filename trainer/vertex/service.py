@@ -73,7 +73,7 @@ class Job:
     @property
     def exit_code(self) -> int | None:
         """Of the replica that ended the job, if Vertex AI tells."""
-        found = re.search(r"non-zero status of (\d+)", self.error)
+        found = re.search(r"non-zero status of (\d{1,3})\b", self.error)
         return int(found[1]) if found else None
 
     @property
