@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -22,7 +23,8 @@ import tensorflow as tf
 from PIL import Image
 
 from trainer import convert
-from trainer.core.errors import DataError, TrainerError, UsageError
+from trainer.core import config, lease, storage
+from trainer.core.errors import DataError, StorageError, TrainerError, UsageError
 from trainer.data import conversion, images, manifest, shards
 
 RNG = np.random.default_rng(1)
@@ -277,6 +279,155 @@ def test_source_and_destination_must_differ(folder):
         run(folder, f"{folder}/")
 
 
+# ---- two conversions, one destination ------------------------------------------------------------
+
+
+def with_another(folder, dest, act, *, at: int = 12, **changes) -> None:
+    """Converts, and does something else when a part is done."""
+    done = []
+
+    def progress(count: int, *_: int) -> None:
+        if count >= at and not done:
+            done.append(count)
+            act()
+
+    conversion.convert(settings(folder, dest, **changes), progress)
+
+
+@pytest.mark.parametrize("changes", [{}, {"seed": 1}, {"seed": 1, "overwrite": True}])
+def test_a_second_conversion_is_refused_while_the_first_is_at_work(folder, tmp_path, changes):
+    (tmp_path / "whole").mkdir()
+    run(folder, tmp_path / "whole" / "dest")
+
+    def second() -> None:
+        with pytest.raises(
+            lease.LeaseHeldError, match=rf"process {os.getpid()} on .*--dest"
+        ) as held:
+            run(folder, tmp_path / "dest", **changes)
+        assert "\n" not in str(held.value)
+
+    with_another(folder, tmp_path / "dest", second)
+    assert contents(tmp_path / "dest") == contents(tmp_path / "whole" / "dest")
+
+
+@pytest.mark.parametrize("at", [1, 12, 40])
+def test_a_conversion_that_lost_its_lease_changes_nothing(folder, tmp_path, monkeypatch, at):
+    """As one does that was paused, whatever it was about to write."""
+    (tmp_path / "whole").mkdir()
+    run(folder, tmp_path / "whole" / "dest", seed=1)
+    dest = tmp_path / "dest"
+    lost = []
+
+    def check(self) -> None:
+        if lost:
+            raise lease.LeaseLostError("it is another's")
+
+    monkeypatch.setattr(lease.Lease, "check", check)
+
+    def take_over() -> None:
+        """Another one finishes meanwhile; then this one goes on."""
+        (dest / lease.NAME).unlink()
+        run(folder, dest, seed=1, overwrite=True)
+        lost.append(True)
+
+    with pytest.raises((lease.LeaseLostError, storage.ConflictError)):
+        with_another(folder, dest, take_over, at=at)
+    assert contents(dest) == contents(tmp_path / "whole" / "dest")
+
+
+def test_an_unfinished_file_of_a_paused_conversion_cannot_get_its_name(
+    folder, tmp_path, monkeypatch
+):
+    """Not even if the pause came after it had asked for its lease."""
+    (tmp_path / "whole").mkdir()
+    run(folder, tmp_path / "whole" / "dest", seed=1)
+    dest, paused = tmp_path / "dest", []
+    link = os.link
+
+    def slow(source, target) -> None:
+        if not paused:
+            paused.append(source)
+            (dest / lease.NAME).unlink()
+            run(folder, dest, seed=1, overwrite=True)
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", slow)
+    with pytest.raises(StorageError, match="cannot write .*dest-00000-of-00008.tfrecord"):
+        run(folder, dest)
+    assert paused
+    assert contents(dest) == contents(tmp_path / "whole" / "dest")
+
+
+def test_a_shard_that_somebody_else_replaced_gets_no_manifest(folder, tmp_path):
+    (tmp_path / "whole").mkdir()
+    run(folder, tmp_path / "whole" / "dest")
+    dest = tmp_path / "dest"
+    shard = dest / "dest-00001-of-00008.tfrecord"
+
+    def replace() -> None:
+        content = bytearray(shard.read_bytes())
+        content[20] ^= 1  # as many bytes as before
+        shard.write_bytes(content)
+
+    with pytest.raises(
+        StorageError, match="dest-00001-of-00008.tfrecord .* is not what was written"
+    ):
+        with_another(folder, dest, replace, at=38)
+    assert not (dest / "dataset.json").exists()
+    run(folder, dest)
+    assert contents(dest) == contents(tmp_path / "whole" / "dest")
+
+
+def test_entries_of_another_plan_do_not_count(folder, tmp_path):
+    (tmp_path / "whole").mkdir()
+    run(folder, tmp_path / "whole" / "dest")
+    dest = tmp_path / "dest"
+    run_until(12, folder, dest)
+    entry = dest / ".partial" / "dest-00001-of-00008.tfrecord.json"
+    entry.write_text(json.dumps(json.loads(entry.read_text()) | {"plan": "another"}))
+    seen = []
+    conversion.convert(settings(folder, dest), lambda *numbers: seen.append(numbers))
+    assert seen[0] == (0, 5, 40)
+    assert contents(dest) == contents(tmp_path / "whole" / "dest")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_files_of_others_are_left_alone(folder, tmp_path, overwrite):
+    dest = tmp_path / "dest"
+    dest.mkdir()
+    mine = {
+        "dest-00003-of-00008.tfrecord": b"mine",
+        "dest-00000-of-00002.tfrecord": b"2",
+        "a.png": b"3",
+    }
+    for name, content in mine.items():
+        (dest / name).write_bytes(content)
+    with pytest.raises(UsageError, match=r"holds dest-00003-of-00008\.tfrecord, of no data set"):
+        run(folder, dest, overwrite=overwrite)
+    assert contents(dest) == mine
+    run(folder, dest, shards=4, overwrite=overwrite)
+    assert mine.items() <= contents(dest).items()
+
+
+def test_replacing_that_was_killed_leaves_no_shards_that_nobody_knows(
+    folder, tmp_path, monkeypatch
+):
+    dest = tmp_path / "dest"
+    run(folder, dest, shards=16)
+
+    def die(paths) -> None:
+        storage.remove(next(iter(paths)))
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "remove_files", die)
+        with pytest.raises(Stop):
+            run(folder, dest, overwrite=True)
+    assert not (dest / "dataset.json").exists()
+    assert run(folder, dest, shards=4).num_images == 40
+    assert len(contents(dest)) == 5
+
+
 # ---- bad images ----------------------------------------------------------------------------------
 
 
@@ -284,7 +435,7 @@ def test_a_bad_image_stops_the_conversion_by_name(folder, tmp_path):
     bad = folder / "class1" / "31.png"
     bad.write_bytes(bad.read_bytes()[:200])
     dest = tmp_path / "dest"
-    with pytest.raises(DataError, match=r"class1/31\.png in .*: .*truncated.*--on_bad=skip"):
+    with pytest.raises(DataError, match=r"class1/31\.png in .*: .*it ends within its pixels.*--on_bad=skip"):
         run(folder, dest, workers=2)
     # Told to leave it out, the same conversion goes on.
     (tmp_path / "whole").mkdir()
@@ -308,6 +459,26 @@ def test_too_many_bad_images_stop_the_conversion_counting_earlier_runs(folder, t
     with pytest.raises(DataError, match="3 images cannot be used, more than --max_bad=2"):
         run(folder, dest, skip_bad=True, max_bad=2)
     assert len(run(folder, dest, skip_bad=True, max_bad=3).skipped) == 3
+
+
+def test_links_to_nothing_stop_the_conversion_or_are_skipped_by_name(folder, tmp_path):
+    """Neither images nor folders of them vanish."""
+    (folder / "class1" / "41.png").symlink_to(tmp_path / "gone.png")
+    (folder / "class2").symlink_to(tmp_path / "disk" / "class2")
+    dest = tmp_path / "dest"
+    with pytest.raises(
+        DataError, match=r"class2 in .*: it is a link to .*/disk/class2, which is not"
+    ):
+        run(folder, dest)
+    (folder / "class2").unlink()
+    with pytest.raises(DataError, match=r"class1/41\.png in .*: it is a link to .*gone.*--on_bad"):
+        run(folder, dest, labels="folders")
+    (folder / "class2").symlink_to(tmp_path / "disk" / "class2")
+    data = run(folder, dest, skip_bad=True, max_bad=2, overwrite=True)
+    assert data.num_images == 40
+    assert [entry["name"] for entry in data.skipped] == ["class2", "class1/41.png"]
+    with pytest.raises(DataError, match="2 images cannot be used, more than --max_bad=1"):
+        run(folder, dest, skip_bad=True, max_bad=1, overwrite=True)
 
 
 def test_nothing_but_bad_images(tmp_path):
@@ -410,7 +581,9 @@ def test_the_command_converts_and_tells(folder, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "40 images, 12 wide, 8 high, 3 channels, no classes, 8 shards" in done.stdout
-    assert "1 files of the source are no images" in done.stdout
+    assert (
+        "passed over: 1 files of the source are no images by their names: notes.txt" in done.stdout
+    )
     assert "python -m trainer.task" in done.stdout
     assert manifest.load(str(tmp_path / "d")).resolution == (8, 12)
 
@@ -421,6 +594,8 @@ def test_the_command_converts_and_tells(folder, tmp_path):
         (["--dest=x", "--resolution=8"], 2, "--source is missing"),
         (["--source={}", "--dest=x", "--resolution=8y8"], 2, "--resolution=8y8 is neither"),
         (["--source={}", "--dest=x", "--resolution=8", "--crop=left"], 2, "crop"),
+        (["--source={}", "--dest=x", "--resolution=40x30"], 2, "the nearest are 40x32, "),
+        (["--source={}", "--dest=x", "--resolution=3"], 2, "the nearest are 8x8, "),
         (["--source={}/absent", "--dest=x", "--resolution=8"], 3, "no folder or zip archive"),
         (["--source={}", "--dest=x", "--resolution=8", "--labels=a.json"], 3, "no label file"),
     ],
@@ -528,6 +703,31 @@ def test_progress_is_plain_lines_without_a_terminal(capsys, monkeypatch):
     progress(410, 0, 1000)
     progress.close()
     assert capsys.readouterr().err == "400 of 1000 images, 10 images/s, 60 s left\n"
+
+
+def test_the_command_that_it_prints_trains(folder, tmp_path, monkeypatch):
+    """From a folder with a space, to one, with quotes; the workdir is no other run's."""
+    (tmp_path / "my runs" / "runs" / "it_s_small").mkdir(parents=True)
+    dest = tmp_path / "it's small"
+    monkeypatch.chdir(tmp_path / "my runs")
+    printed = convert.training_command(run(folder, dest))
+    words = shlex.split(printed)
+    assert words[:3] == ["python", "-m", "trainer.task"]
+    given = dict(word.split("=", 1) for word in words[3:])
+    assert given == {
+        "--config": str(pathlib.Path(convert.__file__).parents[1] / "configs" / "auto.yaml"),
+        "--data": str(dest),
+        "--workdir": "runs/it_s_small-2",
+    }
+    assert os.path.isfile(given["--config"])
+
+
+@pytest.mark.parametrize("size", [(8, 8), (2048, 1024), (4096, 4096), (7168, 14336)])
+def test_every_resolution_that_is_taken_can_be_trained_by_the_printed_config(size):
+    convert.check_resolution("", size)
+    path = pathlib.Path(convert.__file__).parents[1] / "configs" / "auto.yaml"
+    resolved = config.resolve(config.load(str(path)), resolution=size)
+    assert config.batch_arithmetic(resolved, 1).global_batch >= 8
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from trainer.core import config as config_lib
 from trainer.core import documents
 from trainer.core.errors import ConfigError, DataError, TrainerError
 from trainer.core.lease import Owner
-from trainer.data import journal, manifest, sources
+from trainer.data import journal_entry, manifest, sources
 from trainer.distribution import cluster
 from trainer.telemetry import statsfile
 from trainer.training import model_card, run_info, versions
@@ -119,7 +119,7 @@ def test_journal(tmp_path: pathlib.Path) -> None:
 
     def read(data: bytes) -> None:
         path.write_bytes(data)
-        found = journal.read_entry(str(path), "a", 100, 2)
+        found = journal_entry.read_entry(str(path), "a", 100, 2)
         kept.append(found is not None)
         if found is not None:
             counts = [0, 0]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import re
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -15,8 +16,9 @@ from absl import flags
 from tqdm import tqdm
 
 from trainer import data
+from trainer.core import config, storage
 from trainer.core import flags as command
-from trainer.core.errors import UsageError
+from trainer.core.errors import ConfigError, UsageError
 from trainer.core.text import printable
 from trainer.data import beam, conversion, images, manifest
 from trainer.distribution import host
@@ -30,12 +32,15 @@ USAGE = """Convert a folder or zip archive of images into sharded TFRecords with
       --resolution=256 --runner=DataflowRunner --beam=project=mine --beam=region=europe-west4 \\
       --beam=temp_location=gs://bucket/beam --beam=setup_file=./setup.py
 
-PNG, JPEG, WebP, BMP and TIFF files are found by their names, in folders of any depth; hidden files
-are left out. Images that already are what is asked for keep their own bytes; all others become
+PNG, JPEG, WebP, BMP and TIFF files are found by their names, in folders of any depth; what is left
+out, as hidden files are, is counted and named at the end. A link to nothing and a folder that cannot
+be listed stop the conversion, as an image does that cannot be used, unless --on_bad=skip. Images that already are what is asked for keep their own bytes; all others become
 PNGs. Run the same command again after an interruption, and it goes on."""
 
 _CHANNELS = {"auto": 0, "gray": 1, "rgb": 3, "rgba": 4}
 _LINE_SECONDS = 30
+_SHOWN = 3
+_CONFIG = "configs/auto.yaml"
 
 FLAGS = flags.FLAGS
 
@@ -84,7 +89,8 @@ def define_flags() -> None:
         "on_bad",
         "stop",
         ["stop", "skip"],
-        "What to do about an image that cannot be used. The manifest lists those skipped.",
+        "What to do about an image that cannot be used, a link to nothing or a folder that cannot be "
+        "listed. The manifest lists those skipped.",
     )
     flags.DEFINE_integer(
         "max_bad", 100, "With --on_bad=skip: stop when more than so many are bad.", lower_bound=0
@@ -99,6 +105,27 @@ def define_flags() -> None:
     )
     flags.DEFINE_multi_string("beam", [], "An option for Beam, as region=europe-west4.")
     flags.DEFINE_bool("overwrite", False, "Replace the data set at --dest.")
+
+
+def check_resolution(text: str, resolution: tuple[int, int]) -> None:
+    """Refuses what no network can be made for, before hours of work.
+
+    Args:
+      text: the resolution as it was given.
+      resolution: (height, width).
+
+    Raises:
+      UsageError: names the nearest sizes that work.
+    """
+    try:
+        config.base_grid(resolution)
+    except ConfigError:
+        sizes = config.nearest_resolutions(*resolution)
+        nearest = ", ".join(f"{width}x{height}" for height, width in sizes)
+        raise UsageError(
+            f"--resolution={text}: no network can be trained on it: the sides must be a grid of 4 to "
+            f"7 (the longer one up to 32) doubled one or more times; the nearest are {nearest}"
+        ) from None
 
 
 def parse_resolution(text: str) -> tuple[int, int]:
@@ -150,11 +177,13 @@ def _settings() -> conversion.Settings:
     for name in ("source", "dest", "resolution"):
         if not FLAGS[name].value:
             raise UsageError(f"--{name} is missing; --help shows how to call this")
+    resolution = parse_resolution(FLAGS.resolution)
+    check_resolution(FLAGS.resolution, resolution)
     return conversion.Settings(
         source=FLAGS.source,
         dest=FLAGS.dest,
         options=images.ImageOptions(
-            resolution=parse_resolution(FLAGS.resolution),
+            resolution=resolution,
             channels=_CHANNELS[FLAGS.channels],
             crop=FLAGS.crop,
             filter=FLAGS.filter,
@@ -188,12 +217,25 @@ def _print_result(result: manifest.Manifest, report: conversion.Report) -> None:
     for note, count in notes.items():
         if count:
             print(f"{count} images {note}")
-    if report.ignored:
-        print(f"{report.ignored} files of the source are no images by their names")
-    print(
-        f"train on it: python -m trainer.task --config=configs/auto.yaml --data="
-        f"{printable(result.directory)} --workdir=runs/{printable(result.name)}"
-    )
+    for each in result.skipped[:_SHOWN]:
+        print(f"left out: {printable(each['name'])}: {printable(each['reason'])}")
+    for line in report.ignored:
+        print(f"passed over: {printable(line)}")
+    print(f"train on it: {printable(training_command(result))}")
+    if result.num_classes:
+        print("to condition the networks on the classes, add --set=data.use_labels=true")
+
+
+def training_command(result: manifest.Manifest) -> str:
+    """What trains on a data set, as a shell takes it, started where this command was."""
+    workdir, count = f"runs/{result.name}", 1
+    while storage.exists(workdir):  # another run's
+        count += 1
+        workdir = f"runs/{result.name}-{count}"
+    beside = storage.sibling(storage.resolve("package:configs"), "../configs/auto.yaml")
+    found = storage.isfile(_CONFIG) or not storage.isfile(beside)
+    command_line = ["python", "-m", "trainer.task", f"--config={_CONFIG if found else beside}"]
+    return shlex.join([*command_line, f"--data={result.directory}", f"--workdir={workdir}"])
 
 
 def main(argv: Sequence[str]) -> None:

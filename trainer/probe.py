@@ -222,9 +222,11 @@ def probe_data(config: Config) -> None:
         raise UsageError("no data set: give --data, the directory that trainer.convert wrote")
     from trainer.data import speed as data_speed
     from trainer.data.pipeline import ImageStream
+    from trainer.data.shards import BadRecords
     from trainer.training import speed
 
     manifest = _manifest(config)
+    bad_records = BadRecords(manifest, config.data.max_bad_records)
     run = speed.Run.create(config, _shape(manifest, config))
     stream = ImageStream(
         manifest,
@@ -234,8 +236,9 @@ def probe_data(config: Config) -> None:
         use_labels=config.data.use_labels,
         mirror=config.data.mirror,
         window=config.data.window,
+        bad_records=bad_records,
     )
-    found = data_speed.measure(stream, manifest, seconds=FLAGS.seconds)
+    found = data_speed.measure(stream, manifest, bad_records, seconds=FLAGS.seconds)
     need, source = _need(run)
     _print_rows(
         [
@@ -245,7 +248,7 @@ def probe_data(config: Config) -> None:
             ("step", f"{need:,.1f} images/s, {source}"),
         ]
     )
-    readings = data_speed.measure_reading(manifest, seconds=FLAGS.seconds)
+    readings = data_speed.measure_reading(manifest, bad_records, seconds=FLAGS.seconds)
     mean = sum(shard.bytes for shard in manifest.shards) / manifest.num_images
     print(f"\n{reading_table(readings, need, need * mean)}\n")
     times = found.pipeline / need

@@ -395,12 +395,14 @@ def test_a_shard_that_changes_under_way_is_named(build, tmp_path, change):
 # ---- records left out ----------------------------------------------------------------------------
 
 
-def damage(data: manifest.Manifest) -> None:
-    """Spoils the payload of record 5 in shard 1, and the length of its record 18."""
+def damage(data: manifest.Manifest) -> dict[int, int]:
+    """Spoils the payload of record 5 in shard 1, and the length of its record 18; their places."""
     path = Path(data.path(1))
     content = bytearray(path.read_bytes())
     place = 0
+    starts = {}
     for number in range(19):
+        starts[number] = place
         if number == 18:
             content[place] ^= 1
         length = int.from_bytes(content[place : place + 8], "little")
@@ -408,6 +410,7 @@ def damage(data: manifest.Manifest) -> None:
             content[place + 12 + length // 2] ^= 1
         place += 16 + length
     path.write_bytes(content)
+    return starts
 
 
 # Record n of shard 1 is image 30 + n. Blocks have four records: 16 to 19 lie together, and behind
@@ -422,26 +425,27 @@ def test_damaged_records_give_way_to_their_neighbours(build, tmp_path, monkeypat
     monkeypatch.setattr(pipeline, "_HELD_BYTES", 256 << 20 if held else 0)
     data = build(tmp_path, [30, 30], block=4)
     sound = take(stream_of(data, **options), 30)
-    damage(data)
+    starts = damage(data)
     told: list[str] = []
-    found = take(stream_of(data, max_bad_records=3, tell=told.append, **options), 30)
+    bad_records = shards.BadRecords(data, 3, told.append)
+    found = take(stream_of(data, bad_records=bad_records, **options), 30)
     assert found == {
         group: [SHOWN.get(number, number) for number in numbers] for group, numbers in sound.items()
     }
-    lines = [re.sub(r" in \S+:", ":", line) for line in sorted(told)]
+    lines = [re.sub(r" in \S+,", ",", line) for line in sorted(told)]
     name = "shard set-00001-of-00002.tfrecord"
     assert [line.partition(" (")[0] for line in lines] == [
-        f"left out: record 18 of {name}: its length is damaged",
-        f"left out: record 19 of {name}: a damaged length before it hides where it starts",
-        f"left out: record 5 of {name}: its checksum is wrong",
+        f"left out: record 18 of {name}, at byte {starts[18]}: its length is damaged, which hides "
+        f"those behind it up to record 19, before byte {data.shards[1].index[5]}",
+        f"left out: record 5 of {name}, at byte {starts[5]}: its checksum is wrong",
     ]
-    assert sum("of data.max_bad_records=3)" in line for line in lines) == 3
+    assert any("(3 of data.max_bad_records=3)" in line for line in lines)
 
 
 def test_a_block_without_a_sound_record_shows_the_first_of_the_next(build, tmp_path, payload_of):
     spoiled = dict.fromkeys((4, 5, 6, 7), b"no example")
     data = build(tmp_path, [12], block=4, payloads=spoiled)
-    found = take(stream_of(data, max_bad_records=4, tell=lambda line: None), 6)
+    found = take(stream_of(data, bad_records=shards.BadRecords(data, 4)), 6)
     assert {number for numbers in found.values() for number in numbers} == {
         0,
         1,
@@ -453,18 +457,82 @@ def test_a_block_without_a_sound_record_shows_the_first_of_the_next(build, tmp_p
     assert sorted(shown) == [0, 1, 2, 3, 8, 8, 8, 8, 8, 9, 10, 11]
 
 
+def test_grids_and_the_stream_count_a_damaged_record_once(build, tmp_path):
+    """And show the same in its place, whoever meets it first."""
+    data = build(tmp_path, [30, 30], block=4, classes=3)
+    damage(data)
+    shown: dict[tuple[str, str], object] = {}
+    told: dict[str, list[str]] = {}
+    for first in ("grid", "stream"):
+        told[first] = []
+        bad_records = shards.BadRecords(data, 3, told[first].append)
+        stream = stream_of(data, bad_records=bad_records, use_labels=True)
+        for what in ("grid", "stream") if first == "grid" else ("stream", "grid"):
+            if what == "stream":
+                shown[first, what] = take(stream, 30)
+            else:
+                images, labels = shards.read_images(data, range(60), bad_records)
+                numbers = np.ravel(numbers_of(tf.constant(images[None])))
+                np.testing.assert_array_equal(labels, numbers % 3)
+                shown[first, what] = numbers.tolist()
+    expected = [SHOWN.get(number, number) for number in range(60)]
+    assert shown["grid", "grid"] == shown["stream", "grid"] == expected
+    assert shown["grid", "stream"] == shown["stream", "stream"]
+    assert len(told["grid"]) == len(told["stream"]) == 2
+
+
+def test_a_grid_of_another_workers_damaged_shard_leaves_the_stream_alone(build, tmp_path):
+    data = build(tmp_path, [30, 30], block=4)
+    expected = take(stream_of(data, num_workers=2), 20)
+    damage(data)
+    bad_records = shards.BadRecords(data, 3)
+    shards.read_images(data, range(60), bad_records)
+    assert take(stream_of(data, num_workers=2, bad_records=bad_records), 20) == expected
+
+
+def test_single_images_name_a_damaged_record_and_the_option(build, tmp_path):
+    data = build(tmp_path, [30, 30], block=4)
+    starts = damage(data)
+    message = (
+        rf"record 5 of shard set-00001-of-00002.tfrecord in .*, at byte {starts[5]}: its checksum "
+        r"is wrong; .*more than 0 records be left out \(--set=data\.max_bad_records=10\)"
+    )
+    with pytest.raises(DataError, match=message):
+        shards.read_images(data, range(60))
+
+
+def test_the_only_record_of_a_shard_gives_way_to_the_next_shards_first(build, tmp_path):
+    data = build(tmp_path, [1, 3], payloads={0: b"no example"})
+    images, _ = shards.read_images(data, range(4), shards.BadRecords(data, 1))
+    assert np.ravel(numbers_of(tf.constant(images[None]))).tolist() == [1, 1, 2, 3]
+
+
+def test_speed_is_measured_of_a_data_set_with_damaged_records(build, tmp_path):
+    data = build(tmp_path, [30, 30], block=4, payloads={2: b"no example"})
+    damage(data)
+    told: list[str] = []
+    bad_records = shards.BadRecords(data, 4, told.append)
+    stream = stream_of(data, bad_records=bad_records)
+    assert speed.measure(stream, data, bad_records, seconds=0.2).pipeline > 0
+    readings = speed.measure_reading(data, bad_records, seconds=0.5)
+    assert all(each.images > 0 for each in readings)
+    assert len(told) == 3
+    with pytest.raises(DataError, match="record .* of shard .*data.max_bad_records"):
+        speed.measure_reading(data, seconds=5)
+
+
 def test_more_damaged_records_than_allowed_end_the_stream(build, tmp_path):
     data = build(tmp_path, [30, 30], block=4)
     damage(data)
-    message = r"number 3 that is damaged; .*more than 2 be left out \(data.max_bad_records\)"
+    message = r"3 records are damaged so far; .*more than 2 records .*data\.max_bad_records="
     with pytest.raises(DataError, match=message):
-        drain(data, max_bad_records=2, tell=lambda line: None)
+        drain(data, bad_records=shards.BadRecords(data, 2))
 
 
 def test_a_data_set_of_damaged_records_only_is_named(build, tmp_path):
     data = build(tmp_path, [3], payloads=dict.fromkeys(range(3), b"no example"))
     with pytest.raises(DataError, match="record 0 of shard"):
-        drain(data, max_bad_records=3, tell=lambda line: None)
+        drain(data, bad_records=shards.BadRecords(data, 3))
 
 
 # ---- a storage that fails ------------------------------------------------------------------------

@@ -34,7 +34,11 @@ def archive(path, members, **options):
 def test_a_folder_is_listed_in_order_without_what_is_hidden_or_no_image(folder):
     source = sources.open_source(str(folder))
     assert source.names == ["a/1.JPG", "a/deep/3.webp", "b/2.png"]
-    assert source.ignored == 3
+    assert source.ignored.count == 3
+    assert source.ignored.lines() == [
+        "2 files or folders of the source are hidden: .git/, a/.hidden.png",
+        "1 files of the source are no images by their names: notes.txt",
+    ]
     assert sources.Reader(source.path).read("b/2.png", None) == b"b/2.png"
 
 
@@ -45,6 +49,7 @@ def test_a_remote_folder_is_listed_the_same(folder):
         source = sources.open_source("memory://photos")
         assert source.names == ["a/1.JPG", "a/deep/3.webp", "b/2.png"]
         assert source.sizes == sources.open_source(str(folder)).sizes
+        assert source.ignored.lines() == sources.open_source(str(folder)).ignored.lines()
         assert sources.Reader(source.path).read("b/2.png", None) == b"b/2.png"
     finally:
         memory.rm("/photos", recursive=True)
@@ -54,7 +59,7 @@ def test_a_remote_folder_is_listed_the_same(folder):
 def test_an_archive_reads_like_a_folder(tmp_path, method):
     members = [("b.png", b"x" * 5000), ("./a/c.jpg", b"short"), ("__MACOSX/d.png", b""), ("e", b"")]
     source = sources.open_source(archive(tmp_path / "s.zip", members, compression=method))
-    assert source.names == ["a/c.jpg", "b.png"] and source.ignored == 2
+    assert source.names == ["a/c.jpg", "b.png"] and source.ignored.count == 2
     assert source.members is not None
     reader = sources.Reader(source.path)
     assert [
@@ -86,6 +91,73 @@ def test_a_link_to_a_folder_above_is_an_error_not_a_loop(folder):
     os.symlink(folder, folder / "a" / "again")
     with pytest.raises(DataError, match="link to a folder above"):
         sources.open_source(str(folder))
+
+
+def test_links_to_nothing_are_errors_or_named(folder, tmp_path):
+    """To an image, to a folder, to itself."""
+    for name in ("a/4.png", "class1", "b/loop.png", "loop", ".old"):
+        target = name.rpartition("/")[2] if "loop" in name else tmp_path / "gone" / name
+        os.symlink(target, folder / name)
+    source = sources.open_source(str(folder))
+    assert source.names == ["a/1.JPG", "a/4.png", "a/deep/3.webp", "b/2.png", "b/loop.png"]
+    assert source.lost == {
+        "class1": f"it is a link to {tmp_path}/gone/class1, which is not there",
+        "loop": "it is a link to loop, which is not there",
+    }
+    for name in ("a/4.png", "b/loop.png"):
+        with pytest.raises(DataError, match="it is a link to .*, which is not there"):
+            sources.Reader(source.path).read(name, None)
+    assert source.ignored.count == 4
+
+
+def test_a_folder_that_cannot_be_listed_is_named(folder, monkeypatch):
+    listed = os.scandir
+
+    def scandir(path):
+        if str(path).rstrip("/").endswith("deep"):
+            raise PermissionError(13, "Permission denied")
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    source = sources.open_source(str(folder))
+    assert source.names == ["a/1.JPG", "b/2.png"]
+    assert source.lost == {"a/deep/": "it cannot be listed (Permission denied)"}
+
+
+def test_pipes_and_sockets_are_counted_and_not_opened(folder):
+    os.mkfifo(folder / "a" / "pipe.png")
+    os.symlink("pipe.png", folder / "a" / "link.png")
+    os.symlink("/dev/null", folder / "device.png")
+    source = sources.open_source(str(folder))
+    assert len(source.names) == 3
+    special = (
+        "3 files of the source are sockets, pipes or devices: device.png, a/link.png, a/pipe.png"
+    )
+    assert special in source.ignored.lines()
+
+
+def test_what_an_archive_holds_besides_images_is_counted(tmp_path):
+    def entry(name: str, mode: int) -> zipfile.ZipInfo:
+        info = zipfile.ZipInfo(name)
+        info.external_attr = mode << 16
+        return info
+
+    path = tmp_path / "s.zip"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("a.png", b"1")
+        file.writestr(entry("class1", 0o120777), "../elsewhere")
+        file.writestr(entry("pipe.png", 0o010644), b"")
+        file.writestr("folder/", b"")
+        file.writestr("odd.png/", b"content")
+        file.writestr("readme\x1b[2J.txt", b"")
+    source = sources.open_source(str(path))
+    assert source.names == ["a.png"]
+    assert source.lost == {"class1": "it is a link, which is not followed in an archive"}
+    assert source.ignored.lines() == [
+        "1 files of the source are sockets, pipes or devices: pipe.png",
+        "1 names in the source end with '/', as those of folders: odd.png/",
+        "1 files of the source are no images by their names: 'readme\\x1b[2J.txt'",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -337,17 +337,19 @@ def listdir(path: str) -> list[str]:
 
 
 def walk(path: str) -> Iterator[tuple[str, int, int | None]]:
-    """Name below `path`, bytes and CRC32C (None if the listing has none) of each object."""
+    """Name below `path`, bytes and CRC32C (None if the listing has none) of each object.
+
+    Names that end with '/', and '' for `path` itself, are what Google's console makes for an empty
+    folder.
+    """
     bucket, name = _split(path)
     prefix = f"{name}/" if name else ""
     objects, _ = _list(path, prefix)
     for blob in objects:
-        if blob.name.endswith("/"):  # what Google's console makes for an empty folder
-            continue
         length, crc = blob.size, _crc32c(blob)
-        if length is None:
+        if length is None and not blob.name.endswith("/"):
             length, crc = digest(f"gs://{bucket}/{blob.name}")
-        yield blob.name[len(prefix) :], int(length), crc
+        yield blob.name[len(prefix) :], int(length or 0), crc
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -513,6 +515,17 @@ def put(path: str, data: bytes) -> None:
 def put_file(path: str, local: str) -> None:
     """Writes an object from a file on the disk."""
     _upload(path, _blob(path).upload_from_filename, local)
+
+
+def put_new_file(path: str, local: str) -> bool:
+    """Writes an object from a file on the disk if there is none; whether there was none."""
+    from google.api_core.exceptions import PreconditionFailed
+
+    try:
+        _upload(path, _blob(path).upload_from_filename, local, if_generation_match=0)
+    except PreconditionFailed:
+        return False
+    return True
 
 
 def _upload(path: str, request: Any, content: _Content, **kwargs: Any) -> None:

@@ -650,8 +650,8 @@ def _try_base_grid(height: int, width: int) -> BaseGrid | None:
     return BaseGrid(height, width, doublings) if fits else None
 
 
-def _nearest_resolutions(height: int, width: int, count: int = 3) -> list[tuple[int, int]]:
-    """The closest sizes that work; square ones for a square."""
+def nearest_resolutions(height: int, width: int, count: int = 3) -> list[tuple[int, int]]:
+    """The closest (height, width) that `base_grid` takes; square ones for a square."""
     found: set[tuple[int, int]] = set()
     for doublings in range(1, 12):
         cell = 2**doublings
@@ -681,7 +681,7 @@ def base_grid(resolution: tuple[int, int]) -> BaseGrid:
     height, width = resolution
     grid = _try_base_grid(height, width)
     if grid is None:
-        nearest = ", ".join(f"{h}x{w}" for h, w in _nearest_resolutions(height, width))
+        nearest = ", ".join(f"{h}x{w}" for h, w in nearest_resolutions(height, width))
         raise ConfigError(
             f"resolution {height}x{width} (height x width) is not a grid of 4 to 7 (long side up "
             f"to 32) doubled one or more times; convert to one that is, the nearest are {nearest}"
@@ -695,9 +695,12 @@ _AUTO_GPUS = 8  # NVIDIA's rule scales with the GPUs; a fixed count keeps the re
 
 
 def _auto_batch(resolution: int) -> tuple[int, int]:
-    """(batch size, mbstd group size) of NVIDIA's --cfg=auto with `_AUTO_GPUS` GPUs."""
+    """(batch size, mbstd group size) of NVIDIA's --cfg=auto with `_AUTO_GPUS` GPUs.
+
+    Above 2048 pixels NVIDIA's group would be one image, of which path length cannot take a half.
+    """
     batch = max(min(_AUTO_GPUS * min(4096 // resolution, 32), 64), _AUTO_GPUS)
-    return batch, min(batch // _AUTO_GPUS, 4)
+    return batch, min(max(batch // _AUTO_GPUS, 2), 4)
 
 
 def resolve(config: Config, *, resolution: tuple[int, int]) -> Config:

@@ -109,6 +109,13 @@ def put_file(path: str, local: str) -> None:
     fs.put_file(local, name)
 
 
+def put_new_file(path: str, local: str) -> bool:
+    if isfile(path):
+        return False
+    put_file(path, local)
+    return True
+
+
 def put_if(path: str, data: bytes, generation: int) -> int | None:
     if (read(path)[1] if isfile(path) else 0) != generation:
         return None

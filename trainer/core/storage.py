@@ -209,15 +209,23 @@ def listdir(path: str) -> list[str]:
         return _store(path).listdir(path) if is_remote(path) else sorted(os.listdir(path))
 
 
-def walk(path: str) -> dict[str, Digest]:
+def walk(path: str, *, folders: bool = False) -> dict[str, Digest]:
     """Every file below a directory, however deep, by its name from there on; by one listing.
 
     {} where there is no directory. Files may come and go meanwhile. The checksums are known only on
     Cloud Storage.
+
+    Args:
+      path: the directory.
+      folders: give objects whose names end with '/', too, which stand for empty folders.
     """
     with _reported("list", path):
         if is_remote(path):
-            return {name: Digest(size, crc) for name, size, crc in _store(path).walk(path)}
+            return {
+                name: Digest(size, crc)
+                for name, size, crc in _store(path).walk(path)
+                if folders or not f"/{name}".endswith("/")
+            }
         found = {}
         for folder, _, names in os.walk(path):
             for name in names:
@@ -279,14 +287,22 @@ def makedirs(path: str) -> None:
 
 
 @contextlib.contextmanager
-def open_write_atomic(path: str) -> Iterator[IO[bytes]]:
+def open_write_atomic(path: str, *, new: bool = False) -> Iterator[IO[bytes]]:
     """A binary file object whose content appears at `path` when the block ends, or never.
 
     Locally the bytes go to a temporary file beside it, reach the disk, and take the name in one
     step; an object store does the same by itself. Directories above are made.
+
+    Args:
+      path: the file.
+      new: never replace a file; one with the same content is fine.
+
+    Raises:
+      ConflictError: `new`, and there is another file.
+      StorageError: it cannot be written.
     """
     if is_remote(path):
-        with _write_remote(path) as file:
+        with _write_remote(path, new) as file:
             yield file
         return
     folder, name = os.path.split(path)
@@ -298,7 +314,10 @@ def open_write_atomic(path: str) -> Iterator[IO[bytes]]:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            if new:
+                _give_new_name(temporary, path)
+            else:
+                os.replace(temporary, path)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.remove(temporary)
@@ -306,15 +325,41 @@ def open_write_atomic(path: str) -> Iterator[IO[bytes]]:
         _sync_directory(folder or ".")
 
 
+def _give_new_name(temporary: str, path: str) -> None:
+    """Renames a local file, unless there is another one of that name."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        _check_same(temporary, path)
+    except OSError as error:
+        if error.errno not in {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}:
+            raise
+        # A file system without hard links.
+        if not os.path.lexists(path):
+            os.replace(temporary, path)
+            return
+        _check_same(temporary, path)
+    os.remove(temporary)
+
+
+def _check_same(local: str, path: str) -> None:
+    """Raises ConflictError if a file is another than the local one that was to become it."""
+    if digest(local) != digest(path):
+        raise _conflict(path)
+
+
 @contextlib.contextmanager
-def _write_remote(path: str) -> Iterator[IO[bytes]]:
+def _write_remote(path: str, new: bool) -> Iterator[IO[bytes]]:
     # Uploading while writing would leave the first half of an interrupted write as the object.
     with _reported("write", path):
         try:
             with tempfile.NamedTemporaryFile(dir=temporary_directory()) as file:
                 yield file
                 file.flush()
-                _store(path).put_file(path, file.name)
+                if not new:
+                    _store(path).put_file(path, file.name)
+                elif not _store(path).put_new_file(path, file.name):
+                    _check_same(file.name, path)
         except OSError as error:
             if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
                 raise

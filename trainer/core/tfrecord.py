@@ -66,27 +66,28 @@ def read_records(file: IO[bytes], offset: int = 0) -> Iterator[bytes]:
         yield payload[:length]
 
 
-def scan_records(content: bytes) -> list[bytes | str]:
-    """The payload of each record in a run of them, or what is wrong with the record.
+def scan_records(content: bytes) -> list[tuple[int, bytes | str]]:
+    """Where each record in a run of them starts, and its payload or what is wrong with it.
 
     A damaged length hides where the next record starts: what comes after it is not told apart, and
     the list ends there.
     """
-    found: list[bytes | str] = []
+    found: list[tuple[int, bytes | str]] = []
     place = 0
     while place < len(content):
-        header = content[place : place + _HEADER.size]
+        start = place
+        header = content[start : start + _HEADER.size]
         place += _HEADER.size
         if len(header) < _HEADER.size:
-            return [*found, "the file ends in the middle of it"]
+            return [*found, (start, "the file ends in the middle of it")]
         length, expected = _HEADER.unpack(header)
         if expected != _masked_crc(header[:8]) or length > _MAX_RECORD:
-            return [*found, "its length is damaged"]
+            return [*found, (start, "its length is damaged")]
         payload = content[place : place + length]
         mark = content[place + length : place + length + _CHECKSUM.size]
         place += length + _CHECKSUM.size
         if len(mark) < _CHECKSUM.size:
-            return [*found, "the file ends in the middle of it"]
+            return [*found, (start, "the file ends in the middle of it")]
         sound = _CHECKSUM.unpack(mark)[0] == _masked_crc(payload)
-        found.append(payload if sound else "its checksum is wrong")
+        found.append((start, payload if sound else "its checksum is wrong"))
     return found

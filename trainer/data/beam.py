@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 from trainer.core import documents, storage
 from trainer.core.errors import DataError, TrainerError, UsageError
+from trainer.data import journal as journal_lib
 from trainer.data import manifest, sources
 from trainer.data.conversion import Done, Frame, Task, encode_all, write_shard
 
@@ -76,13 +77,15 @@ def make_shard(frame: Frame, dest: str, name: str) -> str:
     An image that cannot be used is no failure of the machine, which would be tried again: it is
     noted for the caller.
     """
-    entry = storage.join(dest, manifest.PARTIAL_NAME, f"{name}.json")
-    if storage.isfile(entry) and storage.isfile(storage.join(dest, name)):
+    journal = journal_lib.of_machine(dest, frame.plan)
+    if journal.finished([name], frame.num_classes)[0]:
         return name
+    journal.check()
     tasks = _load(storage.read_bytes(_tasks_path(dest, name)))
     try:
-        write_shard(frame, dest, name, _outcomes(frame, tasks))
+        write_shard(frame, journal, name, _outcomes(frame, tasks))
     except DataError as error:
+        journal.check()
         storage.write_text_atomic(_error_path(dest, name), str(error))
         logging.getLogger(__name__).error("%s", error)
     return name

@@ -6,7 +6,8 @@ conversion was interrupted, nor on whether Apache Beam's machines did it (`train
 is complete is kept in the journal, `<dest>/.partial/`.
 
 A shard gets its name when it is complete: on a disk it is renamed, in an object store uploaded
-whole. Whoever makes it again, as a machine does whose success was not heard of, makes the same.
+whole. Whoever makes it again, as a machine does whose success was not heard of, makes the same. That
+nobody else's shards get in is the business of `trainer.data.journal`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import multiprocessing.connection
 import os
 import re
 import signal
+import sys
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent import futures
@@ -30,9 +32,12 @@ from typing import Any
 import numpy as np
 import PIL
 
-from trainer.core import documents, storage, tensorflow_log, tfrecord
+from trainer.core import storage, tensorflow_log, tfrecord
 from trainer.core.errors import DataError, TrainerError, UsageError
-from trainer.data import images, journal, manifest, records, sources
+from trainer.core.text import printable
+from trainer.data import images, manifest, records, sources
+from trainer.data import journal as journal_lib
+from trainer.data.journal import Journal
 
 _SHARD_BYTES = 100 << 20  # a shard has this much or up to twice it
 _MIN_SHARDS = 8
@@ -76,12 +81,19 @@ class Settings:
 
 @dataclass
 class Report:
-    """How it went: images whose bytes were kept, scaled up, stretched; files that are no images."""
+    """How it went.
+
+    Attributes:
+      kept: images whose own bytes were taken.
+      enlarged: images that were scaled up.
+      stretched: images whose proportions changed.
+      ignored: a line for each kind of files that were passed over, with their count and some names.
+    """
 
     kept: int = 0
     enlarged: int = 0
     stretched: int = 0
-    ignored: int = 0
+    ignored: list[str] = dataclasses.field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -120,12 +132,16 @@ class Frame:
       source: path of the images.
       reference: the image whose channels all others must have.
       channels: those.
+      num_classes: 0 without labels.
+      plan: fingerprint of the plan; '' while that is made.
     """
 
     settings: Settings
     source: str
     reference: str
     channels: int
+    num_classes: int
+    plan: str = ""
 
     def check(self, task: Task, done: Done) -> Done | None:
         """The outcome, or None for a bad image that may be left out.
@@ -169,8 +185,9 @@ class _Plan:
     channels: int
     chunk: int
 
-    def frame(self, settings: Settings) -> Frame:
-        return Frame(settings, self.source.path, self.reference, self.channels)
+    def frame(self, settings: Settings, plan: str = "") -> Frame:
+        classes = len(self.labels.names)
+        return Frame(settings, self.source.path, self.reference, self.channels, classes, plan)
 
     def tasks(self, numbers: np.ndarray) -> list[Task]:
         members = self.source.members
@@ -184,6 +201,7 @@ def convert(
     settings: Settings,
     progress: Callable[[int, int, int], None],
     beam: Callable[[Frame, str, dict[str, list[Task]]], None] | None = None,
+    log: Callable[[str], object] | None = None,
 ) -> tuple[manifest.Manifest, Report]:
     """Makes a data set, or goes on with one that was interrupted.
 
@@ -193,6 +211,7 @@ def convert(
       beam: makes shards elsewhere, instead of this machine's processes: gets the frame, the
         destination and each pending shard's tasks, and leaves the shards and their entries in the
         journal there.
+      log: gets a line when there is to be a wait for another conversion; by default stderr.
 
     Returns:
       The manifest and what is worth telling the user.
@@ -200,22 +219,52 @@ def convert(
     Raises:
       DataError: the source or an image cannot be used.
       UsageError: the settings do not fit what is at the destination.
+      LeaseHeldError: another conversion writes to the destination.
+      LeaseLostError: another one has taken it over.
+      StorageError: the destination cannot be written, or is not what was written there.
     """
     dest = storage.resolve(settings.dest)
     if dest.rstrip("/") == storage.resolve(settings.source).rstrip("/"):
         raise UsageError("--source and --dest are the same; the data set needs its own directory")
-    _check_destination(settings, dest)
+    if not settings.overwrite:
+        journal_lib.refuse_data_set(dest)  # before anything that takes time
     source = sources.open_source(settings.source)
-    plan = _make_plan(settings, source)
-    name = _dataset_name(dest)
-    _open_journal(settings, plan, dest, name)
-    entries = _write_shards(settings, plan, dest, name, progress, beam)
-    result = manifest.save(_summarise(settings, plan, name, entries), dest)
-    storage.remove_tree(storage.join(dest, manifest.PARTIAL_NAME))
-    report = Report(ignored=source.ignored)
+    _check_lost(settings, source)
+    with journal_lib.locked(dest, log or _to_stderr) as journal:
+        if not settings.overwrite:
+            journal_lib.refuse_data_set(dest)
+        plan = _make_plan(settings, source)
+        journal.clear(overwrite=settings.overwrite)
+        name = _dataset_name(dest)
+        journal.start(_identity(settings, plan), name, len(plan.shards))
+        entries = _write_shards(settings, plan, journal, name, progress, beam)
+        journal.verify(entries)
+        summary = _summarise(settings, plan, name, entries)
+        result = manifest.save(summary, dest, check=journal.check)
+        journal.close()
+    report = Report(ignored=source.ignored.lines())
     for key in ("kept", "enlarged", "stretched"):
         setattr(report, key, sum(entry[key] for entry in entries))
     return result, report
+
+
+def _to_stderr(line: str) -> None:
+    print(printable(line), file=sys.stderr, flush=True)
+
+
+def _check_lost(settings: Settings, source: sources.Source) -> None:
+    """Refuses a source of which a part cannot be found, as far as that may not be left out."""
+    if not source.lost:
+        return
+    name, reason = next(iter(source.lost.items()))
+    if settings.skip_bad:
+        Frame(settings, source.path, "", 0, 0).check_bad(len(source.lost), name, reason)
+        return
+    more = f" ({len(source.lost)} such in all)" if len(source.lost) > 1 else ""
+    raise DataError(
+        f"{name} in {source.path}: {reason}{more}; images may be missing: repair or remove it, or "
+        "leave out what cannot be read with --on_bad=skip"
+    )
 
 
 # ---- plan ----------------------------------------------------------------------------------------
@@ -273,46 +322,12 @@ def _sample(settings: Settings, plan: _Plan) -> tuple[str, int, int]:
     return task.name, first.channels, sum(sizes) // len(sizes)
 
 
-# ---- journal -------------------------------------------------------------------------------------
+# ---- identity ------------------------------------------------------------------------------------
 
 
 def _dataset_name(dest: str) -> str:
     name = re.sub(r"\W+", "_", dest.rstrip("/").rsplit("/", 1)[-1], flags=re.ASCII)
     return name.strip("_") or "images"
-
-
-def _shard_name(name: str, shard: int, shards: int) -> str:
-    return f"{name}-{shard:05d}-of-{shards:05d}.tfrecord"
-
-
-def _check_destination(settings: Settings, dest: str) -> None:
-    """Refuses to touch a data set, or removes it and what is left of unfinished ones."""
-    where = storage.join(dest, manifest.FILE_NAME)
-    if not settings.overwrite:
-        if storage.isfile(where):
-            raise UsageError(
-                f"{dest} holds a data set already; choose another --dest, or replace it with "
-                "--overwrite"
-            )
-        return
-    if storage.isfile(where):
-        try:
-            old = manifest.load(dest)
-        except DataError as error:
-            raise UsageError(
-                f"{where} is not a manifest to overwrite; move it away or choose another --dest "
-                f"({error})"
-            ) from error
-        storage.remove(where)
-        storage.remove_files(old.path(shard) for shard in range(len(old.shards)))
-    partial = storage.join(dest, manifest.PARTIAL_NAME)
-    shards = [name.removesuffix(".json") for name in storage.walk(partial) if _is_entry(name)]
-    storage.remove_files(storage.join(dest, name) for name in shards)
-    storage.remove_tree(partial)
-
-
-def _is_entry(name: str) -> bool:
-    return name.endswith(".tfrecord.json")
 
 
 def _identity(settings: Settings, plan: _Plan) -> dict[str, Any]:
@@ -329,55 +344,9 @@ def _identity(settings: Settings, plan: _Plan) -> dict[str, Any]:
         "--filter": settings.options.filter,
         "--channels": images.MODES.get(settings.options.channels, "auto"),
         "--background": settings.options.background,
-        "--shards": len(plan.shards),
         "--seed": settings.seed,
         "--max_images": settings.max_images,
     }
-
-
-def _open_journal(settings: Settings, plan: _Plan, dest: str, name: str) -> None:
-    """Starts a journal, or checks that the one there is of this very conversion."""
-    partial = storage.join(dest, manifest.PARTIAL_NAME)
-    where = storage.join(partial, "plan.json")
-    identity = _identity(settings, plan)
-    found = _read_json(where) if storage.isfile(where) else {}
-    changed = [key for key in identity if found.get(key) != identity[key]]
-    if changed:
-        if not any(map(_is_entry, storage.walk(partial))):
-            storage.makedirs(partial)
-            storage.write_text_atomic(where, json.dumps(identity, indent=1))
-            return  # nothing was complete that could be lost
-        raise UsageError(
-            f"{dest} holds an unfinished conversion with other settings (changed: "
-            f"{', '.join(changed)}); run it as before, or start anew with --overwrite"
-        )
-    if not storage.is_remote(dest):
-        # A process that was killed leaves the file that it was writing.
-        for entry in storage.listdir(dest):
-            if re.fullmatch(rf"\.{name}-\d+-of-\d+\.tfrecord\.\w+\.tmp", entry):
-                storage.remove_tree(storage.join(dest, entry))
-
-
-def _read_json(where: str) -> dict[str, Any]:
-    try:
-        return documents.read_object(where)
-    except documents.DocumentError:
-        return {}
-
-
-def _finished(dest: str, names: list[str], num_classes: int) -> list[dict[str, Any] | None]:
-    """The journal's entries of the shards, None for those that are not complete."""
-    there = storage.walk(dest)
-
-    def entry(name: str) -> dict[str, Any] | None:
-        where = f"{manifest.PARTIAL_NAME}/{name}.json"
-        if name not in there or where not in there:
-            return None
-        size = there[name].bytes
-        return journal.read_entry(storage.join(dest, where), name, size, num_classes)
-
-    with futures.ThreadPoolExecutor(_READERS) as pool:
-        return list(pool.map(entry, names))
 
 
 # ---- shards --------------------------------------------------------------------------------------
@@ -386,25 +355,30 @@ def _finished(dest: str, names: list[str], num_classes: int) -> list[dict[str, A
 def _write_shards(
     settings: Settings,
     plan: _Plan,
-    dest: str,
+    journal: Journal,
     name: str,
     progress: Callable[[int, int, int], None],
     beam: Callable[[Frame, str, dict[str, list[Task]]], None] | None,
 ) -> list[dict[str, Any]]:
-    names = [_shard_name(name, shard, len(plan.shards)) for shard in range(len(plan.shards))]
-    entries = _finished(dest, names, len(plan.labels.names))
+    count = len(plan.shards)
+    names = [journal_lib.shard_name(name, shard, count) for shard in range(count)]
+    entries = journal.finished(names, len(plan.labels.names))
     pending = [shard for shard, entry in enumerate(entries) if entry is None]
+    journal.remove_incomplete(names[shard] for shard in pending)
     total = sum(len(numbers) for numbers in plan.shards)
     earlier = total - sum(len(plan.shards[shard]) for shard in pending)
     progress(0, earlier, total)
-    frame = plan.frame(settings)
+    frame = plan.frame(settings, journal.plan)
+    lost = len(plan.source.lost)
     if beam is not None:
-        beam(frame, dest, {names[shard]: plan.tasks(plan.shards[shard]) for shard in pending})
-        entries = _finished(dest, names, len(plan.labels.names))
-        _check_all(frame, names, entries)
+        beam(
+            frame, journal.dest, {names[shard]: plan.tasks(plan.shards[shard]) for shard in pending}
+        )
+        entries = journal.finished(names, len(plan.labels.names))
+        _check_all(frame, names, entries, lost)
         progress(total - earlier, earlier, total)
         return [entry for entry in entries if entry is not None]
-    bad = sum(len(entry["skipped"]) for entry in entries if entry)
+    bad = lost + sum(len(entry["skipped"]) for entry in entries if entry)
     count = 0
     outcomes = _run(settings, plan, pending)
 
@@ -417,14 +391,16 @@ def _write_shards(
 
     try:
         for shard in pending:
-            entries[shard] = entry = write_shard(frame, dest, names[shard], counted(shard), bad)
+            entries[shard] = entry = write_shard(frame, journal, names[shard], counted(shard), bad)
             bad += len(entry["skipped"])
     finally:
         outcomes.close()
     return [entry for entry in entries if entry is not None]
 
 
-def _check_all(frame: Frame, names: list[str], entries: list[dict[str, Any] | None]) -> None:
+def _check_all(
+    frame: Frame, names: list[str], entries: list[dict[str, Any] | None], lost: int
+) -> None:
     """Looks at what other machines made."""
     missing = [name for name, entry in zip(names, entries, strict=True) if entry is None]
     if missing:
@@ -434,17 +410,17 @@ def _check_all(frame: Frame, names: list[str], entries: list[dict[str, Any] | No
         )
     skipped = [each for entry in entries if entry for each in entry["skipped"]]
     if skipped:
-        frame.check_bad(len(skipped), skipped[-1]["name"], skipped[-1]["reason"])
+        frame.check_bad(lost + len(skipped), skipped[-1]["name"], skipped[-1]["reason"])
 
 
 def write_shard(
-    frame: Frame, dest: str, name: str, outcomes: Iterable[tuple[Task, Done]], bad: int = 0
+    frame: Frame, journal: Journal, name: str, outcomes: Iterable[tuple[Task, Done]], bad: int = 0
 ) -> dict[str, Any]:
     """Makes one shard and, when it is complete, its entry in the journal.
 
     Args:
       frame: what all shards share.
-      dest: directory of the data set.
+      journal: of the destination.
       name: of the shard.
       outcomes: of its images, in order.
       bad: images that were left out of other shards.
@@ -454,8 +430,9 @@ def write_shard(
 
     Raises:
       DataError: an image cannot be used, or none can.
+      StorageError: it cannot be written, or the destination is another conversion's.
     """
-    with storage.open_write_atomic(storage.join(dest, name)) as file:
+    with storage.open_write_atomic(storage.join(journal.dest, name), new=True) as file:
         writer = records.ShardWriter(file)
         tally = _Tally()
         for task, done in outcomes:
@@ -468,10 +445,8 @@ def write_shard(
                 tally.add(task, good)
         if not writer.offsets:
             raise DataError(f"no image of shard {name} can be used; lower --shards")
-    entry = tally.entry(name, writer)
-    where = storage.join(dest, manifest.PARTIAL_NAME, name + ".json")
-    storage.write_text_atomic(where, json.dumps(entry))
-    return entry
+        journal.check()
+    return journal.add(name, tally.entry(name, writer))
 
 
 def _of_shard(outcomes: Iterator[tuple[Task, Done]], count: int) -> Iterator[tuple[Task, Done]]:
@@ -538,7 +513,10 @@ def _summarise(
             )
             for entry in entries
         ],
-        skipped=[skipped for entry in entries for skipped in entry["skipped"]],
+        skipped=[
+            *({"name": lost, "reason": reason} for lost, reason in plan.source.lost.items()),
+            *(skipped for entry in entries for skipped in entry["skipped"]),
+        ],
     )
 
 

@@ -10,6 +10,8 @@ import hashlib
 import itertools
 import json
 import re
+import shlex
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -127,8 +129,19 @@ def _fingerprint(content: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def save(manifest: Manifest, directory: str) -> Manifest:
-    """Writes the manifest, with its fingerprint, and returns it as `load` would."""
+def save(
+    manifest: Manifest, directory: str, *, check: Callable[[], object] | None = None
+) -> Manifest:
+    """Writes the manifest, with its fingerprint, and returns it as `load` would.
+
+    Args:
+      manifest: of the data set.
+      directory: of the data set.
+      check: called right before the manifest gets its name, which then no other file may have.
+
+    Raises:
+      ConflictError: with `check`: there is another manifest.
+    """
     content = _content(manifest)
     fingerprint = _fingerprint(content)
     shards = ",\n".join(f"  {json.dumps(shard)}" for shard in content.pop("shards"))
@@ -137,7 +150,11 @@ def save(manifest: Manifest, directory: str) -> Manifest:
         for key, value in {"fingerprint": fingerprint, **content}.items()
     ]
     text = "{\n" + ",\n".join([*lines, f' "shards": [\n{shards}\n ]']) + "\n}\n"
-    storage.write_text_atomic(storage.join(directory, FILE_NAME), text)
+    where = storage.join(directory, FILE_NAME)
+    with storage.open_write_atomic(where, new=check is not None) as file:
+        file.write(text.encode())
+        if check is not None:
+            check()
     return dataclasses.replace(manifest, fingerprint=fingerprint, directory=directory)
 
 
@@ -164,7 +181,8 @@ def load(path: str) -> Manifest:
     if "labels" in document and "shards" not in document:
         raise DataError(
             f"{where} holds labels of images, not a converted data set; make one: "
-            f"python -m trainer.convert --source={path} --dest=DATASET --resolution=SIZE"
+            f"python -m trainer.convert {shlex.quote(f'--source={path}')} --dest=DATASET "
+            "--resolution=SIZE"
         )
     try:
         return _parse(document, directory)
@@ -180,7 +198,8 @@ def _missing(path: str, directory: str) -> str:
         )
     return (
         f"no data set at {path} (it has no {FILE_NAME}); make one: "
-        f"python -m trainer.convert --source=IMAGES --dest={path} --resolution=SIZE"
+        f"python -m trainer.convert --source=IMAGES {shlex.quote(f'--dest={path}')} "
+        "--resolution=SIZE"
     )
 
 

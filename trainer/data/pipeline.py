@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import itertools
 import random
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from trainer.core.errors import ConfigError, DataError, StorageError, require_tensorflow
-from trainer.core.text import printable
 
 require_tensorflow()  # before anything imports it
 
@@ -32,6 +30,7 @@ from trainer.core import seeds, storage  # noqa: E402
 from trainer.data import shards  # noqa: E402
 from trainer.data.fetch import Fetcher  # noqa: E402
 from trainer.data.manifest import Manifest  # noqa: E402
+from trainer.data.shards import BadRecords  # noqa: E402
 
 Batch = tuple[tf.Tensor, tf.Tensor, tf.Tensor]
 
@@ -134,7 +133,7 @@ class ImageStream:
     groups is `groups_per_batch // num_workers`.
 
     A stream that fails starts again at the group that it has come to. What passes away is tried
-    until `stall_timeout`; a damaged record is replaced as `shards.mend` says.
+    until `stall_timeout`; a damaged record is replaced as `shards.BadRecords` says.
 
     Args:
       manifest: the data set.
@@ -147,9 +146,9 @@ class ImageStream:
       use_labels: give class numbers.
       mirror: flip each image with probability 1/2, drawn by (seed, place in the stream).
       window: records that are held and permuted together; see `blocks_per_window`.
-      max_bad_records: damaged records that may be left out.
+      bad_records: what is known of damaged records, and how many may be left out; by default none.
       stall_timeout: seconds without a batch, for want of data, after which iterating fails.
-      tell: gets a line about each record left out, each new try, and each shard that stands still.
+      tell: gets a line about each new try, and each shard that stands still.
 
     Raises:
       ConfigError: the numbers do not fit together; says which to change.
@@ -171,7 +170,7 @@ class ImageStream:
         use_labels: bool = False,
         mirror: bool = False,
         window: int = 256,
-        max_bad_records: int = 0,
+        bad_records: BadRecords | None = None,
         stall_timeout: float = 300.0,
         tell: Callable[[str], None] | None = None,
     ) -> None:
@@ -182,20 +181,18 @@ class ImageStream:
         self._use_labels = use_labels
         self._mirror = mirror
         self._window_blocks = blocks_per_window(manifest, window)
-        self._max_bad_records = max_bad_records
+        self._bad_records = bad_records or BadRecords(manifest)
         self._stall_timeout = stall_timeout
-        self._tell = tell or _to_stderr
+        self._tell = tell or shards.log_to_stderr
         self._check(groups_per_batch, start_group, worker)
         self._groups = groups_per_batch // num_workers
         self._next_group = start_group + (worker - start_group) % num_workers
-        self._damaged: set[tuple[int, int]] = set()  # shard, record
-        self._mended: dict[tuple[int, int], list[bytes]] = {}  # of shard, block
         self._failures = 0  # since the last batch
         self._riddles = 0  # of these, complaints about a content that is found sound
         self._waited = 0.0  # seconds since then
         self._next_report = min(_FIRST_REPORT_SEC, stall_timeout / 4)
         own = range(worker, len(manifest.shards), num_workers)
-        shards.check_files(manifest, own, content=max_bad_records == 0)
+        shards.check_files(manifest, own, content=self._bad_records.limit == 0)
         self._fetcher: Fetcher | None = None
         self._start()
 
@@ -256,7 +253,7 @@ class ImageStream:
         self._failures += 1
         needed = self._graph.needed(self._next_group)
         if isinstance(error, _CONTENT):
-            if self._mend(needed):
+            if self._replace(needed):
                 return
             self._riddles += 1
             if self._riddles < 3:
@@ -286,38 +283,17 @@ class ImageStream:
         time.sleep(pause)
         self._waited += pause
 
-    def _mend(self, blocks: list[tuple[int, int]]) -> bool:
+    def _replace(self, blocks: list[tuple[int, int]]) -> bool:
         """Puts other records in the places of damaged ones, as far as that is allowed.
 
         Returns:
-          whether there were any that were not known before.
+          whether there were any that the dataset does not know yet.
         """
-        manifest = self._manifest
         for number in dict.fromkeys(shard for shard, _ in blocks):
-            shards.check_files(manifest, range(number, number + 1))
-        known = len(self._damaged)
+            shards.check_files(self._manifest, range(number, number + 1))
         for shard, block in blocks:
-            if (shard, block) in self._mended:
-                continue
-            mended, damaged = shards.mend(manifest, shard, block)
-            for record in damaged:
-                self._leave_out(record)
-            if not mended:
-                shards.check_shard(manifest, shard)
-            if damaged:
-                self._mended[shard, block] = mended
-        return len(self._damaged) > known
-
-    def _leave_out(self, record: shards.Damaged) -> None:
-        self._damaged.add((record.shard, record.record))
-        count, limit = len(self._damaged), self._max_bad_records
-        if count > limit:
-            more = f"; it is number {count} that is damaged" if limit else ""
-            raise DataError(
-                f"{record.text}{more}; copy or convert the data set again, or let more than "
-                f"{limit} be left out (data.max_bad_records)"
-            )
-        self._tell(f"left out: {record.text} ({count} of data.max_bad_records={limit})")
+            self._bad_records.records(shard, block)
+        return any(each in self._bad_records.replaced.keys() - self._graph.known for each in blocks)
 
     def _start(self) -> None:
         """Builds the dataset from the next group on."""
@@ -331,7 +307,7 @@ class ImageStream:
             mirror=self._mirror,
             window_blocks=self._window_blocks,
             next_group=self._next_group,
-            mended=dict(self._mended),
+            replaced=self._bad_records.replaced,
         )
 
     def _check(self, groups_per_batch: int, start_group: int, worker: int) -> None:
@@ -363,6 +339,7 @@ class _Graph:
     Attributes:
       dataset: of batches.
       reading: table with the numbers of the shards that are being read.
+      known: the blocks, as (shard, block), with damaged records that were known at its start.
     """
 
     def __init__(
@@ -377,7 +354,7 @@ class _Graph:
         mirror: bool,
         window_blocks: int,
         next_group: int,
-        mended: dict[tuple[int, int], list[bytes]],
+        replaced: dict[tuple[int, int], list[bytes]],
     ) -> None:
         self._manifest = manifest
         self._size = size
@@ -388,7 +365,7 @@ class _Graph:
         self._mirror = mirror
         self._window_blocks = window_blocks
         self._next_group = next_group
-        self._mended = mended
+        self._replaced, self.known = dict(replaced), set(replaced)
         self._kept: list[Any] = []
         with tf.device("CPU:0"):
             self.reading = tf.lookup.experimental.MutableHashTable(tf.int64, tf.int64, -1)
@@ -465,7 +442,7 @@ class _Graph:
 
     def _build(self, lanes: _Lanes) -> tf.data.Dataset:
         self._table = {name: tf.constant(getattr(lanes, name)) for name in (*_LANE, "index")}
-        self._set_mended(lanes)
+        self._set_replaced(lanes)
         count, mean = len(lanes.paths), _mean_bytes(self._manifest)
         # A window is read as whole blocks, several at once where each waits for an answer.
         remote = storage.is_remote(lanes.paths[0])
@@ -613,26 +590,27 @@ class _Graph:
         # Not with the time: deterministic runs may not know it.
         self.reading.insert(row["lane"][tf.newaxis], row["lane"][tf.newaxis])
         offset = self._table["index"][place]
-        if not self._mended:
+        if not self._replaced:
             return records_from(row["paths"], offset, self._buffer).take(take)
-        mended = self._table["mended"][place]
-        take = tf.where(mended < 0, take, 0)
-        start, end = (self._table["splits"][mended + n] for n in (1, 2))
+        row_instead = self._table["replaced"][place]
+        take = tf.where(row_instead < 0, take, 0)
+        start, end = (self._table["splits"][row_instead + n] for n in (1, 2))
         instead = tf.data.Dataset.from_tensor_slices(self._table["contents"][start:end])
         return records_from(row["paths"], offset, self._buffer).take(take).concatenate(instead)
 
-    def _set_mended(self, lanes: _Lanes) -> None:
+    def _set_replaced(self, lanes: _Lanes) -> None:
         """Adds to the tables what is shown for blocks with damaged records."""
-        if not self._mended:
-            return
         rows = dict(zip(lanes.lane.tolist(), lanes.row.tolist(), strict=True))
+        # A grid of images may have met damage in the shards of other workers.
+        own = {place: each for place, each in self._replaced.items() if place[0] in rows}
+        self._replaced = own
         numbers = np.full(len(lanes.index), -1)
         # The first row is for all sound blocks, and empty.
-        contents: list[list[bytes]] = [[], *self._mended.values()]
-        for number, (shard, block) in enumerate(self._mended):
+        contents: list[list[bytes]] = [[], *own.values()]
+        for number, (shard, block) in enumerate(own):
             numbers[rows[shard] + block] = number
         self._table |= {
-            "mended": tf.constant(numbers),
+            "replaced": tf.constant(numbers),
             "splits": tf.constant(np.cumsum([0, *map(len, contents)])),
             "contents": tf.constant(list(itertools.chain(*contents)), tf.string),
         }
@@ -674,10 +652,6 @@ def _flip(image: tf.Tensor, flip: tf.Tensor) -> tf.Tensor:
     # What `tf.cond` comes down to, without two functions for each of hundreds of images.
     upright, mirrored = tf.raw_ops.Switch(data=image, pred=flip)
     return tf.raw_ops.Merge(inputs=[upright, tf.reverse(mirrored, [1])]).output
-
-
-def _to_stderr(line: str) -> None:
-    print(printable(line), file=sys.stderr, flush=True)
 
 
 def _options(threads: int) -> tf.data.Options:

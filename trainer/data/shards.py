@@ -1,10 +1,10 @@
 """Shards as such, outside the stream: whether they are sound, single images, damaged records.
 
 A damaged record is never read around in silence. Where some may be left out
-(`data.max_bad_records`), `mend` puts another record of the shard in the place of each: the first
-sound one behind it in its block, going round, or else the first sound one in the blocks behind.
-So what is shown follows from the data set alone, whenever and wherever a run meets the damage, and
-no other image moves.
+(`data.max_bad_records`), `BadRecords` puts another record in the place of each: the first sound one
+behind it in its block, going round, or else the first sound one in the blocks behind, then in the
+shards behind. So what is shown follows from the data set alone, whenever and wherever a run meets
+the damage, and no other image moves.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from __future__ import annotations
 import concurrent.futures
 import io
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
 from trainer.core.errors import DataError, StorageError, require_tensorflow
+from trainer.core.text import printable
 
 require_tensorflow()  # before anything imports it
 
@@ -41,21 +42,6 @@ FEATURES = {
 }
 
 _AGAIN = "copy or convert the data set again"
-
-
-@dataclass(frozen=True)
-class Damaged:
-    """A record that cannot be used.
-
-    Attributes:
-      shard: number of the shard.
-      record: number in the shard.
-      text: the record, its shard and what is wrong with it.
-    """
-
-    shard: int
-    record: int
-    text: str
 
 
 def decode(encoded: tf.Tensor) -> tf.Tensor:
@@ -113,7 +99,10 @@ def check_files(manifest: Manifest, shards: range, *, content: bool = False) -> 
                 f"{where} has {found.bytes} bytes, the manifest says {shard.bytes}; {_AGAIN}"
             )
         if found.crc32c not in (None, shard.crc32c):
-            raise DataError(f"{where} has another content than the manifest says; {_AGAIN}")
+            raise DataError(
+                f"{where} has another content than the manifest says; {_AGAIN}, or let damaged "
+                "records be left out (data.max_bad_records)"
+            )
 
     with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
         list(pool.map(check, shards))
@@ -179,19 +168,23 @@ def _wanted(manifest: Manifest) -> str:
 # ---- single images -------------------------------------------------------------------------------
 
 
-def read_images(manifest: Manifest, indices: Any) -> tuple[np.ndarray, np.ndarray]:
+def read_images(
+    manifest: Manifest, indices: Any, bad_records: BadRecords | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Single images of a data set, by their numbers over all shards in order.
 
     Args:
       manifest: the data set.
       indices: n numbers from 0 to num_images - 1.
+      bad_records: what is known of damaged records, and how many may be left out; by default none.
 
     Returns:
       uint8 [n, H, W, C] and int64 [n] class numbers, -1 without labels.
 
     Raises:
-      DataError: a record is wrong; names shard and record.
+      DataError: more records are damaged than may be left out; names shard and record.
     """
+    bad_records = bad_records or BadRecords(manifest)
     wanted = np.asarray(indices, dtype=np.int64)
     if wanted.size and not 0 <= wanted.min() <= wanted.max() < manifest.num_images:
         raise IndexError(f"images are numbered 0 to {manifest.num_images - 1}")
@@ -206,30 +199,43 @@ def read_images(manifest: Manifest, indices: Any) -> tuple[np.ndarray, np.ndarra
         records = blocks.setdefault((shard, record // manifest.block), {})
         records.setdefault(record, []).append(place)
 
-    def read(item: tuple[tuple[int, int], dict[int, list[int]]]) -> None:
+    def read(item: tuple[tuple[int, int], dict[int, list[int]]]) -> bool:
         (shard, block), places = item
-        for record, (image, label) in _read_records(manifest, shard, block, set(places)):
-            images[places[record]], labels[places[record]] = image, label
+        try:
+            for record, (image, label) in _read_records(manifest, shard, block, set(places)):
+                images[places[record]], labels[places[record]] = image, label
+        except DataError:
+            return False
+        return True
 
+    items = sorted(blocks.items())
     with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
-        list(pool.map(read, sorted(blocks.items())))
+        sound = list(pool.map(read, items))
+    # One after the other, so that it is always the same record that is one too many.
+    for ((shard, block), places), whole in zip(items, sound, strict=True):
+        if not whole:
+            payloads = bad_records.records(shard, block)
+            for record, each in places.items():
+                image, label = _check_record(manifest, payloads[record - block * manifest.block])
+                images[each], labels[each] = image, label
     return images, labels
 
 
 def _read_records(
     manifest: Manifest, shard: int, block: int, wanted: set[int]
 ) -> Iterator[tuple[int, tuple[np.ndarray, int]]]:
-    """Some records of a block, in order, with their numbers in the shard."""
+    """Some records of a block, in order, with their numbers in the shard.
+
+    Raises:
+      DataError: there is something wrong, in these records or before them.
+    """
     record = block * manifest.block
-    try:
-        for payload in tfrecord.read_records(io.BytesIO(_read_block(manifest, shard, block))):
-            if record in wanted:
-                yield record, _check_record(manifest, payload)
-            record += 1
-        if record <= max(wanted):
-            raise DataError("the file ends before it")
-    except DataError as error:
-        raise DataError(f"{_record(manifest, shard, record)}: {error}; {_AGAIN}") from error
+    for payload in tfrecord.read_records(io.BytesIO(_read_block(manifest, shard, block))):
+        if record in wanted:
+            yield record, _check_record(manifest, payload)
+        record += 1
+    if record <= max(wanted):
+        raise DataError("the file ends early")
 
 
 def _read_block(manifest: Manifest, shard: int, block: int) -> bytes:
@@ -248,58 +254,127 @@ def _extent(manifest: Manifest, shard: int, block: int) -> tuple[int, int]:
 # ---- damaged records -----------------------------------------------------------------------------
 
 
-def mend(manifest: Manifest, shard: int, block: int) -> tuple[list[bytes], list[Damaged]]:
-    """A block's records with others in the places of damaged ones, and those.
+class BadRecords:
+    """The damaged records of a data set that a process has met, and what is shown instead.
+
+    All that reads the data set in a process shares one, so that a record that is read twice is
+    counted and named once.
 
     Args:
       manifest: the data set.
-      shard: number of the shard.
-      block: number of the block in the shard.
+      limit: damaged records that may be left out (`data.max_bad_records`).
+      log: gets a line about what is left out.
 
-    Returns:
-      as many payloads as the block has records, and the damaged records in order. Both are empty
-      where what is wrong is no single record, but the shard: it ends early or is another.
-
-    Raises:
-      StorageError: the shard cannot be read.
+    Attributes:
+      limit: likewise.
+      replaced: of the blocks, as (shard, block), with damaged records the payloads shown instead.
     """
-    found = _examine(manifest, shard, block)
-    first = block * manifest.block
-    damaged = [
-        Damaged(shard, first + n, f"{_record(manifest, shard, first + n)}: {each}")
-        for n, each in enumerate(found)
-        if isinstance(each, str)
-    ]
-    if len(damaged) == len(found):
-        other = _first_sound(manifest, shard, block)
-        return ([other] * len(found), damaged) if other is not None else ([], damaged)
-    mended = []
-    for n in range(len(found)):
-        behind = (found[(n + k) % len(found)] for k in range(len(found)))
-        mended.append(next(each for each in behind if isinstance(each, bytes)))
-    return mended, damaged
+
+    def __init__(
+        self, manifest: Manifest, limit: int = 0, log: Callable[[str], object] | None = None
+    ) -> None:
+        self.limit = limit
+        self.replaced: dict[tuple[int, int], list[bytes]] = {}
+        self._manifest, self._log = manifest, log or log_to_stderr
+        self._damaged: set[tuple[int, int]] = set()  # shard, record
+
+    def records(self, shard: int, block: int) -> list[bytes]:
+        """A block's payloads, with others in the places of damaged ones.
+
+        Args:
+          shard: number of the shard.
+          block: number of the block in the shard.
+
+        Raises:
+          DataError: more records are damaged than may be left out; or what is wrong is no single
+            record, but the shard: it ends early or is another.
+          StorageError: the shard cannot be read.
+        """
+        if (shard, block) in self.replaced:
+            return self.replaced[shard, block]
+        manifest = self._manifest
+        found = _examine(manifest, shard, block)
+        self._leave_out(shard, block, found)
+        sound = [each for _, each in found if isinstance(each, bytes)]
+        if sound and len(sound) == len(found):
+            return sound
+        other = None if sound or not found else _first_sound(manifest, shard, block)
+        if not sound and other is None:
+            check_shard(manifest, shard)
+            raise DataError(
+                f"shard {manifest.shards[shard].name} of {manifest.directory} changes while it is "
+                "read; run the same command again"
+            )
+        shown = []
+        for n in range(len(found)):
+            behind = (found[(n + k) % len(found)][1] for k in range(len(found)))
+            shown.append(next((each for each in behind if isinstance(each, bytes)), other or b""))
+        self.replaced[shard, block] = shown
+        return shown
+
+    def _leave_out(self, shard: int, block: int, found: list[tuple[int, bytes | str]]) -> None:
+        """Counts and names a block's damaged records."""
+        first = block * self._manifest.block
+        for n, (place, each) in enumerate(found):
+            if not isinstance(each, str) or (shard, first + n) in self._damaged:
+                continue
+            # Those behind a damaged length have its place: they are lost together.
+            lost = [k for k in range(n, len(found)) if found[k][0] == place]
+            self._damaged |= {(shard, first + k) for k in lost}
+            self._report(self._text(shard, first + n, first + lost[-1], place, each))
+
+    def _text(self, shard: int, first: int, last: int, place: int, problem: str) -> str:
+        text = f"{_record(self._manifest, shard, first)}, at byte {place}: {problem}"
+        if first == last:
+            return text
+        entry = self._manifest.shards[shard]
+        known = [*entry.index, entry.bytes][first // self._manifest.block + 1]
+        return f"{text}, which hides those behind it up to record {last}, before byte {known}"
+
+    def _report(self, text: str) -> None:
+        count = len(self._damaged)
+        if count > self.limit:
+            so_far = f"; {count} records are damaged so far" if self.limit else ""
+            raise DataError(
+                f"{text}{so_far}; {_AGAIN}, or let more than {self.limit} records be left out "
+                f"(--set=data.max_bad_records={max(10, 2 * count)})"
+            )
+        self._log(f"left out: {text} ({count} of data.max_bad_records={self.limit})")
+
+
+def log_to_stderr(line: str) -> None:
+    """A line for whoever watches the run."""
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 def _first_sound(manifest: Manifest, shard: int, block: int) -> bytes | None:
-    """The first sound record in the blocks behind one, going round."""
-    blocks = len(manifest.shards[shard].index)
-    for k in range(1, blocks):
-        for each in _examine(manifest, shard, (block + k) % blocks):
-            if isinstance(each, bytes):
-                return each
+    """The first sound record in the blocks behind one, then in the shards behind, going round."""
+    for k in range(len(manifest.shards)):
+        other = (shard + k) % len(manifest.shards)
+        blocks = len(manifest.shards[other].index)
+        first, count = (block + 1, blocks - 1) if other == shard else (0, blocks)
+        for n in range(count):
+            for _, each in _examine(manifest, other, (first + n) % blocks):
+                if isinstance(each, bytes):
+                    return each
     return None
 
 
-def _examine(manifest: Manifest, shard: int, block: int) -> list[bytes | str]:
-    """For each record of a block its payload, or what is wrong with it; [] as for `mend`."""
+def _examine(manifest: Manifest, shard: int, block: int) -> list[tuple[int, bytes | str]]:
+    """For each record of a block where it starts, and its payload or what is wrong with it.
+
+    Records that are hidden by a damaged length have the place and the problem of that one. [] where
+    what is wrong is no single record: the shard ends early or is another.
+    """
     entry, content = manifest.shards[shard], _read_block(manifest, shard, block)
     count = min(manifest.block, entry.count - block * manifest.block)
-    found = tfrecord.scan_records(content)
-    if found and isinstance(found[-1], str) and len(found) < count:
-        found += ["a damaged length before it hides where it starts"] * (count - len(found))
-    if len(found) != count or len(content) != _extent(manifest, shard, block)[1]:
+    start, length = _extent(manifest, shard, block)
+    found = [(start + n, each) for n, each in tfrecord.scan_records(content)]
+    if found and isinstance(found[-1][1], str) and len(found) < count:
+        found += [found[-1]] * (count - len(found))
+    if len(found) != count or len(content) != length:
         return []
-    return [_sound(manifest, each) for each in found]
+    return [(place, _sound(manifest, each)) for place, each in found]
 
 
 def _sound(manifest: Manifest, found: bytes | str) -> bytes | str:

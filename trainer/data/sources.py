@@ -2,20 +2,30 @@
 
 A listing is plain names and small locators, so that 200,000 images fit in little memory and a
 worker process can read its share without listing anything again. Archives are hostile input.
+
+What becomes of what is no sound image file:
+
+  counted and named           hidden files and folders, files with other extensions, sockets, pipes
+                              and devices, folders of archives and object stores that have content
+  lost: an error, or skipped  links to nothing, folders that cannot be listed, links in archives
+  a bad image when it is read empty and unreadable files and links to nothing, all with the name
+                              of an image
+  always an error             a name twice, links to a folder above, names that leave the archive
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
 import io
 import json
 import os
 import posixpath
+import stat
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO
 
@@ -42,6 +52,36 @@ class Member:
     deflated: bool
 
 
+class Ignored:
+    """Files that are passed over: of each kind how many, and the first few."""
+
+    def __init__(self) -> None:
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._names: dict[str, list[str]] = collections.defaultdict(list)
+
+    @property
+    def count(self) -> int:
+        """Of all kinds together."""
+        return self._counts.total()
+
+    def add(self, kind: str, name: str) -> None:
+        """Counts a file."""
+        self._counts[kind] += 1
+        if len(self._names[kind]) < _SHOWN:
+            self._names[kind].append(name)
+
+    def lines(self) -> list[str]:
+        """A line for each kind."""
+        return [f"{n} {kind}: {_shown(self._names[kind], n)}" for kind, n in self._counts.items()]
+
+
+_HIDDEN = "files or folders of the source are hidden"
+_OTHER = "files of the source are no images by their names"
+_SPECIAL = "files of the source are sockets, pipes or devices"
+_FOLDERS = "names in the source end with '/', as those of folders"
+_SHOWN = 3
+
+
 @dataclass(frozen=True)
 class Source:
     """The images of a folder or archive.
@@ -51,7 +91,8 @@ class Source:
       names: sorted paths of the images in it, with '/' between the parts.
       sizes: bytes of each.
       members: where each lies in the archive; None for a folder.
-      ignored: files that are no images by their names.
+      ignored: what is passed over.
+      lost: by its name, why something that may be or hold images cannot be read.
       labels_member: the label file in the archive, if there is one.
     """
 
@@ -59,7 +100,8 @@ class Source:
     names: list[str]
     sizes: list[int]
     members: list[Member] | None
-    ignored: int
+    ignored: Ignored
+    lost: dict[str, str]
     labels_member: Member | None = None
 
     def fingerprint(self) -> str:
@@ -72,7 +114,7 @@ class Source:
 
 
 def open_source(path: str) -> Source:
-    """Lists the images below `path`, hidden files left out.
+    """Lists the images below `path`.
 
     Raises:
       DataError: there is none, or the archive is damaged, encrypted, escapes its root, or holds a
@@ -81,57 +123,132 @@ def open_source(path: str) -> Source:
     path = storage.resolve(path)
     source = _open_zip(path) if storage.isfile(path) else _open_folder(path)
     if not source.names:
+        kinds = [*source.ignored.lines(), *(f"{name}: {why}" for name, why in source.lost.items())]
         raise DataError(
-            f"no image in {path} ({source.ignored} other files); "
-            f"looked for {', '.join(images.EXTENSIONS)}"
+            f"no image in {path} ({source.ignored.count + len(source.lost)} other files); looked "
+            f"for {', '.join(images.EXTENSIONS)}" + "".join(f"; {kind}" for kind in kinds[:5])
         )
     return source
 
 
-def _is_hidden(name: str) -> bool:
-    parts = name.split("/")
-    return any(
-        part == "__MACOSX" or (part.startswith(".") and part not in {".", ".."}) for part in parts
-    )
+def _is_hidden(part: str) -> bool:
+    return part == "__MACOSX" or (part.startswith(".") and part not in {".", ".."})
 
 
 def _is_image(name: str) -> bool:
     return name.lower().endswith(images.EXTENSIONS)
 
 
-def _open_folder(path: str) -> Source:
-    if storage.is_remote(path):
-        files = [(name, digest.bytes) for name, digest in storage.walk(path).items()]
-    else:
-        files = list(_walk(path, "", [])) if storage.isdir(path) else []
-    if not files and not storage.isdir(path):
-        raise DataError(f"no folder or zip archive at {path}; check --source")
-    found = {}
-    ignored = 0
-    for name, size in files:
-        if _is_hidden(name) or not _is_image(name):
-            ignored += 1
+class _Listing:
+    """What is found in a source, sorted out."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, int] = {}
+        self.ignored = Ignored()
+        self.lost: dict[str, str] = {}
+        self._hidden: set[str] = set()
+
+    def is_image(self, name: str) -> bool:
+        """Whether a file is to be taken; counts what is not."""
+        parts = name.split("/")
+        hidden = next((n for n, part in enumerate(parts) if _is_hidden(part)), None)
+        if hidden is not None:
+            # All that lies in a hidden folder counts as one.
+            shown = "/".join(parts[: hidden + 1]) + "/" * (hidden + 1 < len(parts))
+            if shown not in self._hidden:
+                self._hidden.add(shown)
+                self.ignored.add(_HIDDEN, shown)
+        elif name.endswith("/"):
+            self.ignored.add(_FOLDERS, name)
+        elif not _is_image(name):
+            if name != LABEL_FILE:
+                self.ignored.add(_OTHER, name)
         else:
-            found[name] = size
-    names = sorted(found)
-    return Source(path, names, [found[name] for name in names], None, ignored)
+            return True
+        return False
+
+    def source(self, path: str, members: dict[str, Member] | None, labels: Member | None) -> Source:
+        names = sorted(self.found)
+        return Source(
+            path=path,
+            names=names,
+            sizes=[self.found[name] for name in names],
+            members=[members[name] for name in names] if members is not None else None,
+            ignored=self.ignored,
+            lost=self.lost,
+            labels_member=labels,
+        )
 
 
-def _walk(root: str, prefix: str, above: list[tuple[int, int]]) -> Iterator[tuple[str, int]]:
-    folder = os.path.join(root, prefix)
-    try:
-        entries = list(os.scandir(folder))
-        status = os.stat(folder)
+def _open_folder(path: str) -> Source:
+    listing = _Listing()
+    if storage.is_remote(path):
+        files = storage.walk(path, folders=True)
+        for name, digest in files.items():
+            # The name '' is the folder's own.
+            if (name or digest.bytes) and listing.is_image(name or "/"):
+                listing.found[name] = digest.bytes
+        exists = bool(files) or storage.isdir(path)
+    else:
+        exists = storage.isdir(path)
+        if exists:
+            _walk(path, listing)
+    if not exists:
+        raise DataError(f"no folder or zip archive at {path}; check --source")
+    return listing.source(path, None, None)
+
+
+def _walk(root: str, listing: _Listing) -> None:
+    """Lists a folder of this machine; links are followed."""
+    pending: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]
+    while pending:
+        prefix, above = pending.pop()
+        folder = os.path.join(root, prefix)
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+            status = os.stat(folder)
+        except OSError as error:
+            if not prefix:
+                raise DataError(f"cannot list {folder}: {error.strerror}") from error
+            listing.lost[prefix] = f"it cannot be listed ({error.strerror})"
+            continue
         here = (status.st_dev, status.st_ino)
         if here in above:
             raise DataError(f"{folder} is a link to a folder above itself; remove it")
-        for entry in entries:
-            if entry.is_dir():
-                yield from _walk(root, f"{prefix}{entry.name}/", [*above, here])
-            elif entry.is_file():
-                yield prefix + entry.name, entry.stat().st_size
+        folders = [_list_entry(f"{prefix}{entry.name}", entry, listing) for entry in entries]
+        pending += [(each, (*above, here)) for each in reversed(folders) if each]
+
+
+def _list_entry(name: str, entry: os.DirEntry[str], listing: _Listing) -> str:
+    """Sorts out something in a folder; the prefix of its content if it is a folder to be listed."""
+    if _is_hidden(entry.name):
+        inside = "/" if entry.is_dir(follow_symlinks=False) else ""
+        listing.is_image(f"{name}{inside}")
+        return ""
+    try:
+        status = entry.stat()
     except OSError as error:
-        raise DataError(f"cannot list {folder}: {error.strerror}") from error
+        if _is_image(name):
+            listing.found[name] = 0  # whoever reads it says what is wrong
+        elif entry.is_symlink():
+            listing.lost[name] = _link_to_nothing(entry.path) or f"a link: {error.strerror}"
+        elif not isinstance(error, FileNotFoundError):  # else it has gone meanwhile
+            listing.lost[name] = f"it cannot be looked at ({error.strerror})"
+        return ""
+    if stat.S_ISDIR(status.st_mode):
+        return f"{name}/"
+    if not stat.S_ISREG(status.st_mode):
+        listing.ignored.add(_SPECIAL, name)
+    elif listing.is_image(name):
+        listing.found[name] = status.st_size
+    return ""
+
+
+def _link_to_nothing(path: str) -> str:
+    """What is wrong with a link whose target cannot be reached; '' of all else."""
+    if not os.path.islink(path) or os.path.exists(path):
+        return ""
+    return f"it is a link to {os.readlink(path)}, which is not there"
 
 
 def _open_zip(path: str) -> Source:
@@ -141,24 +258,29 @@ def _open_zip(path: str) -> Source:
                 infos = archive.infolist()
         except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
             raise DataError(f"{path} is neither a folder nor a readable zip: {error}") from error
-    found: dict[str, Member] = {}
-    ignored = 0
+    listing = _Listing()
+    members: dict[str, Member] = {}
     labels = None
     for info in infos:
-        if info.is_dir():
+        if info.is_dir() and not info.file_size:
             continue
-        name = _clean(path, info.filename)
+        name = _clean(path, info.filename.rstrip("/")) + "/" * info.is_dir()
+        kind = stat.S_IFMT(info.external_attr >> 16)
+        if kind == stat.S_IFLNK and not any(map(_is_hidden, name.split("/"))):
+            listing.lost[name] = "it is a link, which is not followed in an archive"
+            continue
+        if kind not in {0, stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK}:
+            listing.ignored.add(_SPECIAL, name)
+            continue
         if name == LABEL_FILE:
             labels = _member(path, info)
-        elif _is_hidden(name) or not _is_image(name):
-            ignored += 1
-        elif name in found:
+        if not listing.is_image(name):
+            continue
+        if name in members:
             raise DataError(f"{path} holds {name} twice; remove one")
-        else:
-            found[name] = _member(path, info)
-    names = sorted(found)
-    members = [found[name] for name in names]
-    return Source(path, names, [member.size for member in members], members, ignored, labels)
+        members[name] = _member(path, info)
+        listing.found[name] = members[name].size
+    return listing.source(path, members, labels)
 
 
 def _clean(path: str, name: str) -> str:
@@ -219,12 +341,14 @@ class Reader:
                 self._archive = storage.open_read(self._path)
             return _read_member(self._archive, member)
         except (OSError, ValueError, StorageError) as error:
-            raise DataError(f"it cannot be read ({error})") from error
+            where = self._path if member else storage.join(self._path, *name.split("/"))
+            why = _link_to_nothing(where) or f"it cannot be read ({error})"
+            raise DataError(why) from error
 
     def _read_remote(self, name: str, member: Member | None) -> bytes:
         """The same in one request, mostly."""
         if member is None:
-            where = storage.join(self._path, *name.split("/"))
+            where = f"{self._path.rstrip('/')}/{name}"  # a part of it may be empty
             return storage.read_range(where, 0, images.MAX_BYTES + 1)
         # How long the header is, it says itself; twice as long as is usual will do.
         length = _LOCAL_HEADER.size + 2 * len(name.encode(errors="surrogateescape")) + 256
@@ -360,5 +484,9 @@ def _label_entry(entry: object, where: str) -> tuple[str, int]:
 
 
 def _few(names: list[str]) -> str:
-    shown = ", ".join(shorten(name) for name in names[:3])
-    return f"{len(names)} files ({shown}{', ...' if len(names) > 3 else ''})"
+    return f"{len(names)} files ({_shown(names[:_SHOWN], len(names))})"
+
+
+def _shown(names: list[str], count: int) -> str:
+    """The first of `count` names, fit for a terminal."""
+    return ", ".join(map(shorten, names)) + (", ..." if count > len(names) else "")

@@ -14,9 +14,10 @@ import numpy as np
 import tensorflow as tf
 
 from trainer import data
-from trainer.core import storage, tfrecord
+from trainer.core import tfrecord
 from trainer.data import pipeline, shards
 from trainer.data.manifest import Manifest
+from trainer.data.shards import BadRecords
 
 READERS = (1, 4, 16, 64)
 BLOCKS = (1, 4, 16)
@@ -56,11 +57,15 @@ class Reading:
     images: float
 
 
-def measure_reading(manifest: Manifest, *, seconds: float = 10.0) -> list[Reading]:
+def measure_reading(
+    manifest: Manifest, bad_records: BadRecords | None = None, *, seconds: float = 10.0
+) -> list[Reading]:
     """Times reading alone, from random places of all shards, without decoding.
 
     Args:
       manifest: the data set.
+      bad_records: how many damaged records may be left out; by default none. What is read together
+        with one doesn't count.
       seconds: to measure for, in all.
 
     Returns:
@@ -70,27 +75,42 @@ def measure_reading(manifest: Manifest, *, seconds: float = 10.0) -> list[Readin
     shortest = min(len(shard.index) for shard in manifest.shards)
     sizes = [blocks for blocks in BLOCKS if blocks <= shortest]
     each = seconds / len(sizes) / len(READERS)
-    return [_time_reading(manifest, n, blocks, each) for blocks in sizes for n in READERS]
+    bad = bad_records or BadRecords(manifest)
+    return [_time_reading(manifest, bad, n, blocks, each) for blocks in sizes for n in READERS]
 
 
-def _time_reading(manifest: Manifest, readers: int, blocks: int, seconds: float) -> Reading:
+def _time_reading(
+    manifest: Manifest, bad_records: BadRecords, readers: int, blocks: int, seconds: float
+) -> Reading:
     draw = np.random.default_rng(0)
     places = []
     for number, shard in enumerate(manifest.shards):
         ends = [*shard.index, shard.bytes]
         for first in range(0, len(shard.index) - blocks + 1, blocks):
             length = ends[first + blocks] - ends[first]
-            places.append((manifest.path(number), ends[first], length))
+            places.append((number, first, ends[first], length))
     places = [places[n] for n in draw.permutation(len(places))]
-    paths, offsets, lengths = (list(part) for part in zip(*places, strict=True))
+    numbers, firsts, offsets, lengths = (list(part) for part in zip(*places, strict=True))
+    paths = [manifest.path(number) for number in numbers]
     records_each = blocks * manifest.block
 
-    def read(path: tf.Tensor, offset: tf.Tensor) -> tf.data.Dataset:
+    def read(place: tf.Tensor, path: tf.Tensor, offset: tf.Tensor) -> tf.data.Dataset:
         found = pipeline.records_from(path, offset, pipeline.buffer_bytes(manifest, blocks))
         whole = found.take(records_each).batch(records_each)
-        return whole.map(lambda each: (tf.size(each), tf.reduce_sum(tf.strings.length(each))))
+        sizes = whole.map(lambda each: (tf.size(each), tf.reduce_sum(tf.strings.length(each))))
+        # Whatever cannot be read gives nothing; `look` finds out why.
+        nothing = tf.data.Dataset.from_tensors((tf.constant(0), tf.constant(0)))
+        given = sizes.ignore_errors().concatenate(nothing).take(1)
+        return given.map(lambda count, size: (place, count, size))
 
-    dataset = tf.data.Dataset.from_tensor_slices((paths, tf.constant(offsets, tf.int64)))
+    def look(place: int) -> None:
+        """Counts damaged records; raises what else makes a place unreadable."""
+        for block in range(firsts[place], firsts[place] + blocks):
+            bad_records.records(numbers[place], block)
+
+    dataset = tf.data.Dataset.from_tensor_slices(
+        (range(len(paths)), paths, tf.constant(offsets, tf.int64))
+    )
     dataset = dataset.repeat().interleave(
         read,
         cycle_length=readers,
@@ -105,21 +125,34 @@ def _time_reading(manifest: Manifest, readers: int, blocks: int, seconds: float)
     images = total = 0
     start = time.perf_counter()
     while (elapsed := time.perf_counter() - start) < seconds:
-        count, size = next(iterator)
-        images, total = images + int(count), total + int(size)
+        place, count, size = (int(each) for each in next(iterator))
+        if size + count * tfrecord.OVERHEAD != lengths[place]:
+            look(place)
+            continue
+        images, total = images + count, total + size
     return Reading(readers, sum(lengths) / len(lengths), total / elapsed, images / elapsed)
 
 
-def measure(stream: pipeline.ImageStream, manifest: Manifest, *, seconds: float = 10.0) -> Speed:
+def measure(
+    stream: pipeline.ImageStream,
+    manifest: Manifest,
+    bad_records: BadRecords | None = None,
+    *,
+    seconds: float = 10.0,
+) -> Speed:
     """Times a stream and bare decoding in turns, so that other load on the machine hits both.
 
     Args:
       stream: the pipeline; it is advanced.
       manifest: the stream's data set.
+      bad_records: how many damaged records may be left out; by default none.
       seconds: to measure for, in all.
     """
     groups, size = stream.element_spec[1].shape
-    contenders = [(iter(stream), groups * size), (iter(_bare(manifest)), _CALL)]
+    contenders = [
+        (iter(stream), groups * size),
+        (iter(_bare(manifest, bad_records or BadRecords(manifest))), _CALL),
+    ]
     best = [0.0, 0.0]
     for iterator, _ in contenders:
         next(iterator)
@@ -139,15 +172,15 @@ def _rate(iterator: Iterator[Any], images: int, seconds: float) -> float:
     return count / elapsed
 
 
-def _bare(manifest: Manifest) -> tf.data.Dataset:
+def _bare(manifest: Manifest, bad_records: BadRecords) -> tf.data.Dataset:
     """Nothing but decoding, from memory, in calls of many images on all processors."""
     encoded: list[bytes] = []
-    with storage.open_read(manifest.path(0)) as file:
-        for payload in tfrecord.read_records(file):
+    for block in range(len(manifest.shards[0].index)):
+        for payload in bad_records.records(0, block):
             example = tf.train.Example.FromString(payload)
             encoded.append(example.features.feature["image/encoded"].bytes_list.value[0])
-            if len(encoded) == _SAMPLES:
-                break
+        if len(encoded) >= _SAMPLES:
+            break
     calls = [
         [encoded[(start + n) % len(encoded)] for n in range(_CALL)]
         for start in range(0, len(encoded), _CALL)

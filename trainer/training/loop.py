@@ -28,6 +28,7 @@ from trainer.core.text import printable, quoted
 from trainer.data import manifest as manifest_lib
 from trainer.data.manifest import Manifest
 from trainer.data.pipeline import ImageStream
+from trainer.data.shards import BadRecords
 from trainer.distribution import precision
 from trainer.distribution.cluster import Cluster
 from trainer.distribution.strategy import Placement, choose
@@ -153,6 +154,7 @@ def train(
 
         # ------------------------------------------------------------------ data
         images, step = int(state.images.numpy()), int(state.step.numpy())
+        bad_records = BadRecords(manifest, config.data.max_bad_records)
         stream = ImageStream(
             manifest,
             group_size=arithmetic.group_size,
@@ -164,7 +166,7 @@ def train(
             use_labels=config.data.use_labels,
             mirror=config.data.mirror,
             window=config.data.window,
-            max_bad_records=config.data.max_bad_records,
+            bad_records=bad_records,
             stall_timeout=config.data.stall_timeout,
         )
 
@@ -183,7 +185,11 @@ def train(
             closing.callback(telemetry.close)
         plain, _ = build.networks(config, data, rounded=False)
         snapshots = Snapshots(
-            plain, manifest, use_labels=config.data.use_labels, seed=config.run.seed
+            plain,
+            manifest,
+            use_labels=config.data.use_labels,
+            seed=config.run.seed,
+            bad_records=bad_records,
         )
 
         def snapshot(telemetry: Telemetry, name: str, grid: np.ndarray, kimg: float) -> None:

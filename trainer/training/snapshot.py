@@ -9,6 +9,7 @@ from trainer.core.seeds import Purpose
 from trainer.core.seeds import generator as random_generator
 from trainer.data import shards
 from trainer.data.manifest import Manifest
+from trainer.data.shards import BadRecords
 from trainer.networks.stylegan2 import Generator
 from trainer.telemetry import images
 from trainer.telemetry.images import GridLayout
@@ -26,16 +27,24 @@ class Snapshots:
       manifest: the data set.
       use_labels: give each row a class.
       seed: of the run.
+      bad_records: what is known of damaged records, and how many may be left out; by default none.
+        What is shown in their places follows from the data set alone, as in training.
     """
 
     def __init__(
-        self, generator: Generator, manifest: Manifest, *, use_labels: bool, seed: int
+        self,
+        generator: Generator,
+        manifest: Manifest,
+        *,
+        use_labels: bool,
+        seed: int,
+        bad_records: BadRecords | None = None,
     ) -> None:
-        self._generator, self._manifest = generator, manifest
+        self._generator, self._manifest, self._bad_records = generator, manifest, bad_records
         labels = None
         if use_labels:
             count = min(manifest.num_images, _LABELLED)
-            labels = shards.read_images(manifest, np.arange(count))[1]
+            labels = shards.read_images(manifest, np.arange(count), bad_records)[1]
         self.layout: GridLayout = images.grid_layout(
             manifest.resolution, manifest.num_images, labels, seed=seed
         )
@@ -53,7 +62,7 @@ class Snapshots:
 
     def reals(self) -> np.ndarray:
         """The grid of reals: [rows * H, columns * W, C] uint8."""
-        tiles, _ = shards.read_images(self._manifest, self.layout.indices)
+        tiles, _ = shards.read_images(self._manifest, self.layout.indices, self._bad_records)
         return images.tile(tiles, self.layout.size)
 
     def fakes(self, params: dict[str, tf.Variable]) -> np.ndarray:
