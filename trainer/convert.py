@@ -32,10 +32,12 @@ USAGE = """Convert a folder or zip archive of images into sharded TFRecords with
       --resolution=256 --runner=DataflowRunner --beam=project=mine --beam=region=europe-west4 \\
       --beam=temp_location=gs://bucket/beam --beam=setup_file=./setup.py
 
-PNG, JPEG, WebP, BMP and TIFF files are found by their names, in folders of any depth; what is left
-out, as hidden files are, is counted and named at the end. A link to nothing and a folder that cannot
-be listed stop the conversion, as an image does that cannot be used, unless --on_bad=skip. Images that already are what is asked for keep their own bytes; all others become
-PNGs. Run the same command again after an interruption, and it goes on."""
+PNG, JPEG, WebP, BMP and TIFF files are found by their names, in folders of any depth; what is passed
+over, as hidden files are, is counted and named at the end. Images that already are what is asked for
+keep their coded pixels, without metadata; all others become PNGs. Damaged images, animations, kinds
+whose pixels are not certain, links to nothing and folders that cannot be listed stop the conversion
+by name, or are left out with --on_bad=skip. Run the same command again after an interruption, and it
+goes on."""
 
 _CHANNELS = {"auto": 0, "gray": 1, "rgb": 3, "rgba": 4}
 _LINE_SECONDS = 30

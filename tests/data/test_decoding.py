@@ -9,6 +9,7 @@ import imagecodecs
 import numpy as np
 import pytest
 import tensorflow as tf
+from PIL import Image
 
 from tests.data import independent, kinds
 from tests.data.independent import SIGNATURE, chunk, chunks
@@ -80,8 +81,6 @@ def _tiff(**tags: tuple[int, ...]) -> bytes:
 
 
 def _animated(image_format: str) -> bytes:
-    from PIL import Image
-
     frame = Image.fromarray(255 - RGB)
     return saved(RGB, image_format, save_all=True, append_images=[frame])
 
@@ -162,13 +161,13 @@ def test_refused_by_name(name):
 def test_kept_bytes_are_the_pixels_alone():
     for bare, data in [
         (PNG, png(RGB, 8, 2, iCCP=b"x\0\0" + zlib.compress(b"p"), tEXt=b"a\0b", sRGB=b"\0")),
-        (JPEG, saved_with_metadata(JPEG)),
+        (JPEG, _with_metadata(JPEG)),
     ]:
         result = encoded(data)
         assert result.kept and result.data == bare != data
 
 
-def saved_with_metadata(jpeg: bytes) -> bytes:
+def _with_metadata(jpeg: bytes) -> bytes:
     """A JPEG with EXIF, a profile, a comment, and a preview behind its end."""
     found = b"".join(
         b"\xff" + bytes([marker]) + struct.pack(">H", len(body) + 2) + body
@@ -193,14 +192,14 @@ def saved_with_metadata(jpeg: bytes) -> bytes:
         ("gAMA", b"\0"),
     ],
 )
-def test_large_and_broken_metadata_is_no_reason_in_png(name, body):
+def test_large_and_broken_metadata_is_left_out_of_a_png(name, body):
     result = encoded(png(RGB, 8, 2, **{name: body}))
     assert result.kept and len(result.data) == len(PNG)
     np.testing.assert_array_equal(read(result), RGB)
 
 
 @pytest.mark.parametrize("image_format", ["JPEG", "WEBP", "TIFF"])
-def test_large_and_broken_metadata_is_no_reason(image_format):
+def test_large_and_broken_metadata_is_left_out(image_format):
     options = {"lossless": True} if image_format == "WEBP" else {}
     plain = saved(RGB, image_format, **options)
     profile = saved(
@@ -326,11 +325,10 @@ def test_a_tiff_cut_within_its_pixels_is_refused(compression):
 
 
 def test_a_wrong_checksum_within_a_tiff_is_damage():
-    data = bytearray(written(RGB, photometric="rgb", compression="zlib"))
     stream = zlib.compress(RGB.tobytes())
     bad = stream[:-1] + bytes([stream[-1] ^ 1])
     tags = {"t256": (WIDTH,), "t257": (HEIGHT,), "t258": (8,) * 3, "t262": (2,), "t277": (3,)}
-    assert data and encoded(tiff([stream], t259=(8,), **tags)).channels == 3
+    assert encoded(tiff([stream], t259=(8,), **tags)).channels == 3
     with pytest.raises(DataError, match="cannot be unpacked"):
         decoding.decode(tiff([bad], t259=(8,), **tags))
 

@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 import PIL
+import simplejpeg
 
 from trainer.core import storage, tensorflow_log, tfrecord
 from trainer.core.errors import DataError, TrainerError, UsageError
@@ -337,6 +338,7 @@ def _identity(settings: Settings, plan: _Plan) -> dict[str, Any]:
     return {
         "format version": manifest.VERSION,
         "Pillow version": PIL.__version__,
+        "simplejpeg version": simplejpeg.__version__,
         "images in the source": plan.source.fingerprint(),
         "labels": tfrecord.checksum(labels.encode()),
         "--resolution": f"{width}x{height}",
