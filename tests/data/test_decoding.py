@@ -307,6 +307,13 @@ def test_a_jpeg_of_endless_scans_is_refused():
         decoding.decode(data[:start] + data[start:-2] * 300 + b"\xff\xd9")
 
 
+def test_filling_in_a_jpeg_is_passed_over_in_one_go():
+    filling = b"\xff" * (4 << 20)
+    assert encoded(JPEG[:2] + filling + JPEG[2:]).kept
+    with pytest.raises(DataError, match="damaged"):
+        decoding.decode(JPEG[:-300] + filling)
+
+
 @pytest.mark.parametrize("compression", ["zlib", "packbits", "lzw", None])
 def test_a_tiff_cut_within_its_pixels_is_refused(compression):
     data = written(RGB, photometric="rgb", compression=compression)

@@ -33,7 +33,8 @@ _OTHER_FRAMES = {
     0xCF: "hierarchical",
 }
 _METADATA = (*range(0xE0, 0xF0), 0xFE)  # of applications, and comments
-_IN_SCAN = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]")  # the first marker that ends a scan
+_AFTER_SCAN = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # the first marker that ends a scan
+_MARKER = re.compile(rb"\xff+")  # any number of these may fill the space before a marker
 _EXTRANEOUS = re.compile(r"Corrupt JPEG data: (\d+) extraneous bytes before marker 0xd9")
 
 _MAX_SEGMENTS = 20_000
@@ -150,12 +151,11 @@ def read(data: bytes, max_pixels: int) -> Jpeg:
 
 def _segment(data: bytes, start: int) -> tuple[int, bytes, int]:
     """A segment's marker, its body, and where the next starts; of a scan, behind its pixels."""
-    place = start
-    while data[place : place + 2] == b"\xff\xff":  # filling
-        place += 1
+    filling = _MARKER.match(data, start)
+    place = filling.end() - 1 if filling else start
     if place + 2 > len(data):
         return _END, b"", len(data)
-    if data[place] != 0xFF:
+    if not filling:
         raise DataError(f"damaged: there is no segment at byte {place}")
     marker = data[place + 1]
     if marker == _END:
@@ -167,7 +167,7 @@ def _segment(data: bytes, start: int) -> tuple[int, bytes, int]:
         raise DataError(f"damaged: it ends within the segment at byte {place}")
     body = data[place + 4 : end]
     if marker == _SCAN:
-        found = _IN_SCAN.search(data, end)
+        found = _AFTER_SCAN.search(data, end)
         end = found.start() if found else len(data)
     return marker, body, end
 
