@@ -118,7 +118,7 @@ REFUSED = {
     ),
     "strip missing": (_tiff(t278=(7,)), "1 of its 2 strips"),
     "strip short": (_tiff(t279=(99,)), "not as many"),
-    "strip beyond the end": (_tiff(t273=(99999,)), "ends within its pixels"),
+    "strip beyond the end": (_tiff(t273=(99999,)), "truncated within its pixels"),
     "strip in the header": (_tiff(t273=(2,)), "within its header"),
     "huge tiles": (_tiff(t273=(), t279=(), t322=(1 << 20,), t323=(1 << 20,), t324=(8,), t325=(1,)),
                    "strips or tiles have"),
@@ -239,7 +239,7 @@ def test_a_png_that_lost_its_end_alone_is_whole():
 
 @pytest.mark.parametrize("missing", [17, 18, 20, 30, 200])
 def test_a_png_cut_within_its_pixels_is_refused(missing):
-    with pytest.raises(DataError, match="ends within its pixels"):
+    with pytest.raises(DataError, match="truncated within its pixels"):
         decoding.decode(PNG[:-missing])
 
 
@@ -259,12 +259,12 @@ def test_a_wrong_checksum_is_damage_only_where_nothing_else_vouches_for_the_pixe
 @pytest.mark.parametrize(
     ("stream", "match"),
     [
-        (zlib.compress(_rows(PNG)[:-1]), "ends within its pixels"),
+        (zlib.compress(_rows(PNG)[:-1]), "truncated within its pixels"),
         (zlib.compress(_rows(PNG) + b"\0"), "more pixels"),
         (zlib.compress(_rows(PNG) + bytes(100 << 20)), "more pixels"),  # a bomb
         (zlib.compress(b"\5" + _rows(PNG)[1:]), "cannot be decoded"),  # no filter has this number
         (zlib.compress(_rows(PNG))[:-4] + b"1234", "cannot be unpacked"),
-        (b"", "ends within its pixels"),
+        (b"", "truncated within its pixels"),
     ],
 )
 def test_a_png_with_other_pixels_than_its_size_says_is_refused(stream, match):

@@ -26,7 +26,7 @@ def check(data: bytes, max_pixels: int) -> int:
       DataError: with the reason alone.
     """
     if len(data) < 54:
-        raise DataError("damaged: it ends within its header")
+        raise DataError("damaged: it is truncated within its header")
     size, _, start, header = struct.unpack_from("<IIII", data, 2)
     if header not in _HEADERS:
         raise _unknown(f"its header has {header} bytes")

@@ -143,7 +143,7 @@ def read(data: bytes, max_pixels: int) -> Jpeg:
     else:
         raise DataError(f"it has more than {_MAX_SEGMENTS} segments")
     if not scans:
-        raise DataError("damaged: it ends before its pixels")
+        raise DataError("damaged: it is truncated before its pixels")
     jpeg.check_whole()
     jpeg.data = b"".join([*parts, b"\xff\xd9"])
     return jpeg
@@ -164,7 +164,7 @@ def _segment(data: bytes, start: int) -> tuple[int, bytes, int]:
         raise DataError(f"damaged: a marker 0x{marker:02x} at byte {place} is out of place")
     end = place + 2 + int.from_bytes(data[place + 2 : place + 4], "big")
     if end < place + 4 or end > len(data):
-        raise DataError(f"damaged: it ends within the segment at byte {place}")
+        raise DataError(f"damaged: it is truncated within the segment at byte {place}")
     body = data[place + 4 : end]
     if marker == _SCAN:
         found = _AFTER_SCAN.search(data, end)

@@ -89,7 +89,7 @@ def read(data: bytes, max_pixels: int) -> Png:
         raise DataError("damaged: it does not start with the chunk IHDR")
     pixels = [n for n, chunk in enumerate(chunks) if chunk.kind == b"IDAT"]
     if not pixels:
-        raise DataError("damaged: it ends before its pixels (no chunk IDAT)")
+        raise DataError("damaged: it is truncated before its pixels (no chunk IDAT)")
     if pixels != list(range(pixels[0], pixels[-1] + 1)):
         raise DataError("damaged: its IDAT chunks do not follow each other")
     found: dict[bytes, _Chunk] = {}
@@ -231,5 +231,5 @@ def _stream(bodies: list[bytes], size: int) -> list[bytes]:
     if total > size:
         raise DataError("damaged: it has more pixels than its size says")
     if not inflater.eof or total < size:
-        raise DataError("damaged: it ends within its pixels")
+        raise DataError("damaged: it is truncated within its pixels")
     return [body for body in used if body]

@@ -176,7 +176,7 @@ def orientation(exif: bytes) -> int:
             if (tag, kind, number) == (_ORIENTATION, 3, 1):
                 return found if 1 <= found <= 8 else 1
     except struct.error:
-        pass  # it ends within its tags
+        pass  # the block ends within its tags
     return 1
 
 
@@ -209,7 +209,7 @@ def _directory(data: bytes) -> tuple[_Layout, dict[int, tuple[int, ...]], bool]:
             tags[tag] = struct.unpack_from(values, data, place)
         (following,) = struct.unpack_from(layout.offset, data, first + count * size)
     except (struct.error, OverflowError):
-        raise DataError("damaged: it ends within its tags") from None
+        raise DataError("damaged: it is truncated within its tags") from None
     return layout, tags, following != 0
 
 
@@ -313,7 +313,9 @@ def _check_strips(
     if not len(places) == len(lengths) == count:
         raise DataError(f"damaged: it names {len(places)} of its {count} strips or tiles")
     if sum(lengths) > len(data):
-        raise DataError("damaged: its strips or tiles overlap, or it ends within its pixels")
+        raise DataError(
+            "damaged: its strips or tiles overlap, or it is truncated within its pixels"
+        )
     compression = _one(tags, _COMPRESSION, _RAW)
     row = (columns * bits * (samples // planes) + 7) // 8
     for n, (place, length) in enumerate(zip(places, lengths, strict=True)):
@@ -322,7 +324,7 @@ def _check_strips(
         if place < 2 * layout.place:
             raise DataError("damaged: its pixels start within its header")
         if place + length > len(data) or not length:
-            raise DataError("damaged: it ends within its pixels")
+            raise DataError("damaged: it is truncated within its pixels")
         if compression == _LZW:
             continue  # it has no checksum, and libtiff finds out whether it ends early
         found = length
@@ -346,7 +348,7 @@ def _inflated(stream: bytes, most: int) -> int:
             total += len(piece)
             stream = inflater.unconsumed_tail
             if not (piece or stream):
-                raise DataError("damaged: it ends within its pixels")
+                raise DataError("damaged: it is truncated within its pixels")
     except zlib.error as error:
         raise DataError(f"damaged: its pixels cannot be unpacked ({error})") from error
     return total

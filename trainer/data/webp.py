@@ -81,7 +81,7 @@ def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
     """All chunks: kind and body."""
     end = 8 + int.from_bytes(data[4:8], "little")
     if len(data) < end:
-        raise DataError("damaged: it ends within its pixels")
+        raise DataError("damaged: it is truncated within its pixels")
     start = 12
     for _ in range(_MAX_CHUNKS):
         if start + 8 > end:
@@ -98,7 +98,7 @@ def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
 def _frame(kind: bytes, body: bytes) -> tuple[int, int, bool]:
     """Width, height and whether there is alpha, of the chunk with the pixels."""
     if len(body) < 10:
-        raise DataError("damaged: it ends within its pixels")
+        raise DataError("damaged: it is truncated within its pixels")
     if kind == b"VP8L":
         packed = int.from_bytes(body[1:5], "little")
         return (packed & 0x3FFF) + 1, (packed >> 14 & 0x3FFF) + 1, bool(packed >> 28 & 1)
