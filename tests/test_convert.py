@@ -596,7 +596,7 @@ def test_the_command_converts_and_tells(folder, tmp_path):
         (["--dest=x", "--resolution=8"], 2, "--source is missing"),
         (["--source={}", "--dest=x", "--resolution=8y8"], 2, "--resolution=8y8 is neither"),
         (["--source={}", "--dest=x", "--resolution=8", "--crop=left"], 2, "crop"),
-        (["--source={}", "--dest=x", "--resolution=40x30"], 2, "the nearest are 40x32, "),
+        (["--source={}", "--dest=x", "--resolution=40x30"], 2, "the nearest are 40x28, 40x32, "),
         (["--source={}", "--dest=x", "--resolution=3"], 2, "the nearest are 8x8, "),
         (["--source={}/absent", "--dest=x", "--resolution=8"], 3, "no folder or zip archive"),
         (["--source={}", "--dest=x", "--resolution=8", "--labels=a.json"], 3, "no label file"),

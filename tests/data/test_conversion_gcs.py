@@ -18,6 +18,7 @@ from PIL import Image
 from tests.gcs.fixture import Gcs
 from trainer.core import cloud_storage, storage
 from trainer.core.errors import DataError, StorageError, UsageError
+from trainer.core.lease import LeaseHeldError
 from trainer.data import conversion, images, manifest
 
 IMAGES = 40
@@ -98,8 +99,8 @@ def test_same_data_set_as_on_the_disk(gcs: Gcs, pictures, expected, put) -> None
     # An image costs a request (a few are looked at beforehand), a shard and its entry one each.
     counts = gcs.emulator.counts()
     assert counts["GET", "read"] <= IMAGES + 30
-    assert counts["POST", "write"] == 4 + 4 + 2
-    assert counts["GET", "list"] <= 6
+    assert counts["POST", "write"] == 4 + 4 + 3  # the lease, the plan, the manifest
+    assert counts["GET", "list"] <= 8
 
 
 def test_worker_processes_read_and_the_main_one_writes(gcs: Gcs, pictures, expected) -> None:
@@ -188,3 +189,35 @@ def test_full_disk_for_temporary_files(gcs: Gcs, pictures, monkeypatch: pytest.M
     with pytest.raises(StorageError, match="disk of temporary files .* is full"):
         convert(source, f"{gcs.url}/small")
     assert not any(name.endswith(".tfrecord") for name in made(gcs))
+
+
+def test_a_second_conversion_is_refused_and_a_late_shard_replaces_nothing(gcs, pictures, expected):
+    source, dest = put_folder(gcs, pictures), f"{gcs.url}/small"
+    done = []
+
+    def meanwhile(count: int, *_: int) -> None:
+        if count == 15 and not done:
+            done.append(count)
+            with pytest.raises(LeaseHeldError, match="--dest"):
+                convert(source, dest, seed=1, overwrite=True)
+
+    convert(source, dest, meanwhile)
+    assert made(gcs) == expected
+    name = next(name for name in expected if name.endswith(".tfrecord"))
+    with (
+        pytest.raises(storage.ConflictError),
+        storage.open_write_atomic(f"{dest}/{name}", new=True) as file,
+    ):
+        file.write(b"late")
+    with storage.open_write_atomic(f"{dest}/{name}", new=True) as file:
+        file.write(expected[name])  # as where an answer got lost
+    assert made(gcs) == expected
+
+
+def test_folder_objects_are_counted(gcs: Gcs, pictures) -> None:
+    source = put_folder(gcs, pictures)
+    gcs.emulator.put(gcs.bucket, "photos/empty/", b"")
+    gcs.emulator.put(gcs.bucket, "photos/class0//odd.png", pictures["class0/00.png"])
+    result, report = conversion.convert(settings(source, f"{gcs.url}/small"), lambda *_: None)
+    assert result.num_images == IMAGES + 1
+    assert report.ignored == ["1 names in the source end with '/', as those of folders: empty/"]

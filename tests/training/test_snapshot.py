@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import pathlib
+import shutil
 from typing import Any
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.data import shards
+from trainer.core.errors import DataError
+from trainer.data import manifest, shards
 from trainer.data.manifest import Manifest
 from trainer.networks.stylegan2 import Generator
 from trainer.telemetry import images
@@ -93,6 +96,34 @@ def test_reals_are_those_of_the_layout(squares: Manifest) -> None:
     assert isinstance(shots.layout, GridLayout)
     wanted, _ = shards.read_images(squares, shots.layout.indices)
     np.testing.assert_array_equal(tiles(shots.reals()), wanted)
+
+
+def test_a_damaged_record_leaves_the_grids_of_a_resumed_run(
+    squares: Manifest, tmp_path: pathlib.Path
+) -> None:
+    """The tiles that it does not show stay, and rows keep their classes."""
+    sound = Snapshots(generator(c_dim=3)[0], squares, use_labels=True, seed=3)
+    shutil.copytree(squares.directory, tmp_path / "set")
+    data = manifest.load(str(tmp_path / "set"))
+    path = pathlib.Path(data.path(0))
+    content = bytearray(path.read_bytes())
+    content[40] ^= 1  # in the payload of record 0
+    path.write_bytes(content)
+    told: list[str] = []
+    grids = []
+    for _ in range(2):
+        bad_records = shards.BadRecords(data, 1, told.append)
+        shots = Snapshots(
+            generator(c_dim=3)[0], data, use_labels=True, seed=3, bad_records=bad_records
+        )
+        grids.append(shots.reals())
+        np.testing.assert_array_equal(shots.layout.labels, sound.layout.labels)
+    np.testing.assert_array_equal(grids[0], grids[1])
+    peaks = tiles(grids[0]).reshape(COLUMNS * ROWS, -1, 3).max(axis=1)
+    np.testing.assert_array_equal(np.argmax(peaks, axis=1), sound.layout.labels)
+    assert len(told) == 2 and all("record 0 of shard squares-00000" in line for line in told)
+    with pytest.raises(DataError, match="record 0 of shard .*data.max_bad_records"):
+        Snapshots(generator(c_dim=3)[0], data, use_labels=True, seed=3)
 
 
 def test_batches_are_all_of_one_size(squares: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
