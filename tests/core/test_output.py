@@ -333,3 +333,18 @@ def test_a_forked_process_prints_too(tmp_path: pathlib.Path) -> None:
     os.wait()
     """
     assert finish(start(tmp_path, body)) == (0, "parent\nchild\n", "")
+
+
+def test_the_end_waits_for_no_thread_that_ended_with_a_lock(tmp_path: pathlib.Path) -> None:
+    """The interpreter flushes the streams after it has stopped all threads, wherever they were."""
+    body = """
+    held = threading.Event()
+    def hold():
+        with sys.stdout.buffer.changed:
+            held.set()
+            time.sleep(600)
+    import atexit
+    atexit.register(lambda: (threading.Thread(target=hold, daemon=True).start(), held.wait()))
+    atexit.register(output._end)
+    """
+    assert finish(start(tmp_path, body)) == (0, "", "")

@@ -47,7 +47,8 @@ class _Mode:
 
     outlives = False  # go on without a reader
     hurried = False  # don't wait for one
-    over = False  # the interpreter ends, and its threads with it
+    # The interpreter ends, and its threads with it, where they are: one may have a lock for good.
+    over = False
 
 
 _mode = _Mode()
@@ -89,11 +90,12 @@ class _Stream(io.RawIOBase):
     def write(self, data: Any) -> int:
         """Takes hold of it; waits only where too much is held already."""
         data = bytes(data)
+        if _mode.over:
+            self._write_at_exit(data)
+            return len(data)
         with self.changed:
             if not self.has_reader:
                 self._unheard = True
-            elif _mode.over:
-                self._write_at_exit(data)
             else:
                 if not self._bytes:
                     self._moved = time.monotonic()
@@ -112,9 +114,9 @@ class _Stream(io.RawIOBase):
         Raises:
           SystemExit: nobody reads it, and that ends the command.
         """
+        if _mode.over:
+            return
         with self.changed:
-            if _mode.over:
-                return
             last = self._taken
             self._wait(lambda: self._finished >= last)
             main = threading.current_thread() is threading.main_thread()
@@ -141,7 +143,7 @@ class _Stream(io.RawIOBase):
 
     def _write_at_exit(self, data: bytes) -> None:
         # Where a piece is held still, another would block for ever.
-        if not self._bytes:
+        if self.has_reader and not self._bytes:
             with contextlib.suppress(OSError):
                 os.write(self._descriptor, data)
 
@@ -236,11 +238,12 @@ def install() -> None:
 
 
 def _end() -> None:
-    outlive_readers()
-    hurry()
-    for stream in _streams:
-        stream.flush()
-    _mode.over = True
+    if not _mode.over:
+        outlive_readers()
+        hurry()
+        for stream in _streams:
+            stream.flush()
+        _mode.over = True
 
 
 def outlive_readers() -> None:
