@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -18,6 +20,20 @@ training: {batch_size: 8, total_kimg: 0.008, pl_weight: 0}
 augment: {mode: none}
 telemetry: {tensorboard: false}
 """
+
+
+def _runs(*command: str) -> bool:
+    return (
+        bool(shutil.which(command[0]))
+        and subprocess.run([*command, "true"], stderr=subprocess.DEVNULL).returncode == 0
+    )
+
+
+# A user whom the machine doesn't know; where that can't be had, one whose home can't be written.
+_WITHOUT_NAME = ("unshare", "--user", "--map-user=54321")
+_WITHOUT_HOME: dict[str, str] = {}
+if not _runs(*_WITHOUT_NAME):
+    _WITHOUT_NAME, _WITHOUT_HOME = (), {"HOME": os.devnull}  # type: ignore[assignment]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -104,6 +120,41 @@ def test_a_dry_run_needs_no_workdir(config: str, dataset: str) -> None:
     assert done.returncode == 0, done.stderr
     assert "32 images 8x8x3" in done.stdout
     assert f"path: {dataset}" in done.stdout
+
+
+_KEPT = "run: {compilation_cache: ~/.cache/kept}\n"
+
+
+def test_a_preset_with_a_cache_starts_without_a_home(
+    config: str, dataset: str, tmp_path: pathlib.Path
+) -> None:
+    """Neither there nor in a directory named `~` is anything left, by TensorFlow's Keras either."""
+    preset, here = tmp_path / "kept.yaml", tmp_path / "here"
+    preset.write_text(f"base: {config}\n{_KEPT}")
+    here.mkdir()
+    done = subprocess.run(
+        [
+            *(*_WITHOUT_NAME, sys.executable, "-m", "trainer.task", f"--config={preset}"),
+            *(f"--data={dataset}", "--dry_run"),
+        ],
+        cwd=here,
+        env={"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"]} | _WITHOUT_HOME,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    (note,) = (line for line in done.stdout.splitlines() if "are not kept" in line)
+    assert note.startswith("note      compiled programs are not kept: ")
+    assert "~/.cache/kept" in note
+    assert list(here.iterdir()) == []
+
+
+def test_a_cache_that_is_asked_for_must_be_there(config: str, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "file").touch()
+    asked = f"--set=run.compilation_cache={tmp_path}/file/kept"
+    message = failed(4, f"--config={config}", "--data=x", f"--workdir={tmp_path}/run", asked)
+    assert message.startswith("error: run.compilation_cache = ")
 
 
 def test_images_to_a_grid(config: str, dataset: str, tmp_path: pathlib.Path) -> None:

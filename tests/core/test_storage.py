@@ -12,6 +12,7 @@ from concurrent import futures
 import fsspec
 import pytest
 
+from tests.gcs.fixture import Gcs
 from trainer.core import cloud_storage, storage
 from trainer.core.errors import CheckpointError, StorageError
 
@@ -294,6 +295,39 @@ def test_resolve(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> Non
     assert storage.resolve("a/b") == "a/b"
     assert storage.isdir(storage.resolve("package:core"))
     assert storage.exists(storage.join(storage.resolve("package:core"), "storage.py"))
+
+
+@pytest.mark.parametrize("path", ["~", "~/x", "~nobody-by-this-name/x"])
+def test_a_home_that_is_not_known_is_no_directory_named_so(
+    path: str, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    """As of the users that containers are given: no HOME, and nothing in /etc/passwd."""
+
+    def unknown(user: object) -> None:
+        raise KeyError(user)
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        StorageError, match=f"cannot tell what ~.* means in '{path}'.*write the path"
+    ):
+        storage.resolve(path)
+    assert storage.resolve(f"./{path}") == f"./{path}"
+    (tmp_path / "~draft.yaml").touch()
+    assert storage.resolve("~draft.yaml") == "~draft.yaml"
+
+
+def test_no_place_for_temporary_files(gcs: Gcs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container with a read-only disk."""
+
+    def none() -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in [...]")
+
+    monkeypatch.setattr("tempfile.gettempdir", none)
+    why = "no directory for temporary files.*set TMPDIR"
+    with pytest.raises(StorageError, match=why), storage.open_write_atomic(f"{gcs.url}/f") as file:
+        file.write(b"x")
 
 
 @pytest.mark.parametrize(

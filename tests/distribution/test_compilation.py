@@ -157,6 +157,17 @@ def test_remote_directories_are_refused(directory: str) -> None:
         compilation.keep(directory)
 
 
+def test_a_directory_that_cannot_be_written(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a disk that is mounted read-only: XLA would find out in the first step."""
+    before = os.environ["TF_XLA_FLAGS"]
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
+    with pytest.raises(StorageError, match="run.compilation_cache = .*can't be written"):
+        compilation.keep(str(tmp_path))
+    assert os.environ["TF_XLA_FLAGS"] == before
+
+
 def test_a_directory_that_cannot_be(tmp_path: pathlib.Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="run.compilation_cache"):

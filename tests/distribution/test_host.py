@@ -57,6 +57,23 @@ def test_a_script_restarts_once_with_its_arguments(tmp_path: pathlib.Path) -> No
     assert seen["flags"] == 1  # the interpreter's own options too
     assert set(SETTINGS) <= set(seen["environ"])
     assert seen["environ"]["TF_CPP_MIN_LOG_LEVEL"] == "2"
+    assert seen["environ"]["KERAS_HOME"] == os.devnull
+
+
+def test_closed_descriptors_are_taken_before_anything_is_opened(tmp_path: pathlib.Path) -> None:
+    script, found = tmp_path / "program.py", tmp_path / "found"
+    script.write_text(
+        "import os, sys\n"
+        "from trainer.distribution import host\n"
+        "host.prepare()\n"
+        "opened = os.open(sys.argv[1], os.O_CREAT | os.O_WRONLY)\n"
+        "os.write(opened, str(opened).encode())\n"
+    )
+    command = [sys.executable, str(script), str(found)]
+    shell = ["bash", "-c", 'exec "$@" <&- >&- 2>&-', "bash", *command]
+    done = subprocess.run(shell, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60)
+    assert done.returncode == 0
+    assert int(found.read_text()) > 2
 
 
 @glibc

@@ -43,11 +43,14 @@ def prepare() -> None:
     """Restarts the program once with the allocator settings above.
 
     Also calls `quieten_tensorflow`, `tune_cloud_storage` and `choose_emitters`, and opens the
-    standard descriptors that are closed. To be called before TensorFlow is imported. Doesn't restart
+    standard descriptors that are closed. Keras, which TensorFlow imports, is kept from reading and
+    writing settings in the home directory: nothing here uses them, and for a user without one they
+    would be in a directory named `~`. To be called before TensorFlow is imported. Doesn't restart
     where glibc is not used, or where the user has set one of these variables.
     """
     output.reopen_closed()
     quieten_tensorflow()
+    os.environ.setdefault("KERAS_HOME", os.devnull)
     tune_cloud_storage()
     choose_emitters()
     if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in _ALLOCATOR):
