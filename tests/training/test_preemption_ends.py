@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from trainer.core import lease
+
 ROOT = pathlib.Path(__file__).parents[2]
 LIMIT = 60.0  # seconds: a test that waits so long has failed
 
@@ -258,3 +260,67 @@ def test_in_a_job_ctrl_c_ends_the_run_at_once(tmp_path: pathlib.Path) -> None:
     code, err = run.end()
     assert code == 75
     assert err.endswith("error: interrupted: saved\n")
+
+
+# ------------------------------------------------------------------------------ real runs
+
+CONFIG = """
+run: {jit: "off"}
+data: {path: package:data/fluent_emoji_32}
+model: {z_dim: 8, w_dim: 8, mapping_layers: 1, d_mapping_layers: 1, channel_base: 64, channel_max: 8}
+training: {batch_size: 8, total_kimg: 1000, pl_weight: 0}
+checkpoint: {every_steps: 1000000}
+telemetry: {tick_kimg: 0.008, tensorboard: false}
+"""
+
+
+@pytest.mark.slow
+def test_a_real_run_loses_tee_then_its_machine_and_is_whole(tmp_path: pathlib.Path) -> None:
+    workdir, log, codes = (tmp_path / name for name in ("run", "log", "codes"))
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    command = [sys.executable, "-m", "trainer.task", f"--config={tmp_path}/config.yaml"]
+    command.append(f"--workdir={workdir}")
+    environ = {**os.environ, "NO_GCE_CHECK": "true"}
+
+    def wait_for(text: str, process: subprocess.Popen[Any]) -> None:
+        while not log.exists() or text not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.1)
+
+    # ctrl-C ends tee, too.
+    line = f'"$@" 2>&1 | tee {log} >/dev/null; echo ${{PIPESTATUS[0]}} >{codes}'
+    shell = ["bash", "-c", f"trap : INT; {line}", "bash", *command]
+    with subprocess.Popen(
+        shell,
+        cwd=ROOT,
+        env=environ,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
+        wait_for("tick 1 ", process)
+        os.killpg(process.pid, signal.SIGINT)
+    assert codes.read_text() == "75\n"
+    first = {path.parent.name for path in workdir.glob("checkpoints/*/COMMITTED")}
+    assert len(first) == 1
+
+    # In a job it saves, gives the lease back, and waits; the next one goes on at once.
+    log.unlink()
+    with (
+        log.open("w") as file,
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environ | {"CLOUD_ML_JOB_ID": "7"},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        ) as process,
+    ):
+        wait_for("first step after", process)
+        process.send_signal(signal.SIGTERM)
+        wait_for("job 7: waiting to be ended with the machine", process)
+        assert "resuming from" in log.read_text()
+        with lease.acquire(str(workdir)):  # or it is held
+            second = {path.parent.name for path in workdir.glob("checkpoints/*/COMMITTED")}
+            assert second > first
+        assert process.poll() is None
+        process.kill()
