@@ -44,7 +44,7 @@ from trainer.core import flags, storage
 from trainer.core.config import BatchArithmetic, Config
 from trainer.core.errors import ConfigError, UsageError
 from trainer.core.text import printable
-from trainer.distribution import cluster
+from trainer.distribution import cluster, membership
 
 # TensorFlow takes seconds to import; mistakes in the call are told before.
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def probe_step(config: Config) -> None:
     """Times a training step and prints the table."""
     data = _data_shape(config)
     workers = cluster.find(config.run.strategy)
-    with cluster.member(workers, config):
+    with membership.member(workers, config):
         from trainer.training import speed
 
         run = speed.Run.create(config, data, workers)

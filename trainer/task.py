@@ -17,7 +17,7 @@ from trainer.core import flags, output, storage
 from trainer.core.config import Config
 from trainer.core.errors import StorageError, UsageError
 from trainer.core.text import printable
-from trainer.distribution import cluster, compilation
+from trainer.distribution import cluster, compilation, membership
 from trainer.vertex import environment
 from trainer.vertex.environment import Choice
 
@@ -83,7 +83,7 @@ def main(_: Sequence[str]) -> None:
         print(f"note      compiled programs are not kept: {error}", flush=True)
     # TensorFlow takes seconds to import; a mistake above is told before.
     with (
-        cluster.member(workers, config) as members,
+        membership.member(workers, config) as members,
         preemption.Preemption(config.run, members) as stop,
     ):
         from trainer.training import loop

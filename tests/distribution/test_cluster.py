@@ -16,6 +16,7 @@ import pytest
 
 from trainer.core.errors import ConfigError
 from trainer.distribution import cluster as cluster_lib
+from trainer.distribution import meeting
 from trainer.distribution.cluster import EvaluatorTask, find, parse
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -162,10 +163,10 @@ _WORKER = """
 import os, random, signal, sys, threading, time
 from trainer.core import config as config_lib, flags
 from trainer.core.errors import DataError, PreemptedError
-from trainer.distribution import cluster
+from trainer.distribution import cluster, meeting, membership
 
 behaviour = sys.argv.pop(1)
-cluster._GRACE_SEC = 1.5
+membership._GRACE_SEC = 1.5
 os.environ["CUDA_VISIBLE_DEVICES"] = "0,1" if behaviour == "two GPUs" else "-1"
 
 def make_steps(members):
@@ -195,11 +196,11 @@ def main(_):
          "training": {"rounds": 2 if behaviour == "differs" else 1}}
     )
     if behaviour == "other version":
-        versions = cluster.identity(config)
-        cluster.identity = lambda _: {**versions, "TensorFlow": "2.16.2"}
+        versions = meeting.identity(config)
+        meeting.identity = lambda _: {**versions, "TensorFlow": "2.16.2"}
     if behaviour == "dies unanswering":
-        cluster.Membership._take = lambda *_: None
-    with cluster.member(cluster.find("auto"), config) as members:
+        membership.Membership._take = lambda *_: None
+    with membership.member(cluster.find("auto"), config) as members:
         print("met", flush=True)
         if behaviour.startswith("steps"):
             make_steps(members)
@@ -334,7 +335,7 @@ def test_what_follows_a_greeting_is_not_lost() -> None:
         ours, _ = server.accept()
     with theirs:
         theirs.sendall(b'{"go": true}\n{"hold": "SIGTERM"}\n')
-        line = cluster_lib._Line(ours)
+        line = meeting.Line(ours)
         assert line.wait_for(time.monotonic() + 5) == {"go": True}
         assert line.receive() == [{"hold": "SIGTERM"}]
         line.close()

@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 
 from trainer.core.errors import PreemptedError, TrainerError
-from trainer.distribution import cluster as cluster_lib
-from trainer.distribution.cluster import Cluster, Membership, PeerError
+from trainer.distribution import meeting
+from trainer.distribution import membership as membership_lib
+from trainer.distribution.cluster import Cluster, PeerError
+from trainer.distribution.membership import Membership
 
 OWN = {"trainer": "1", "config": "c0ffee"}
 LONG = 120.0  # seconds: how long a busy machine may take for what should come at once
@@ -33,7 +35,7 @@ class Gathering:
         names = tuple(f"worker:{index}" for index in range(workers))
         addresses = tuple(f"127.0.0.1:{self.port}" for _ in range(workers))
         self._cluster = Cluster("TF_CONFIG", names, addresses, 0)
-        self.lines: dict[int, cluster_lib._Line] = {}
+        self.lines: dict[int, meeting.Line] = {}
         self.error: TrainerError | None = None
         self._sockets = contextlib.ExitStack()
         self._thread = threading.Thread(target=self._run, args=(limit,))
@@ -41,7 +43,7 @@ class Gathering:
 
     def _run(self, limit: float) -> None:
         try:
-            self.lines = cluster_lib._gather(self._cluster, OWN, limit)
+            self.lines = meeting.gather(self._cluster, OWN, limit)
         except TrainerError as error:
             self.error = error
 
@@ -123,7 +125,7 @@ def test_strangers_are_passed_over() -> None:
 
 def test_nobody_waits_for_who_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor for who says a byte now and then: all connections are served at once."""
-    monkeypatch.setattr(cluster_lib, "_HELLO_SEC", 10 * LONG)
+    monkeypatch.setattr(meeting, "_HELLO_SEC", 10 * LONG)
     with gathering(3) as chief:
         silent = [chief.connect() for _ in range(10)]
         for connection in silent[:5]:
@@ -139,7 +141,7 @@ def test_nobody_waits_for_who_is_silent(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_who_says_nothing_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster_lib, "_HELLO_SEC", 0.2)
+    monkeypatch.setattr(meeting, "_HELLO_SEC", 0.2)
     with gathering(2) as chief:
         assert is_closed(chief.connect())
         chief.connect().sendall(hello(1))
@@ -148,8 +150,8 @@ def test_who_says_nothing_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_flood_of_connections_takes_no_more_than_its_share(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cluster_lib, "_HELLO_SEC", 10 * LONG)
-    monkeypatch.setattr(cluster_lib, "_MOST_WAITING", 4)
+    monkeypatch.setattr(meeting, "_HELLO_SEC", 10 * LONG)
+    monkeypatch.setattr(meeting, "_MOST_WAITING", 4)
     with gathering(2) as chief:
         flood = [chief.connect() for _ in range(20)]
         assert all(map(is_closed, flood[:16]))
@@ -223,7 +225,7 @@ def test_something_else_answers_in_the_chiefs_place(answer: bytes) -> None:
             own = f"127.0.0.1:{free.getsockname()[1]}"
         cluster = Cluster("TF_CONFIG", ("worker:0", "worker:1"), (address, own), 1)
         with pytest.raises(PeerError, match="worker:0 .*(something else answers|no answer)"):
-            cluster_lib._report(cluster, OWN, 0.5)
+            meeting.report(cluster, OWN, 0.5)
         server.shutdown(socket.SHUT_RDWR)
         thread.join(LONG)
 
@@ -236,12 +238,12 @@ def member(
     index: int, monkeypatch: pytest.MonkeyPatch, heard: float = 0.0, silence: float = 10 * LONG
 ) -> Iterator[tuple[Membership, socket.socket]]:
     """One of two workers, and the other's end of their connection."""
-    monkeypatch.setattr(cluster_lib, "_GRACE_SEC", 10 * LONG)
+    monkeypatch.setattr(membership_lib, "_GRACE_SEC", 10 * LONG)
     with socket.create_server(("127.0.0.1", 0)) as server:
         theirs = socket.create_connection(server.getsockname(), LONG)
         ours, _ = server.accept()
     cluster = Cluster("TF_CONFIG", ("worker:0", "worker:1"), ("a:1", "b:1"), index)
-    line = cluster_lib._Line(ours)
+    line = meeting.Line(ours)
     if heard:
         theirs.sendall(b'{"beat": true}\n')
         line.heard += heard
@@ -259,7 +261,7 @@ def member(
     "message",
     [b'{"begun": "x"}', b'{"begun": -1}', b'{"begun": true}', b'{"stop": 5}', b'{"stop": "x"}',
      b'{"stop": "x", "code": 1e999}', b'{"stop": "x", "code": 300}', b'{"hold": []}',
-     b'{"last_step": 1.5}', b'{"please_stop": {}}', b"[]", b"GET / HTTP/1.1", b"[" * 1000,
+     b'{"last_step": 1.5}', b'{"done": true}', b'{"please_stop": {}}', b"[]", b"GET / HTTP/1.1", b"[" * 1000,
      b"x" * 100_000, b'{"last_step": ' + b"1" * 5000 + b"}"],
 )  # fmt: skip
 @pytest.mark.parametrize("index", [0, 1])
@@ -320,6 +322,21 @@ def test_workers_meet_before_the_servers_start(monkeypatch: pytest.MonkeyPatch) 
             worker.meet()
 
 
+def test_who_has_left_is_not_asked_for_the_last_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker may be done, and gone, before the chief or a third one wants to stop."""
+    with member(0, monkeypatch) as (chief, theirs):
+        theirs.sendall(b'{"done": 8}\n')
+        theirs.shutdown(socket.SHUT_WR)
+        ends = time.monotonic() + LONG
+        while not chief._closed:
+            assert time.monotonic() < ends
+            time.sleep(0.01)
+        chief.ask_to_stop("SIGTERM")
+        assert chief.begin(8) is None
+        assert "SIGTERM" in str(chief.begin(9))
+        assert chief.reason(wait=0) is None
+
+
 def test_a_worker_that_hangs_at_the_end_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     with member(0, monkeypatch, silence=1.0) as (chief, _):
         chief.finish()
@@ -336,7 +353,7 @@ def test_a_chief_that_exports_for_long_is_waited_for(monkeypatch: pytest.MonkeyP
             thread.join(0.1)
         if worker.reason(wait=0) is None:  # the test itself wasn't held up
             assert thread.is_alive()
-            theirs.sendall(b'{"done": true}\n')
+            theirs.sendall(b'{"done": 8}\n')
             thread.join(LONG)
             assert not thread.is_alive()
 
@@ -365,7 +382,7 @@ class InternalError(OpError):
     ],
 )
 def test_what_tensorflow_reports_of_a_lost_worker(error: Exception, lost: bool) -> None:
-    found = cluster_lib.lost_peer(error)
+    found = membership_lib.lost_peer(error)
     assert (found is not None) == lost
     if found is not None:
         assert found.exit_code == 75
@@ -375,5 +392,5 @@ def test_what_tensorflow_reports_of_a_lost_worker(error: Exception, lost: bool) 
 def test_tensorflow_looks_for_hangs_later() -> None:
     """Its heartbeats begin to fail at half of their timeout, ours after the last beat and a grace."""
     for limit in (0.1, 5, 120, 3600):
-        ours = limit * (1 + 2 / cluster_lib._BEATS) + cluster_lib._GRACE_SEC
-        assert cluster_lib.heartbeat_timeout(limit) / 2 > ours
+        ours = limit * (1 + 2 / membership_lib._BEATS) + membership_lib._GRACE_SEC
+        assert membership_lib.heartbeat_timeout(limit) / 2 > ours

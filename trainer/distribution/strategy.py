@@ -27,14 +27,8 @@ import tensorflow as tf
 from trainer.core import flags
 from trainer.core.config import RunConfig
 from trainer.core.errors import ConfigError
-from trainer.distribution.cluster import (
-    Cluster,
-    PeerError,
-    find,
-    heartbeat_timeout,
-    lost_peer,
-    start_timeout,
-)
+from trainer.distribution.cluster import Cluster, PeerError, find
+from trainer.distribution.membership import heartbeat_timeout, lost_peer, start_timeout
 
 
 @dataclass(frozen=True)
@@ -208,10 +202,10 @@ def _time_limits(worker_timeout: float) -> Iterator[None]:
     """Sets TensorFlow's own limits for workers that are gone, by `run.worker_timeout`.
 
     While its server starts, which takes Python's lock, it alone can end the wait: by its own limit
-    that takes an hour. Afterwards it has to come later than `cluster.Membership`: its 10 s aren't
+    that takes an hour. Afterwards it has to come later than `membership.Membership`: its 10 s aren't
     ours, and its end is a stack dump. The strategy sets up the service itself, with no way to give
     it these; a TensorFlow without that call keeps its own limits, and its errors are understood,
-    too (`cluster.lost_peer`).
+    too (`membership.lost_peer`).
     """
     from tensorflow.python.eager import context
 

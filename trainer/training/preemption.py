@@ -1,7 +1,7 @@
 """Stopping in time: on a signal, when Google Cloud takes the machine, or when the time is up.
 
 Whatever the cause, the run stops between two steps, saves, and ends with exit code 75; all workers
-stop after the same step (`cluster.Membership`). Asking costs a step nothing: threads wait for the
+stop after the same step (`membership.Membership`). Asking costs a step nothing: threads wait for the
 causes, the loop looks at a variable.
 
 - SIGTERM, SIGHUP unless nohup has it ignored, and ctrl-C once; ctrl-C again ends the process at
@@ -32,7 +32,7 @@ import types
 from trainer.core import flags, output
 from trainer.core.config import RunConfig
 from trainer.core.errors import PreemptedError
-from trainer.distribution.cluster import Membership
+from trainer.distribution.membership import Membership
 
 # google-auth's names, so that what points it elsewhere or switches it off does so here, too.
 _HOST, _NO_HOST = "GCE_METADATA_HOST", "NO_GCE_CHECK"
