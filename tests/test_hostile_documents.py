@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from trainer import submit
 from trainer.core import config as config_lib
 from trainer.core import documents
 from trainer.core.errors import ConfigError, DataError, TrainerError
@@ -20,6 +19,7 @@ from trainer.data import journal_entry, manifest, sources
 from trainer.distribution import cluster
 from trainer.telemetry import statsfile
 from trainer.training import model_card, run_info, versions
+from trainer.vertex import watch
 
 HOSTILE: list[Any] = [
     None, True, -1, 0, 1.5, 2**63, 2**70, 1e308, float("nan"), float("inf"), "", "../../etc/passwd",
@@ -173,7 +173,7 @@ def test_statistics(tmp_path: pathlib.Path) -> None:
     def read(data: bytes) -> None:
         assert isinstance(statsfile._position(data), float)
         path.write_bytes(data.replace(b"\n", b" ") + b"\n")
-        shown = submit._Ticks(str(tmp_path)).new()
+        shown = watch.Ticks(str(tmp_path)).new()
         assert len(shown) == bool(data)
         assert all(len(each) < 1000 for each in shown)
 

@@ -4,6 +4,7 @@
     python -m trainer.submit ... --dry_run        prints the job, and starts nothing
     python -m trainer.submit resume JOB|WORKDIR   starts a job that ended with 75 again
     python -m trainer.submit watch JOB|WORKDIR    follows a job and its run
+    python -m trainer.submit watch --resume ...   and starts it again as often as it takes
 
 Targets: a100x1 a100x8 a100x16=2x8 a100-80x8 h100x8 l4x1 v100x8 t4x1, v5e-8 v3-8 v2-8 v3-32, cpux1.
 JOB is a job's full name or its number, WORKDIR the run's gs:// directory.
@@ -15,7 +16,6 @@ import difflib
 import functools
 import json
 import re
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,6 +28,7 @@ from trainer.core.errors import DataError, StorageError, UsageError
 from trainer.core.text import printable, shorten
 from trainer.data import manifest as manifest_lib
 from trainer.vertex import facts, fit, jobs, service, targets
+from trainer.vertex import watch as watching
 from trainer.vertex.fit import Shape
 from trainer.vertex.request import FOLDER, Request
 
@@ -65,6 +66,10 @@ def define_flags(values: absl_flags.FlagValues = FLAGS) -> None:
     yes("dry_run", False, "Print the job as JSON, YAML and gcloud command, and start nothing.")
     text("out", None, "With --dry_run: directory for job.json, job.yaml and config.yaml.")
     real("poll_sec", 30.0, "watch: seconds between two looks.", 0.1)
+    yes("resume", False, "watch: submit again if the time was over or machines were taken away.")
+    absl_flags.DEFINE_integer(
+        "max_resumes", 20, "watch --resume: how often at most.", 1, flag_values=values
+    )
 
 
 def main(argv: Sequence[str]) -> None:
@@ -218,13 +223,19 @@ def _check_free(workdir: str, client: service.Service) -> None:
 
 
 def _start(client: service.Service, job: dict[str, Any], workdir: str) -> None:
+    started = _create(client, job, workdir)
+    print(f"started {printable(started.name)}")
+    print(f"follow it with: python -m trainer.submit watch {printable(workdir)}", flush=True)
+
+
+def _create(client: service.Service, job: dict[str, Any], workdir: str) -> service.Job:
+    """Starts a job, and records it in the workdir."""
     started = client.create(job)
     record = {"name": started.name, "endpoint": FLAGS.endpoint, "job": job}
     storage.write_text_atomic(
         storage.join(workdir, FOLDER, _RECORD), json.dumps(record, indent=2) + "\n"
     )
-    print(f"started {printable(started.name)}")
-    print(f"follow it with: python -m trainer.submit watch {printable(workdir)}", flush=True)
+    return started
 
 
 # ------------------------------------------------------------------------------------ resume
@@ -242,10 +253,14 @@ def resume(name: str) -> None:
             f"{job.name} ended with code {job.exit_code}: {service.HOPELESS[job.exit_code]}; put "
             "that right and submit anew with the same --workdir, which goes on from its checkpoint"
         )
-    fields = {"displayName", "labels", "jobSpec", "encryptionSpec"}
-    again = {key: value for key, value in job.document.items() if key in fields}
     _print_rows([("resume", f"{job.name} ({job.state}): {job.error or 'no error is told'}")])
-    _start(client, again, job.workdir)
+    _start(client, _again(job), job.workdir)
+
+
+def _again(job: service.Job) -> dict[str, Any]:
+    """What makes the same job anew."""
+    fields = {"displayName", "labels", "jobSpec", "encryptionSpec"}
+    return {key: value for key, value in job.document.items() if key in fields}
 
 
 def _record(workdir: str) -> dict[str, Any] | None:
@@ -291,73 +306,20 @@ def _find(name: str) -> tuple[service.Service, service.Job]:
 
 def watch(name: str) -> None:
     """Prints what a job and its run do, until it ends; ends with the code of the run."""
-    client, job = _find(name)
-    print(f"{printable(job.name)}, run in {printable(job.workdir)}", flush=True)
-    ticks = _Ticks(job.workdir)
-    state = ""
-    while True:
-        if job.state != state:
-            state = job.state
-            print(printable(state), flush=True)
-        for line in ticks.new():
-            print(printable(line), flush=True)
-        if job.has_ended:
-            break
-        time.sleep(FLAGS.poll_sec)
-        job = client.get(job.name)
-    error = job.ended_how()
+    client, job = watching.patiently(lambda: _find(name), FLAGS.poll_sec)
+
+    def submit_again(ended: service.Job) -> service.Job:
+        record = _record(ended.workdir)
+        if record is not None and record["name"] != ended.name:
+            return client.get(record["name"])  # somebody else was faster
+        return _create(client, _again(ended), ended.workdir)
+
+    resumes = watching.Resumes(FLAGS.max_resumes) if FLAGS.resume else None
+    error = watching.follow(
+        job, lambda now: client.get(now.name), submit_again, resumes, FLAGS.poll_sec
+    )
     if error is not None:
         raise error
-
-
-class _Ticks:
-    """The lines that a run adds to its `stats.jsonl`."""
-
-    def __init__(self, workdir: str) -> None:
-        self._path = storage.join(workdir, "stats.jsonl")
-        self._offset = 0
-
-    def new(self) -> list[str]:
-        """One text for each tick since the last look."""
-        if not storage.exists(self._path):
-            return []
-        size = storage.size(self._path)
-        # A resumed run drops what came after its checkpoint.
-        self._offset = min(self._offset, size)
-        length = min(size - self._offset, documents.LONGEST)
-        data = storage.read_range(self._path, self._offset, length)
-        whole = data[: data.rfind(b"\n") + 1]
-        if not whole and len(data) == documents.LONGEST:
-            whole = data  # of a line without an end, which is no tick
-        self._offset += len(whole)
-        return [self._line(line) for line in whole.split(b"\n") if line]
-
-    def _line(self, line: bytes) -> str:
-        try:
-            return tick_line(documents.parse_object(line))
-        except (ValueError, KeyError, TypeError) as error:
-            reason = error if isinstance(error, documents.DocumentError) else "numbers are missing"
-            return f"{self._path}: a line is no tick of a run ({reason}); passed over"
-
-
-def tick_line(stats: dict[str, Any]) -> str:
-    """A tick of `stats.jsonl` in one line.
-
-    Raises:
-      KeyError, TypeError, ValueError: it isn't one.
-    """
-    parts = [f"tick {stats['tick']:<6d}kimg {stats['nimg'] / 1000:<10.1f}"]
-    for label, key in {
-        "sec/kimg": "Timing/sec_per_kimg",
-        "augment": "Progress/augment",
-        "D signs": "Loss/signs/real",
-        "G loss": "Loss/G/loss",
-    }.items():
-        stat = stats.get(key)
-        mean = stat.get("mean") if isinstance(stat, dict) else None
-        if isinstance(mean, (int, float)):
-            parts.append(f"{label} {mean:<9.3g}")
-    return " ".join(parts).rstrip()
 
 
 def _print_rows(rows: Sequence[tuple[str, str]]) -> None:

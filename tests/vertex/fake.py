@@ -1,8 +1,16 @@
 """A Vertex AI of our own: takes custom jobs over REST, and runs their replicas as processes here.
 
 Requests are checked against Google's description of the interface. A replica gets the environment
-that Vertex AI sets and the image's entry point; one that ends with another code than 0 is started
-again on the spot, up to five times, together with all others if the job asks for it.
+that Vertex AI sets and the image's entry point. What its end means is as documented ("Understand the
+custom training service", "Use Spot VMs"); where the documents leave it open, the worse is done:
+
+- 0: the replica is finished; the job, when all are.
+- 134 and 139 (SIGABRT, SIGSEGV): perhaps a fault of the machine. Started again, up to three times in
+  a job, together with all others if the job asks for it, and not at all if it wants no retries.
+- Any other code: the job has failed for good, also while its machines are being taken away.
+- Spot VMs that are taken away: SIGTERM, and after 30 seconds SIGKILL. Then the whole job is started
+  again, up to six times.
+- `timeout` ends the job, as somebody may who cancels it.
 """
 
 from __future__ import annotations
@@ -19,13 +27,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tests.vertex import discovery
 
 ROOT = pathlib.Path(__file__).parents[2]
-RESTARTS = 5  # of each replica, as Vertex AI
+RETRIES = 3  # after codes that may be a fault of the machine
+PREEMPTIONS = 6  # after which the job is started again
+GRACE_SEC = 30.0  # from SIGTERM to the end of a Spot VM
+_TRANSIENT = {128 + signal.SIGABRT, 128 + signal.SIGSEGV}
 _POLL_SEC = 0.05
 _ENTRY_POINT = [sys.executable, "-m", "trainer.task"]
 _JOBS = re.compile(r"/v1/(projects/([\w-]+)/locations/[\w-]+/customJobs)(?:/(\d+))?(:cancel)?")
@@ -53,9 +64,10 @@ class Replica:
             )
 
     def poll(self) -> int | None:
-        """Its code once it has ended."""
+        """Its code once it has ended, as a container's: 128 and the number of a signal."""
         assert self.process is not None
-        return self.process.poll()
+        code = self.process.poll()
+        return code if code is None or code >= 0 else 128 - code
 
     def end(self, number: int = signal.SIGTERM, patience: float = 40) -> None:
         """Ends it as Vertex AI does: with a signal, and after a while with force."""
@@ -76,10 +88,13 @@ class RunningJob:
         self, document: dict[str, Any], environment: Mapping[str, str], folder: pathlib.Path
     ):
         self.document = document
-        self._together = (
-            document["jobSpec"].get("scheduling", {}).get("restartJobOnWorkerRestart", False)
-        )
+        scheduling = document["jobSpec"].get("scheduling", {})
+        self._retries = 0 if scheduling.get("disableRetries") else RETRIES
+        self._together = scheduling.get("restartJobOnWorkerRestart", False)
+        self._timeout = float(scheduling.get("timeout", "604800s").rstrip("s"))
         self.replicas = list(_replicas(document, environment, folder))
+        self.preemptions = 0
+        self._gone_at: float | None = None  # when machines that are being taken away will be gone
         self._stop = threading.Event()
         self.lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -97,9 +112,15 @@ class RunningJob:
     def preempt(self) -> None:
         """Takes all machines away, as Spot VMs are: SIGTERM, and 30 seconds."""
         with self.lock:
+            self._gone_at = time.monotonic() + GRACE_SEC
             for replica in self.replicas:
                 if replica.process and replica.process.poll() is None:
                     replica.process.send_signal(signal.SIGTERM)
+
+    def take_away(self) -> None:
+        """The rest of `preempt`, without waiting for the 30 seconds."""
+        with self.lock:
+            self._gone_at = time.monotonic()
 
     def cancel(self) -> None:
         self._stop.set()
@@ -116,34 +137,60 @@ class RunningJob:
                 replica.end()
 
     def _watch(self) -> str:
+        end = time.monotonic() + self._timeout
         while not self._stop.is_set():
             time.sleep(_POLL_SEC)
-            codes = [replica.poll() for replica in self.replicas]
-            if all(code == 0 for code in codes):
-                return "JOB_STATE_SUCCEEDED"
-            for replica, code in zip(self.replicas, codes, strict=True):
-                if code:
-                    replica.codes.append(code)
-                    if replica.restarts >= RESTARTS:
-                        self.document["error"] = {
-                            "code": 3,
-                            "message": f"The replica {replica.name} exited with a non-zero status "
-                            f"of {code}. To find out more about why your job exited please check "
-                            "the logs.",
-                        }
-                        return "JOB_STATE_FAILED"
-                    self._restart(replica)
-                    break
+            if time.monotonic() > end:
+                return "JOB_STATE_EXPIRED"
+            with self.lock:
+                state = self._look()
+            if state:
+                return state
         return "JOB_STATE_CANCELLED"
 
-    def _restart(self, failed: Replica) -> None:
-        with self.lock:
-            failed.restarts += 1
-            again = self.replicas if self._together else [failed]
-            for replica in again:
-                replica.end()
-            for replica in again:
-                replica.start()
+    def _look(self) -> str:
+        """The state that the job has ended in, '' if it goes on."""
+        if self._gone_at is not None and time.monotonic() >= self._gone_at:
+            return self._after_preemption()
+        codes = [replica.poll() for replica in self.replicas]
+        if all(code == 0 for code in codes):
+            return "JOB_STATE_SUCCEEDED"
+        for replica, code in zip(self.replicas, codes, strict=True):
+            if not code:
+                continue
+            replica.codes.append(code)
+            if code not in _TRANSIENT or self._retries == 0:
+                return self._failed(
+                    3,
+                    f"The replica {replica.name} exited with a non-zero status of {code}. To find "
+                    "out more about why your job exited please check the logs.",
+                )
+            self._retries -= 1
+            self._restart(self.replicas if self._together else [replica])
+            break
+        return ""
+
+    def _after_preemption(self) -> str:
+        self._gone_at = None
+        self.preemptions += 1
+        for replica in self.replicas:
+            replica.end(signal.SIGKILL)
+        if self.preemptions > PREEMPTIONS:
+            return self._failed(8, "The job was preempted, and could not be restarted: STOCKOUT.")
+        self._restart(self.replicas)
+        return ""
+
+    def _failed(self, code: int, message: str) -> str:
+        self.document["error"] = {"code": code, "message": message}
+        return "JOB_STATE_FAILED"
+
+    @staticmethod
+    def _restart(replicas: Sequence[Replica]) -> None:
+        for replica in replicas:
+            replica.end()
+        for replica in replicas:
+            replica.restarts += 1
+            replica.start()
 
 
 def _replicas(
@@ -219,15 +266,16 @@ class Vertex:
         self.jobs: dict[str, RunningJob] = {}
         self.requests: list[dict[str, Any]] = []
         self.refuse: tuple[int, str] | None = None
+        self.silent = 0  # so many of the next requests get no answer but 503
         vertex = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                self._answer(*vertex.get(self.path))
+                self._answer(*(vertex.busy() or vertex.get(self.path)))
 
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                self._answer(*vertex.post(self.path, json.loads(body or b"{}")))
+                self._answer(*(vertex.busy() or vertex.post(self.path, json.loads(body or b"{}"))))
 
             def _answer(self, code: int, document: dict[str, Any]) -> None:
                 data = json.dumps(document).encode()
@@ -252,6 +300,13 @@ class Vertex:
             job.cancel()
         self._server.shutdown()
         self._server.server_close()
+
+    def busy(self) -> tuple[int, dict[str, Any]] | None:
+        """The answer of a service that has none."""
+        if not self.silent:
+            return None
+        self.silent -= 1
+        return _error(503, "The service is currently unavailable.", "UNAVAILABLE")
 
     def get(self, path: str) -> tuple[int, dict[str, Any]]:
         """A job."""

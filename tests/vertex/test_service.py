@@ -7,40 +7,17 @@ import os
 import pathlib
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
-from absl import flags as absl_flags
 
 from tests.gcs.fixture import Gcs
 from tests.vertex.fake import Vertex
-from trainer import submit
 from trainer.core import storage
 from trainer.core.errors import TrainerError, UsageError
 
 IMAGE = f"us-docker.pkg.dev/project/repo/gpu@sha256:{'0' * 64}"
 Call = Callable[..., None]
-
-
-@pytest.fixture
-def vertex(tmp_path: pathlib.Path) -> Iterator[Vertex]:
-    with Vertex(tmp_path, run=False) as service:
-        yield service
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, vertex: Vertex) -> Call:
-    """Runs the command in this process, against the service."""
-
-    def run(*arguments: str) -> None:
-        values = absl_flags.FlagValues()
-        submit.define_flags(values)
-        fixed = [f"--endpoint={vertex.endpoint}", "--project=pay", "--poll_sec=0.1"]
-        rest = values(["submit", *fixed, *arguments])
-        monkeypatch.setattr(submit, "FLAGS", values)
-        submit.main(rest)
-
-    return run
 
 
 def flags(gcs: Gcs, target: str = "cpux2=2x1") -> list[str]:
@@ -170,18 +147,6 @@ def test_watch_ends_as_the_run(
         call("watch", "1")
     assert caught.value.exit_code == ends_with
     assert (f"resume {gcs.url}/runs/a" in str(caught.value)) == (ends_with == 75)
-
-
-def test_only_new_ticks_are_told(tmp_path: pathlib.Path) -> None:
-    """Also after a resumed run has dropped the last."""
-    path, ticks = tmp_path / "stats.jsonl", submit._Ticks(str(tmp_path))
-    assert ticks.new() == []
-    path.write_text(tick(1) + tick(2))
-    assert len(ticks.new()) == 2
-    path.write_text(tick(1))
-    assert ticks.new() == []
-    path.write_text(tick(1) + tick(2))
-    assert [line.split()[1] for line in ticks.new()] == ["2"]
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def facts(request: Request, found: Plan, sec_per_kimg: float | None) -> list[tup
         (
             "time",
             f"the trainer saves and ends with 75 after {request.max_hours:g} h, Vertex AI ends the "
-            f"job after {request.timeout_hours:g} h; `submit resume {request.workdir}` goes on",
+            f"job after {request.timeout_hours:g} h; `submit watch --resume {request.workdir}` goes on",
         ),
         ("quota", f"{target.quota_units} of {_quota(request)} in {request.region}"),
     ]

@@ -1,8 +1,8 @@
 """What a user asks of Vertex AI, and which mistakes can be in it.
 
-Vertex AI starts a replica again that ends with another code than 0, whatever the reason, and ends
-the job when `timeout` is over. So the trainer is told to stop by itself before (`run.max_hours`,
-exit code 75), with a checkpoint that another job goes on from.
+Vertex AI ends a job when `timeout` is over, and for good after most exit codes; see `vertex.watch`.
+So the trainer is told to stop by itself before (`run.max_hours`, exit code 75), with a checkpoint
+that another job goes on from.
 """
 
 from __future__ import annotations

@@ -27,6 +27,14 @@ HOPELESS = {
     3: "its data set could not be used",
     5: "it diverged",
 }
+# 134: SIGABRT's, with which a run ends that was to be preempted; Vertex AI itself starts it again,
+# but no more than three times.
+_GOES_ON = {PreemptedError.exit_code, 134}
+# How it is told that there were no machines, or not any more.
+_NO_MACHINES = re.compile(r"STOCKOUT|preempt|RESOURCE_EXHAUSTED|insufficient", re.IGNORECASE)
+
+
+_REQUEST_SEC = 60.0
 
 
 class ServiceError(TrainerError):
@@ -82,6 +90,23 @@ class Job:
         base = self.document.get("jobSpec", {}).get("baseOutputDirectory", {})
         return str(base.get("outputUriPrefix", "")).rstrip("/")
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether it ended so that another job would go on: its time was over, or its machines
+        were gone. Not after a fault of its own, nor if somebody cancelled it."""
+        if self.exit_code is not None:
+            return self.exit_code in _GOES_ON
+        expired = self.state == "JOB_STATE_EXPIRED"
+        return expired or (
+            self.state == "JOB_STATE_FAILED" and bool(_NO_MACHINES.search(self.error))
+        )
+
+    @property
+    def why(self) -> str:
+        """It ended, in a few words."""
+        code = self.exit_code
+        return f"code {code}" if code is not None else " ".join((self.error or self.state).split())
+
     def ended_how(self) -> JobFailedError | None:
         """The error that its end is, None if it finished."""
         if self.state == "JOB_STATE_SUCCEEDED":
@@ -89,7 +114,7 @@ class Job:
         code = self.exit_code
         how = f"ended with code {code}" if code is not None else self.state
         text = f"{self.name} {how}" + (f": {self.error}" if self.error else "")
-        if code is None or code == PreemptedError.exit_code:
+        if code is None or code in _GOES_ON:
             code = PreemptedError.exit_code
             text += f"; go on with `python -m trainer.submit resume {self.workdir or self.name}`"
         return JobFailedError(text, code)
@@ -170,8 +195,8 @@ class Service:
         Raises:
           ServiceError, UsageError: there is none, or Vertex AI doesn't answer.
         """
-        with _reported(f"look at {name}"):
-            return self._job(self._client.get_custom_job(name=name))
+        with _reported(f"look at {name}", busy=True):
+            return self._job(self._client.get_custom_job(name=name, timeout=_REQUEST_SEC))
 
     def _job(self, message: Any) -> Job:
         text = type(message).to_json(
@@ -184,7 +209,8 @@ class Service:
 
 
 @contextlib.contextmanager
-def _reported(action: str) -> Iterator[None]:
+def _reported(action: str, *, busy: bool = False) -> Iterator[None]:
+    """Turns a failure into one line; `busy`: too many requests are no matter of quotas, but pass."""
     from google.api_core import exceptions
     from google.auth.exceptions import GoogleAuthError
 
@@ -197,6 +223,8 @@ def _reported(action: str) -> Iterator[None]:
     try:
         yield
     except exceptions.ClientError as error:
+        if busy and isinstance(error, exceptions.TooManyRequests):
+            raise ServiceError(f"can't {action}: too many requests; try again later") from error
         hint = next((text for kind, text in hints.items() if isinstance(error, kind)), "")
         reason = re.sub(r"^[A-Z]+ http\S+: ", "", " ".join(str(error.message).split()))
         raise UsageError(
