@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from trainer import submit
 from trainer.core import config as config_lib
 from trainer.core import documents
 from trainer.core.errors import ConfigError, DataError, TrainerError

@@ -49,9 +49,11 @@ PLACES = {
     "keras": (),
     "torch": (),
 }
-# The second is what the first has for URLs that are not gs://; the third opens nothing but /dev/null.
+# The second sums up what goes up from the disk and what has come down; the third has for other URLs
+# what the first has; the fourth opens nothing but /dev/null.
 OPENERS = (
     "trainer.core.storage",
+    "trainer.core.cloud_storage",
     "trainer.core.fsspec_storage",
     "trainer.core.output",
     "trainer.data.records",

@@ -407,10 +407,11 @@ def _sums(content: _Content) -> tuple[int, int]:
     """Length and CRC32C of bytes, or of the file of that name on the disk."""
     if isinstance(content, bytes):
         return len(content), google_crc32c.value(content)
-    from trainer.core import storage  # which imports this module when it is needed
-
-    found = storage.digest(content)
-    return found.bytes, found.crc32c or 0
+    sums = _Sums()
+    with open(content, "rb") as file:
+        while block := file.read(_LARGEST_BLOCK):
+            sums.write(block)
+    return sums.length, sums.crc
 
 
 def _compare(path: str, sums: tuple[int, int], blob: Any) -> None:
