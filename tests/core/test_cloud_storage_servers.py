@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+from concurrent import futures
 from typing import Any
 
 import google_crc32c
@@ -108,9 +109,10 @@ def test_an_upload_in_parts(gcs: Gcs, left_out: str) -> None:
 
 @pytest.mark.parametrize("left_out", ["nothing", "all checksums"])
 def test_other_bytes_than_are_stored_are_not_taken(
-    gcs: Gcs, left_out: str, monkeypatch: pytest.MonkeyPatch
+    gcs: Gcs, left_out: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Without a checksum beside the content it is asked for; with none at all the length counts."""
+    """Without a checksum beside the content it is asked for; with none at all the length counts,
+    and there is one line on that."""
     storage.write_bytes_atomic(f"{gcs.url}/x", b"as it is")
     others, whole = [b"as it was", b"as it"], cloud_storage._whole
 
@@ -121,7 +123,10 @@ def test_other_bytes_than_are_stored_are_not_taken(
     monkeypatch.setattr(cloud_storage, "_whole", read)
     with gcs.emulator.faulty(left_out=("x-goog-hash", *LEFT_OUT[left_out].get("left_out", ()))):
         assert storage.read_bytes(f"{gcs.url}/x") == b"as it is"
+        assert storage.read_bytes(f"{gcs.url}/x") == b"as it is"
     assert others == []
+    note = f"note: {gcs.url} tells no checksums; of what is read there only sizes are compared\n"
+    assert capsys.readouterr().err == ("" if left_out == "nothing" else note)
 
 
 def test_what_a_server_of_another_content_answers_to_an_upload(
@@ -150,6 +155,18 @@ def test_names(gcs: Gcs) -> None:
         storage.rename(path, f"{path}.new")
         storage.remove(f"{path}.new")
     assert gcs.emulator.names(gcs.bucket) == []
+
+
+def test_many_threads_at_once_are_no_reason_for_a_line(
+    gcs: Gcs, caplog: pytest.LogCaptureFixture
+) -> None:
+    storage.write_bytes_atomic(f"{gcs.url}/x", b"1")
+    with (
+        gcs.emulator.faulty(latency_sec=0.2),
+        futures.ThreadPoolExecutor(16) as pool,
+    ):
+        assert list(pool.map(storage.read_bytes, [f"{gcs.url}/x"] * 16)) == [b"1"] * 16
+    assert not [record for record in caplog.records if "pool is full" in record.getMessage()]
 
 
 def test_folders_that_hold_nothing(gcs: Gcs) -> None:

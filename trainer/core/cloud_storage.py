@@ -17,6 +17,7 @@ import os
 import posixpath
 import re
 import secrets
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
@@ -33,6 +34,7 @@ _LONGEST_WAIT_SECONDS = 16.0
 _REQUEST_SECONDS = 60  # without a byte
 _TRANSIENT_CODES = {408, 429, 500, 502, 503, 504}
 _AT_ONCE = 8
+_CONNECTIONS = 64  # that are kept for the next request
 
 _FIRST_BLOCK = 1 << 16
 _LARGEST_BLOCK = 1 << 24
@@ -56,6 +58,7 @@ class _ShortError(ConnectionError):
 def _client() -> Any:
     """The client of this process, which its threads share."""
     try:
+        import requests
         from google.auth import exceptions
         from google.cloud import storage
     except ImportError as error:
@@ -67,6 +70,8 @@ def _client() -> Any:
     except exceptions.DefaultCredentialsError:
         client = storage.Client.create_anonymous_client()  # public data can be read by everybody
     client._http.hooks["response"].append(_check_form)
+    for scheme in ("https://", "http://"):  # or a line of urllib3's for each thread too many
+        client._http.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=_CONNECTIONS))
     return client
 
 
@@ -394,6 +399,8 @@ def _download(
         if blob.crc32c is None and blob.content_encoding is None:
             known = _blob(path, generation or blob.generation)
             known.reload(**options)
+            if known.crc32c is None:
+                _note_no_checksums(_split(path)[0])
             _compare(path, _sums(content), known)
         return content, blob
 
@@ -401,6 +408,12 @@ def _download(
         return _tried(once)
     except Exception as error:
         raise _read_error(error, path) from error
+
+
+@functools.cache
+def _note_no_checksums(bucket: str) -> None:
+    text = f"note: gs://{bucket} tells no checksums; of what is read there only sizes are compared"
+    print(text, file=sys.stderr, flush=True)
 
 
 def _sums(content: _Content) -> tuple[int, int]:
