@@ -435,7 +435,10 @@ class _Shim:
         self._continue(connection, head)
         if head.chunked:
             return _carry_chunked(connection, server, head.rest)
-        return _carry(connection, server, head.rest, head.length or 0, bandwidth)
+        carried = _carry(connection, server, head.rest, head.length or 0, bandwidth)
+        if carried < (head.length or 0):  # the server would wait for the rest, and others for it
+            raise ConnectionError("the client is gone")
+        return carried
 
     def _put_right(self, answer: _Head, head: _Head, secure: bool, name: str) -> None:
         """Lets the address of an upload lead here, in the way that the client came."""
@@ -526,10 +529,25 @@ def _without(answer: _Head, server: socket.socket, fields: Sequence[str]) -> _He
         if not block:
             break
         body += block
-    with contextlib.suppress(ValueError):
+    if answer.chunked:
+        body = _joined(body)
+    if body:
         body = json.dumps(_pruned(json.loads(body), set(fields))).encode()
-    kept = [header for header in headers if header[0].lower() != "content-length"]
+    ends = {"content-length", "transfer-encoding"}
+    kept = [header for header in headers if header[0].lower() not in ends]
     return _Head(answer.line, [*kept, ("Content-Length", str(len(body)))], body)
+
+
+def _joined(chunks: bytes) -> bytes:
+    """The content of a body that came in chunks."""
+    body = b""
+    while chunks:
+        size, _, chunks = chunks.partition(b"\r\n")
+        length = int(size, 16)
+        if not length:
+            break
+        body, chunks = body + chunks[:length], chunks[length + 2 :]
+    return body
 
 
 def _pruned(value: object, fields: Set[str]) -> object:
