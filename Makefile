@@ -17,7 +17,7 @@ STAMP := $(VENV)/.installed
 SMOKE := runs/smoke
 
 .DEFAULT_GOAL := help
-.PHONY: help install smoke smoke-replicas smoke-gcs placement chaos test test-slow proofs test-matrix locks lint types format clean
+.PHONY: help install smoke smoke-replicas smoke-gcs placement chaos test test-slow test-numeric proofs test-matrix locks lint types format clean
 
 help: ## list what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,6 +61,15 @@ test: $(STAMP) ## run the tests, without the slow ones
 
 test-slow: $(STAMP) ## run the slow tests
 	$(BIN)/python -m pytest $(PARALLEL) -m slow $(PYTEST)
+
+# TensorFlow turns oneDNN on by itself on CPUs with AVX-512 alone, and then rounds otherwise.
+ONEDNN ?= 0
+NUMERIC := tests/conformance tests/networks $(addprefix tests/training/test_,$(addsuffix .py, \
+	augment loss_scale losses optimizer phases placement precision step step_trace))
+
+test-numeric: $(STAMP) ## run the tests of numbers, without the slow ones: ONEDNN=0 or 1
+	TF_ENABLE_ONEDNN_OPTS=$(ONEDNN) $(BIN)/python -m pytest $(PARALLEL) \
+		-m "not slow and not proof" $(NUMERIC) $(PYTEST)
 
 proofs: $(STAMP) ## run the long proofs, which rarely change
 	$(BIN)/python -m pytest $(PARALLEL) -m proof $(PYTEST)

@@ -235,7 +235,7 @@ def _copy(sources: list[str], app: pathlib.Path, dest: str) -> None:
             shutil.copy(ROOT / source, place)
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_steps_make_an_installation_that_trains(target: str, tmp_path: pathlib.Path) -> None:
     """From the wheel alone: several GB are fetched for GPUs."""

@@ -442,8 +442,15 @@ def complete(dest: str) -> list[int]:
     return numbers
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("where", "kills"), [("local", 20), ("gcs", 8)])
+@pytest.mark.parametrize(
+    ("where", "kills"),
+    [
+        pytest.param("local", 4, marks=pytest.mark.slow),
+        pytest.param("gcs", 3, marks=pytest.mark.slow),
+        pytest.param("local", 20, marks=pytest.mark.proof),
+        pytest.param("gcs", 8, marks=pytest.mark.proof),
+    ],
+)
 def test_killed_at_any_moment(where: str, kills: int, tmp_path: pathlib.Path, request: Any) -> None:
     """The real command; `test_versions` kills it between any two uses of the store."""
     environment, dest = dict(os.environ), str(tmp_path / "model")
@@ -479,7 +486,7 @@ def test_killed_at_any_moment(where: str, kills: int, tmp_path: pathlib.Path, re
     assert model.generate()["images"].shape == (1, 8, 16, 3)
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_config_f_at_1024_loads_in_seconds(tmp_path: pathlib.Path) -> None:
     """A fresh process, TensorFlow's own start included; under 15 s on a machine that is idle."""
     config = config_lib.from_dict({})

@@ -152,14 +152,11 @@ def test_graph_with_an_open_batch(name: str) -> None:
     assert deviation(graph(*inputs), pair.values(g, d, *inputs)) < 1e-5
 
 
-# A compilation takes seconds; the other pairs differ in shapes, not in layers.
+# A compilation takes seconds; `test_gradients_in_xla` compares the values of all pairs, too.
 COMPILED = ("skip-resnet", "resnet-skip", "orig-orig", "conditional")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=() if n in COMPILED else pytest.mark.slow) for n in PAIRS],
-)
+@pytest.mark.parametrize("name", COMPILED)
 def test_xla(name: str) -> None:
     pair = PAIRS[name]()
     compiled = tf.function(pair.values, jit_compile=True, autograph=False)

@@ -267,7 +267,7 @@ class Child:
         return rate, memory
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_delayed_requests_leave_the_rate(large, gcs):
     """50 ms more for each request: at least 85% of the images per second."""
     rates: dict[float, list[float]] = {0.0: [], 0.05: []}
@@ -280,10 +280,14 @@ def test_delayed_requests_leave_the_rate(large, gcs):
     assert statistics.median(rates[0.05]) >= 0.85 * statistics.median(rates[0.0]), rates
 
 
-@pytest.mark.slow
-def test_memory_is_flat_over_an_epoch_of_200_000_images(build, tmp_path):
-    repeat(build(tmp_path, [64], block=64), tmp_path, blocks=391, shards=8)
+@pytest.mark.parametrize(
+    "blocks",
+    [pytest.param(60, marks=pytest.mark.slow), pytest.param(391, marks=pytest.mark.proof)],
+)
+def test_memory_is_flat_over_an_epoch(build, tmp_path, blocks):
+    """Of 30,720 or of 200,192 images."""
+    repeat(build(tmp_path, [64], block=64), tmp_path, blocks=blocks, shards=8)
     with Child(str(tmp_path), dict(os.environ)) as child:
-        memory = [child.ask("images", 25_000)[1] for _ in range(9)]
+        memory = [child.ask("images", 64 * blocks)[1] for _ in range(9)]
     assert max(memory) < 500e6, memory
     assert memory[-1] < memory[1] + 10e6, memory

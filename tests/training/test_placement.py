@@ -59,21 +59,27 @@ def test_the_comparison_is_one(in_one_piece: Outcome) -> None:
     assert in_one_piece.values["pl_mean"] > 0
 
 
-# The table shows all, `make placement`; those left out here differ from these in rounds alone.
+# Those left out differ from these in rounds or in the number of replicas alone.
 SOME = (
     Placement(rounds=4),
-    Placement(replicas=2),
     Placement(replicas=4),
-    Placement(workers=2),
     Placement(workers=2, replicas=2, rounds=2),
-    *PLACEMENTS[-4:],
+    Placement(workers=2, steps_per_loop=4),
+    Placement(workers=2, rounds=2, tpu=True),
 )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "placements"),
-    [("float64", SOME), ("float32", (Placement(replicas=2, rounds=2), Placement(workers=2)))],
+    [
+        pytest.param("float64", SOME, marks=pytest.mark.slow),
+        pytest.param("float64", PLACEMENTS, marks=pytest.mark.proof),
+        pytest.param(
+            "float32",
+            (Placement(replicas=2, rounds=2), Placement(workers=2)),
+            marks=pytest.mark.slow,
+        ),
+    ],
 )
 def test_every_placement_gives_the_same(
     squares: Manifest,

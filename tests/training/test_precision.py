@@ -352,7 +352,7 @@ def float32_losses(squares: Manifest) -> np.ndarray:
     return losses_of(Run(squares, "float32"), 100)
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize(
     ("precision", "num_fp16_res"),
     [("bfloat16", 4), ("bfloat16", "all"), ("float16", 4), ("float64", 4)],
