@@ -172,7 +172,7 @@ def test_statistics(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "stats.jsonl"
 
     def read(data: bytes) -> None:
-        assert isinstance(statsfile._position(data), float)
+        assert isinstance(statsfile._is_later(data, 0), bool)
         path.write_bytes(data.replace(b"\n", b" ") + b"\n")
         shown = watch.Ticks(str(tmp_path)).new()
         assert len(shown) == bool(data)

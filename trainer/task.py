@@ -42,6 +42,12 @@ def define_flags() -> None:
     absl_flags.DEFINE_list(
         "allow_change", [], "Keys that may differ from those of the workdir's checkpoint."
     )
+    absl_flags.DEFINE_boolean(
+        "start_over",
+        False,
+        "If all checkpoints in the workdir are damaged, move what the run has written to a directory "
+        "before-<time> in it and start at step 0. Where a checkpoint is whole, the run goes on from it.",
+    )
 
 
 def main(_: Sequence[str]) -> None:
@@ -93,6 +99,7 @@ def main(_: Sequence[str]) -> None:
             storage.resolve(workdir.path),
             dry_run=FLAGS.dry_run,
             allow_change=FLAGS.allow_change,
+            start_over=FLAGS.start_over,
             cluster=workers,
             stop=stop,
         )

@@ -15,12 +15,14 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.gcs.fixture import Gcs
 from trainer.core import lease as lease_lib
 from trainer.core import storage
 from trainer.core.errors import StorageError
+from trainer.core.fencing import Record, Superseded
 from trainer.core.lease import Lease, LeaseHeldError, LeaseLostError, Owner, acquire
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -118,7 +120,7 @@ def leave(workdir: pathlib.Path, **changes: Any) -> Owner:
     """The lease of somebody who is gone, on another machine."""
     owner = dataclasses.replace(Owner.this_process(), host="far", machine="other", **changes)
     workdir.mkdir(exist_ok=True)
-    lease_file(workdir).write_bytes(lease_lib._document(owner, 3))
+    lease_file(workdir).write_bytes(lease_lib._document(owner, 3, Record()))
     return owner
 
 
@@ -131,7 +133,7 @@ def renewed(workdir: pathlib.Path, owner: Owner, every: float) -> Iterator[None]
         count = 10
         while not ending.wait(every):
             count += 1
-            data = lease_lib._document(owner, count)
+            data = lease_lib._document(owner, count, Record())
             storage.write_bytes_atomic(str(lease_file(workdir)), data)
 
     thread = threading.Thread(target=renew)
@@ -212,7 +214,7 @@ def test_a_killed_process_of_this_machine_is_followed_at_once(
     assert "which has ended" in said[0]
 
 
-def test_a_process_number_that_is_used_again(tmp_path: pathlib.Path) -> None:
+def test_a_process_number_that_is_used_again() -> None:
     owner = Owner.this_process()
     earlier = dataclasses.replace(owner, started=owner.started - 100)
     assert owner.state_here() == "running"
@@ -221,10 +223,61 @@ def test_a_process_number_that_is_used_again(tmp_path: pathlib.Path) -> None:
     assert dataclasses.replace(earlier, machine="").state_here() == "elsewhere"
 
 
+@pytest.mark.parametrize("step", [-3600.0, -0.01, 0.01, 3600.0])
+def test_a_clock_that_is_set_ends_nobody(monkeypatch: pytest.MonkeyPatch, step: float) -> None:
+    """The kernel's time of the boot moves with the clock, and process start times with it."""
+    owner = Owner.this_process()
+    create_time = psutil.Process.create_time
+    monkeypatch.setattr(psutil.Process, "create_time", lambda self: create_time(self) + step)
+    now = time.time() + step
+    monkeypatch.setattr(time, "time", lambda: now)
+    assert owner.state_here() == "running"
+    assert Owner.this_process().started == owner.started
+
+
+@pytest.mark.parametrize("name", ["a b", "(x)", ") R 1 (", "x) Z 1 2 3"])
+def test_names_of_commands_are_no_matter(tmp_path: pathlib.Path, name: str) -> None:
+    program = tmp_path / name
+    program.symlink_to(sys.executable)
+    code = "import ctypes, sys; ctypes.CDLL(None).prctl(15, sys.argv[1].encode()); print(1, flush=True); input()"
+    with subprocess.Popen(
+        [str(program), "-c", code, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline()
+        assert name in pathlib.Path(f"/proc/{process.pid}/stat").read_text()
+        started, _ = lease_lib._process(process.pid)
+        owner = dataclasses.replace(Owner.this_process(), pid=process.pid, started=started)
+        assert owner.state_here() == "running"
+        process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+        assert owner.state_here() == "stopped"
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert owner.state_here() == "ended"  # but not yet waited for
+    assert owner.state_here() == "ended"
+
+
+def test_without_proc_nobody_is_known_to_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = Owner.this_process()
+    gone = dataclasses.replace(there, pid=2**22 + 1)
+
+    def missing(path: str) -> bytes:
+        raise StorageError(f"cannot read {path}: it does not exist")
+
+    monkeypatch.setattr(storage, "read_bytes", missing)
+    with monkeypatch.context() as patch:
+        patch.setattr(lease_lib, "machine", lambda: there.machine)
+        # As where other users' processes are hidden.
+        assert (there.state_here(), gone.state_here()) == ("elsewhere", "ended")
+    assert lease_lib.machine() == ""
+    assert Owner.this_process().started == 0
+    assert Owner.this_process().state_here() == gone.state_here() == "elsewhere"
+
+
 @pytest.mark.parametrize("skew", [-1e8, 0, 1e8])
 def test_one_that_is_gone_elsewhere_is_waited_for(tmp_path: pathlib.Path, skew: float) -> None:
     """Whatever its clock says."""
-    owner = leave(tmp_path, job="night", since="1990-01-01", started=time.time() + skew)
+    owner = leave(tmp_path, job="night", since="1990-01-01", started=int(time.time() + skew))
     os.utime(lease_file(tmp_path), (time.time() + skew,) * 2)
     said: list[str] = []
     began = time.monotonic()
@@ -248,7 +301,9 @@ def test_one_that_is_alive_elsewhere_stops_the_second(tmp_path: pathlib.Path) ->
     assert Owner.parse(lease_file(tmp_path).read_bytes()) == owner
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b"\xff\x00", b'{"host": 3}'])
+@pytest.mark.parametrize(
+    "content", [b"", b"{}", b"[1]", b"\xff\x00", b'{"host": 3}', b"[" * 100_000]
+)
 def test_a_damaged_lease_is_waited_for(tmp_path: pathlib.Path, content: bytes) -> None:
     lease_file(tmp_path).write_bytes(content)
     said: list[str] = []
@@ -372,6 +427,82 @@ def test_a_lease_that_was_removed_is_lost(tmp_path: pathlib.Path) -> None:
     with pytest.raises(LeaseLostError):
         lease.check()
     lease.release()
+
+
+# ------------------------------------------------------------------------------ what is recorded
+
+
+def test_a_job_that_lost_the_lease_is_remembered(tmp_path: pathlib.Path) -> None:
+    """By the next one and those after it, until somebody has looked how far it got."""
+    removing = frozenset({("ab", 10)})
+    owner = dataclasses.replace(Owner.this_process(), pid=2**22 + 1)
+    document = lease_lib._document(owner, 3, Record((), removing))
+    lease_file(tmp_path).write_bytes(document)
+    assert lease_lib.read_record(str(tmp_path)).is_void("ab", 10)
+    with acquire(str(tmp_path), keeps_record=True, say=lambda _: None) as lease:
+        assert lease.record.pending == [owner.token]
+    with acquire(str(tmp_path), keeps_record=True, say=lambda _: None) as lease:
+        assert lease.record.superseded == (Superseded(owner.token, None, removing),)
+        lease.settle({owner.token: 30})
+        assert lease.record.pending == []
+    with acquire(str(tmp_path), keeps_record=True) as lease:
+        record = lease_lib.read_record(str(tmp_path))
+        assert record == lease.record == Record((Superseded(owner.token, 30, removing),))
+    voids = [record.is_void(owner.token, 30), record.is_void(owner.token, 31)]
+    assert voids == [False, True]
+    assert record.is_void("ab", 10)
+    assert not record.is_void("cd", 31)
+
+
+def test_a_removal_is_recorded_before_it_begins(tmp_path: pathlib.Path) -> None:
+    with quiet_lease(tmp_path) as lease:
+        with lease.removing(frozenset({("ab", 10)})):
+            assert lease_lib.read_record(str(tmp_path)).is_void("ab", 10)
+        lease._renew()
+        assert not lease_lib.read_record(str(tmp_path)).is_void("ab", 10)
+        lease_file(tmp_path).write_bytes(lease_lib._document(Owner.this_process(), 0, Record()))
+        with pytest.raises(LeaseLostError), lease.removing(frozenset({("ab", 20)})):
+            raise AssertionError("not reached")
+
+
+def test_on_a_disk_a_fence_sees_every_other_owner(tmp_path: pathlib.Path) -> None:
+    with quiet_lease(tmp_path) as lease:
+        with lease.fenced():
+            pass
+        lease_file(tmp_path).write_bytes(lease_lib._document(Owner.this_process(), 0, Record()))
+        lease.check()  # which believes in it for half a minute
+        with pytest.raises(LeaseLostError), lease.fenced():
+            raise AssertionError("not reached")
+
+
+HOLDER = """
+import sys
+from trainer.core import storage
+with storage.locked(sys.argv[1]):
+    print("locked", flush=True)
+    input()
+"""
+
+
+def test_a_lock_that_is_held_for_ever_is_named(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "_LOCK_SECONDS", 0.2)
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == b"locked\n"
+        with pytest.raises(StorageError) as caught:
+            acquire(str(tmp_path))
+        holder.kill()
+    message = str(caught.value)
+    assert f"process {holder.pid} has its lock" in message
+    assert str(tmp_path) in message and "kill -CONT" in message and "\n" not in message
+    with acquire(str(tmp_path)) as lease:
+        lease.check()
 
 
 def test_a_workdir_that_cannot_be(tmp_path: pathlib.Path) -> None:

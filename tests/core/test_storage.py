@@ -68,10 +68,10 @@ def test_walk_passes_over_what_vanishes(
 
 def test_write_replaces_and_append_adds(root: str) -> None:
     path = storage.join(root, "log.jsonl")
-    storage.append(path, b"1\n")
-    storage.append(path, b"2\n")
-    storage.append(path, "\u2603\n".encode())
-    storage.flush_appended()
+    file = storage.AppendedFile(path, b"1\n", None)
+    file.add(b"2\n")
+    file.add("\u2603\n".encode())
+    file.flush()
     assert storage.read_text(path) == "1\n2\n\u2603\n"
     assert storage.listdir(root) == ["log.jsonl"]
     storage.write_text_atomic(path, "3\n")
@@ -145,8 +145,11 @@ def test_rename_file_and_directory(root: str) -> None:
     assert not storage.exists(storage.join(root, "old", "x"))
     assert storage.read_text(storage.join(root, "new", "x")) == "1"
     storage.write_text_atomic(storage.join(root, "y"), "2")
-    storage.rename(storage.join(root, "y"), storage.join(root, "new", "x"))
-    assert storage.read_text(storage.join(root, "new", "x")) == "2"
+    with pytest.raises(storage.ConflictError):
+        storage.rename(storage.join(root, "y"), storage.join(root, "new", "x"))
+    assert storage.read_text(storage.join(root, "new", "x")) == "1"
+    storage.rename(storage.join(root, "y"), storage.join(root, "new", "y"))
+    assert storage.listdir(storage.join(root, "new")) == ["x", "y"]
 
 
 def test_failed_write_leaves_the_old_file_and_nothing_else(root: str) -> None:
@@ -211,9 +214,13 @@ def test_system_error_becomes_one_line_and_old_content_stays(
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
-def test_full_disk() -> None:
-    with pytest.raises(StorageError, match="cannot write /dev/full: the disk is full"):
-        storage.append("/dev/full", b"x" * 2**20)
+def test_full_disk(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "log"
+    file = storage.AppendedFile(str(path), b"", None)
+    path.unlink()
+    path.symlink_to("/dev/full")
+    with pytest.raises(StorageError, match="cannot write .*/log: the disk is full"):
+        file.add(b"x" * 2**20)
 
 
 def test_file_where_a_directory_should_be(tmp_path: pathlib.Path) -> None:

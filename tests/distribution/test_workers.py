@@ -142,7 +142,7 @@ def test_a_worker_that_dies_takes_all_along(flags: list[str], tmp_path: pathlib.
     more = [f"--workdir={workdir}", *(f"--set={setting}" for setting in settings)]
     chief, other = (start([*flags, *more], environment) for environment in environments(2))
     try:
-        while not list(workdir.glob("checkpoints/*/COMMITTED")):
+        while not list(workdir.glob("checkpoints/*/COMMITTED-*")):
             assert chief.poll() is None, chief.communicate()
             time.sleep(0.2)
         other.send_signal(signal.SIGKILL)
@@ -161,7 +161,7 @@ def test_a_worker_that_dies_takes_all_along(flags: list[str], tmp_path: pathlib.
     assert "Traceback" not in err
 
     # From the newest checkpoint to its next step.
-    found = max(path.parent.name for path in workdir.glob("checkpoints/*/COMMITTED"))
+    found = max(path.parent.name for path in workdir.glob("checkpoints/*/COMMITTED-*"))
     kimg = (int(found.removeprefix("step-")) + 1) * 0.016
     again = [*more, f"--set=training.total_kimg={kimg}"]
     chief, other = (start([*flags, *again], environment) for environment in environments(2))
@@ -230,6 +230,6 @@ def test_a_worker_that_is_preempted_has_all_saved(
     assert lines[0] == lines[1]
     (line,) = lines[0]
     assert f"error: SIGTERM on worker:{told} (localhost:" in line
-    saved = max(path.parent.name for path in workdir.glob("checkpoints/*/COMMITTED"))
+    saved = max(path.parent.name for path in workdir.glob("checkpoints/*/COMMITTED-*"))
     assert f"stopped after step {int(saved.removeprefix('step-'))} (kimg" in line
     assert not (workdir / "lease.json").exists()

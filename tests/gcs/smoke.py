@@ -84,7 +84,7 @@ class Smoke:
         return sorted(
             int(folder.removeprefix("step-"))
             for folder in folders
-            if f"run/checkpoints/{folder}/COMMITTED" in names
+            if any(n.startswith(f"run/checkpoints/{folder}/COMMITTED-") for n in names)
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -18,11 +19,14 @@ import tensorflow as tf
 
 from tests.training.conftest import TINY_MODEL
 from trainer.core import config as config_lib
+from trainer.core import lease as lease_lib
 from trainer.core import storage
 from trainer.core.config import CheckpointConfig
 from trainer.core.errors import CheckpointError, StorageError
+from trainer.core.fencing import Record
+from trainer.core.lease import Owner
 from trainer.training import build, checkpoint
-from trainer.training.checkpoint import Checkpoints
+from trainer.training.checkpoint import Checkpoints, Inventory
 from trainer.training.state import TrainState
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -69,6 +73,13 @@ def save(checkpoints: Checkpoints, step: int, info: dict[str, Any]) -> str:
     checkpoints.save(step, info)
     checkpoints.wait()
     return storage.join(checkpoints._workdir, "checkpoints", f"step-{step:09d}")
+
+
+def file_of(path: str, name: str) -> pathlib.Path:
+    """The file of a checkpoint by its name without the token."""
+    first, dot, rest = name.partition(".")
+    (found,) = pathlib.Path(path).glob(f"{first}-*{dot}{rest}")
+    return found
 
 
 def names(workdir: pathlib.Path) -> list[str]:
@@ -133,22 +144,50 @@ def corrupt(path: pathlib.Path) -> None:
     path.write_bytes(bytes(content))
 
 
+def with_a_marker_that_fits(path: pathlib.Path, content: bytes) -> None:
+    path.write_bytes(content)
+    (marker,) = path.parent.glob("COMMITTED-*")
+    document = json.loads(marker.read_text())
+    document["files"][path.name] = dataclasses.asdict(storage.digest(str(path)))
+    marker.write_text(json.dumps(document))
+
+
 DAMAGE: dict[str, tuple[str, Callable[[pathlib.Path], object], str]] = {
     "killed before the marker": ("COMMITTED", pathlib.Path.unlink, "never completed"),
     "a shard of values cut": ("state.data-00000-of-00001", shorten, "is not what was written"),
     "a flipped bit": ("state.data-00000-of-00001", corrupt, "is not what was written"),
-    "an index lost": ("state.index", pathlib.Path.unlink, "state.index is missing"),
-    "counters cut": ("state.json", shorten, "state.json is not what was written"),
-    "counters lost": ("state.json", pathlib.Path.unlink, "state.json is missing"),
-    "a marker cut": ("COMMITTED", shorten, "COMMITTED is damaged"),
-    "a flipped bit in the marker": ("COMMITTED", corrupt, "COMMITTED is damaged"),
-    "an empty marker": ("COMMITTED", lambda p: p.write_bytes(b""), "COMMITTED is damaged"),
+    "an index lost": ("state.index", pathlib.Path.unlink, "state-.*.index is missing"),
+    "counters cut": ("state.json", shorten, "state-.*.json is not what was written"),
+    "counters lost": ("state.json", pathlib.Path.unlink, "state-.*.json is missing"),
+    "a marker cut": ("COMMITTED", shorten, "COMMITTED-.* is damaged"),
+    "a flipped bit in the marker": ("COMMITTED", corrupt, "COMMITTED-.* is damaged"),
+    "an empty marker": ("COMMITTED", lambda p: p.write_bytes(b""), "COMMITTED-.* is damaged"),
     "a marker of nothing": (
         "COMMITTED",
-        lambda p: p.write_text('{"files": {}}'),
-        "state.json is not",
+        lambda p: p.write_text('{"format": 2, "files": {}}'),
+        "state-.*.json is not",
     ),
     "a marker of another kind": ("COMMITTED", lambda p: p.write_text('{"files": 3}'), "is damaged"),
+    "a marker of another format": (
+        "COMMITTED",
+        lambda p: p.write_text('{"format": 3, "files": {}}'),
+        "it is of format 3, and this trainer reads format 2",
+    ),
+    "a marker a thousand deep": (
+        "COMMITTED",
+        lambda p: p.write_text("[" * 100_000 + "]" * 100_000),
+        "is damaged",
+    ),
+    "counters of another kind": (
+        "state.json",
+        lambda p: with_a_marker_that_fits(p, b"[1]"),
+        "is no JSON object",
+    ),
+    "counters a thousand deep": (
+        "state.json",
+        lambda p: with_a_marker_that_fits(p, b"[" * 100_000),
+        "is not JSON",
+    ),
     "a marker that is a list": ("COMMITTED", lambda p: p.write_text("[1]"), "is damaged"),
 }
 
@@ -158,13 +197,13 @@ def test_a_damaged_checkpoint_does_not_exist(tmp_path: pathlib.Path, kind: str) 
     checkpoints = small(tmp_path)
     good, bad = save(checkpoints, 10, info()), save(checkpoints, 20, info())
     name, damage, reason = DAMAGE[kind]
-    damage(pathlib.Path(bad, name))
+    damage(file_of(bad, name))
     found, skipped = checkpoint.newest(str(tmp_path))
     assert found is not None
     assert found.path == good
     assert len(skipped) == 1
     assert bad in skipped[0]
-    assert reason in skipped[0]
+    assert re.search(reason, skipped[0])
     with pytest.raises(CheckpointError, match=reason) as caught:
         checkpoint.find(bad)
     assert "\n" not in str(caught.value)
@@ -207,7 +246,7 @@ def assert_not_taken_for_whole(workdir: pathlib.Path) -> None:
 def test_any_damage_to_any_file_is_found(
     two: pathlib.Path, name: str, where: float, kind: str, bits: int
 ) -> None:
-    path = two / "checkpoints" / "step-000000020" / name
+    path = file_of(str(two / "checkpoints" / "step-000000020"), name)
     before = path.read_bytes()
     place, other = int(where * len(before)), bytes([bits])
     after = {
@@ -227,7 +266,7 @@ def test_any_damage_to_any_file_is_found(
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_torn_at_any_byte_is_found(two: pathlib.Path, name: str) -> None:
-    path = two / "checkpoints" / "step-000000020" / name
+    path = file_of(str(two / "checkpoints" / "step-000000020"), name)
     before = path.read_bytes()
     try:
         for length in range(0, len(before), 1 if len(before) < 500 else 7):
@@ -257,26 +296,55 @@ def test_strangers_beside_the_checkpoints(tmp_path: pathlib.Path) -> None:
 
 
 def test_steps_are_ordered_as_numbers(tmp_path: pathlib.Path) -> None:
-    checkpoints = small(tmp_path, keep_last=5)
-    for step in (999_999_999, 1_000_000_000, 5):
+    checkpoints = small(tmp_path, keep_last=2)
+    for step in (5, 999_999_999, 1_000_000_000):
         save(checkpoints, step, info())
-    # 5 was written last: what is newer was not restored, so it doesn't count.
-    assert steps(tmp_path) == [5]
-    save(checkpoints, 999_999_999, info())
-    save(checkpoints, 1_000_000_000, info())
+    assert set(steps(tmp_path)) == {999_999_999, 1_000_000_000}
     found, _ = checkpoint.newest(str(tmp_path))
     assert found is not None
     assert found.step == 1_000_000_000
 
 
-def test_the_remains_of_a_save_give_way(tmp_path: pathlib.Path) -> None:
-    remains = tmp_path / "checkpoints" / "step-000000010"
-    remains.mkdir(parents=True)
-    (remains / "state.data-00000-of-00001").write_bytes(b"half")
-    (remains / "leftover").write_bytes(b"")
-    path = save(small(tmp_path), 10, info())
-    assert checkpoint.find(path).step == 10
-    assert not (remains / "leftover").exists()
+def test_what_a_dead_job_has_not_completed_goes(tmp_path: pathlib.Path) -> None:
+    """And only that: not what it had completed, nor what is of nobody, nor of a job that isn't dead."""
+    before = small(tmp_path)
+    dead, unknown = before._names.token, "e" * 16
+    folder = tmp_path / "checkpoints" / "step-000000020"
+    save(before, 10, info())
+    folder.mkdir()
+    left = [
+        f"state-{dead}.json",
+        f"state-{dead}.data-00000-of-00001",
+        f"state-{dead}.index.tempstate123",
+        f".COMMITTED-{dead}.0a1b2c3d.tmp",
+    ]
+    others = ["notes.txt", "state.txt", f"state-{unknown}.json", f"mystate-{dead}.json"]
+    for name in left + others:
+        (folder / name).write_text("half")
+    (tmp_path / "lease.json").write_bytes(
+        lease_lib._document(
+            dataclasses.replace(Owner.this_process(), token=dead, pid=2**22 + 1), 1, Record()
+        )
+    )
+    with lease_lib.acquire(str(tmp_path), keeps_record=True, say=lambda _: None) as lease:
+        inventory = Inventory(str(tmp_path), record=lease.record)
+        lease.settle(inventory.last_steps(lease.record.pending))
+        inventory.record = lease.record
+        found, skipped = inventory.newest()
+        assert found is not None and found.step == 10
+        assert len(skipped) == 2 and all("never completed" in line for line in skipped)
+        checkpoints = Checkpoints(
+            str(tmp_path),
+            CheckpointConfig(),
+            {"number": tf.Variable(1.5)},
+            inventory=inventory,
+            lease=lease,
+        )
+        save(checkpoints, 20, info())
+    assert steps(tmp_path) == [10, 20]
+    kept = {path.name for path in folder.iterdir()}
+    assert set(others) < kept
+    assert {name for name in kept if lease.token in name} == kept - set(others)
 
 
 # ------------------------------------------------------------------------------ which are kept
@@ -306,19 +374,49 @@ def test_damaged_ones_do_not_displace_good_ones(
     shutil.copytree(tmp_path / "checkpoints", tmp_path / "kept")
     bad = save(checkpoints, 30, info())
     shutil.copytree(tmp_path / "kept", tmp_path / "checkpoints", dirs_exist_ok=True)
-    damage[1](pathlib.Path(bad, damage[0]))
+    damage[1](file_of(bad, damage[0]))
     found, _ = checkpoint.newest(str(tmp_path))
     assert found is not None
     assert found.step == 10
-    # The run goes on from 10 and comes to 25, before where the damaged one is.
+    # The run goes on from 10 and comes to 25, before where the damaged one is, and past it.
     save(small(tmp_path, keep_last=1, keep_every_kimg=100), 25, info())
-    assert steps(tmp_path) == [25]
-    assert checkpoint.find(str(tmp_path)).step == 25
+    assert steps(tmp_path) == [25, 30]
+    save(small(tmp_path, keep_last=1, keep_every_kimg=100), 35, info())
+    assert steps(tmp_path) == [30, 35]  # it may be restored from elsewhere
+    found, skipped = checkpoint.newest(str(tmp_path))
+    assert found is not None and (found.step, skipped) == (35, [])
+
+
+@pytest.mark.parametrize("period", [0, 10])
+def test_a_whole_one_goes_only_for_whole_ones(tmp_path: pathlib.Path, period: int) -> None:
+    """Older ones are looked at before they stand for the one that goes."""
+    before = small(tmp_path, keep_last=9)
+    paths = {step: save(before, step, info(step)) for step in (10, 13, 16, 20, 23, 26)}
+    for step in (13, 20, 23):
+        corrupt(file_of(paths[step], "state.json"))
+    # A new start goes on from 26; of the others it doesn't know.
+    save(small(tmp_path, keep_last=2, keep_every_kimg=period), 30, info(30))
+    # Of the twenties, 26 is the first that is whole, and of the tens 10.
+    assert steps(tmp_path) == sorted({13, 20, 23, 26, 30} | ({10} if period else set()))
+    save(small(tmp_path, keep_last=2, keep_every_kimg=period), 33, info(33))
+    assert steps(tmp_path) == sorted({13, 20, 23, 30, 33} | ({10, 26} if period else set()))
+
+
+def test_checkpoints_of_format_1_are_refused(tmp_path: pathlib.Path) -> None:
+    path = pathlib.Path(save(small(tmp_path, keep_last=1), 10, info()))
+    for file in path.iterdir():
+        file.rename(path / re.sub("-[0-9a-f]{16}", "", file.name))
+    with pytest.raises(
+        CheckpointError, match=r"it is of format 1, and this trainer reads format 2"
+    ):
+        checkpoint.find(str(tmp_path))
+    save(small(tmp_path, keep_last=1), 20, info())
+    assert steps(tmp_path) == [10, 20]
 
 
 def test_damaged_counters_do_not_stop_a_run(tmp_path: pathlib.Path) -> None:
     checkpoints = small(tmp_path, keep_last=2, keep_every_kimg=1)
-    corrupt(pathlib.Path(save(checkpoints, 10, info(5)), "state.json"))
+    corrupt(file_of(save(checkpoints, 10, info(5)), "state.json"))
     save(checkpoints, 20, info(6))
     assert steps(tmp_path) == [10, 20]
 
@@ -356,7 +454,7 @@ def test_find_says_what_is_missing(tmp_path: pathlib.Path) -> None:
     with pytest.raises(CheckpointError, match="no such directory"):
         checkpoint.find(str(tmp_path / "checkpoints" / "step-000000007"))
     bad = save(small(tmp_path), 9, info())
-    pathlib.Path(bad, "COMMITTED").unlink()
+    file_of(bad, "COMMITTED").unlink()
     with pytest.raises(CheckpointError, match="step-000000009: it was never completed"):
         checkpoint.find(str(tmp_path))
 
@@ -369,10 +467,12 @@ def test_a_failed_save_leaves_nothing_of_itself(
     good = save(checkpoints, 10, info())
     write = storage.write_text_atomic
 
-    def full(path: str, text: str) -> None:
-        if path.endswith(f"step-000000020/{file}"):
+    first, dot, rest = file.partition(".")
+
+    def full(path: str, *args: Any) -> None:
+        if re.search(rf"step-000000020/{first}-[0-9a-f]{{16}}{dot}{rest}$", path):
             raise StorageError(f"cannot write {path}: the disk is full")
-        write(path, text)
+        write(path, *args)
 
     monkeypatch.setattr(storage, "write_text_atomic", full)
     with pytest.raises(CheckpointError, match="disk is full.*goes on from the checkpoint before"):
@@ -387,7 +487,10 @@ import resource, sys
 import tensorflow as tf
 from trainer.core.config import CheckpointConfig
 from trainer.core.errors import CheckpointError
-from trainer.training.checkpoint import Checkpoints
+from trainer.core import lease as lease_lib
+from trainer.core.fencing import Record
+from trainer.core.lease import Owner
+from trainer.training.checkpoint import Checkpoints, Inventory
 
 values = tf.Variable(tf.random.stateless_uniform([1 << 16], [1, 2]))
 checkpoints = Checkpoints(sys.argv[1], CheckpointConfig(keep_last=1), {"values": values})
@@ -429,12 +532,13 @@ def test_the_marker_is_written_last(
 ) -> None:
     write, seen = storage.write_text_atomic, {}
 
-    def spy(path: str, text: str) -> None:
-        if path.endswith("COMMITTED"):
+    def spy(path: str, text: str, *args: Any) -> None:
+        if "/COMMITTED" in path:
             seen.update(json.loads(text)["files"])
             assert set(seen) == {p.name for p in pathlib.Path(path).parent.iterdir()}
-        write(path, text)
+        write(path, text, *args)
 
     monkeypatch.setattr(storage, "write_text_atomic", spy)
     save(small(tmp_path), 1, info())
-    assert {"state.json", "state.index", "state.data-00000-of-00001"} <= set(seen)
+    kinds = {re.sub("-[0-9a-f]{16}", "", name) for name in seen}
+    assert kinds == {"state.json", "state.index", "state.data-00000-of-00001"}

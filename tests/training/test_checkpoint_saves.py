@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import pytest
 import tensorflow as tf
 
 from tests.gcs.fixture import Gcs
-from tests.training.test_checkpoint import SHAPE, info, make_config, names, save, small
+from tests.training.test_checkpoint import SHAPE, file_of, info, make_config, names, save, small
 from trainer.core import lease as lease_lib
 from trainer.core import storage
 from trainer.core.config import CheckpointConfig
@@ -60,8 +61,8 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     gate.opened.set()
 
 
-def read(path: str, name: str) -> np.ndarray:
-    return tf.train.load_checkpoint(f"{path}/state").get_tensor(checkpoint._key(name))
+def read(found: checkpoint.Found, name: str) -> np.ndarray:
+    return tf.train.load_checkpoint(found.prefix).get_tensor(checkpoint._key(name))
 
 
 # ------------------------------------------------------------------------------ in the background
@@ -92,8 +93,8 @@ def test_steps_go_on_while_bytes_move(tmp_path: pathlib.Path, gate: Gate) -> Non
     checkpoints.wait()
     found = checkpoint.find(str(tmp_path))
     for n in range(4):
-        np.testing.assert_array_equal(read(found.path, f"v{n}"), np.full([1000], n, np.float32))
-    assert read(found.path, "count") == 7
+        np.testing.assert_array_equal(read(found, f"v{n}"), np.full([1000], n, np.float32))
+    assert read(found, "count") == 7
     assert count.numpy() == 10
 
 
@@ -178,10 +179,9 @@ def test_a_lease_lost_while_values_are_written_commits_nothing(
 def test_what_is_known_is_not_looked_for_again(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run lists its checkpoints once, and what a dead job left is still removed."""
-    for step in (10, 20, 30):
+    """A run lists its checkpoints once."""
+    for step in (10, 20):
         save(small(tmp_path, keep_last=9), step, info(step))
-    (tmp_path / "checkpoints" / "step-000000030" / "COMMITTED").unlink()
     inventory = Inventory(str(tmp_path))
     found, _ = inventory.newest()
     assert found is not None
@@ -197,29 +197,32 @@ def test_what_is_known_is_not_looked_for_again(
 def test_a_damaged_one_that_was_passed_over_does_not_count(tmp_path: pathlib.Path) -> None:
     for step in (10, 20):
         save(small(tmp_path, keep_last=9), step, info(step))
-    (tmp_path / "checkpoints" / "step-000000020" / "state.index").write_bytes(b"torn")
+    file_of(str(tmp_path / "checkpoints" / "step-000000020"), "state.index").write_bytes(b"torn")
     inventory = Inventory(str(tmp_path))
     found, _ = inventory.newest()
     assert found is not None and found.step == 10
     settings, number = CheckpointConfig(keep_last=2), tf.Variable(0.0)
     checkpoints = Checkpoints(str(tmp_path), settings, {"number": number}, inventory=inventory)
     save(checkpoints, 30, info(30))
-    assert names(tmp_path) == ["step-000000010", "step-000000030"]
+    assert names(tmp_path) == ["step-000000010", "step-000000020", "step-000000030"]
 
 
 # ------------------------------------------------------------------------------ killed
 
 # Saves step 10; then, at a moment of the save of step 20, tells so and waits to be killed.
 KILLED = """
-import sys, time
+import re, sys, time
 import tensorflow as tf
-from trainer.core import storage
+from trainer.core import lease as lease_lib, storage
 from trainer.core.config import CheckpointConfig
 from trainer.training import checkpoint
 
-workdir, name, suffix = sys.argv[1:]
+workdir, name, pattern = sys.argv[1:]
 variables = {"number": tf.Variable(1.5)}
-checkpoints = checkpoint.Checkpoints(workdir, CheckpointConfig(keep_last=1), variables)
+lease = lease_lib.acquire(workdir, keeps_record=True)
+checkpoints = checkpoint.Checkpoints(
+    workdir, CheckpointConfig(keep_last=1), variables, lease=lease
+)
 info = {"kimg": 0.0}
 checkpoints.save(10, info)
 checkpoints.wait()
@@ -227,7 +230,8 @@ if name:
     real = getattr(storage, name)
 
     def deadly(path, *args):
-        if "step-" in path and path.endswith(suffix):
+        path = list(path) if name == "remove_files" else path
+        if re.search(pattern, str(path)):
             print("now", flush=True)
             time.sleep(600)
         return real(path, *args)
@@ -236,23 +240,25 @@ if name:
 variables["number"].assign(2.5)
 checkpoints.save(20, info)
 if not name:
+    checkpoints.wait()
+    lease.release()
     sys.exit(3)
 time.sleep(600)
 """
 MOMENTS = {
-    "values written": ("write_text_atomic", "state.json", 10, 1.5),
+    "nothing written": ("write_text_atomic", r"20/state-.*\.json", 10, 1.5),
     "nothing missing but the marker": ("write_text_atomic", "20/COMMITTED", 10, 1.5),
-    "committed, the old one still there": ("remove_tree", "step-000000010", 20, 2.5),
-    "": ("", "", 20, 2.5),  # not killed: the end of the program waits for the save
+    "committed, the old one still there": ("remove_files", "step-000000010", 20, 2.5),
+    "": ("", "", 20, 2.5),  # not killed
 }
 
 
 def test_killed_while_saving(tmp_path: pathlib.Path) -> None:
     jobs = {}
-    for number, (name, suffix, *_) in enumerate(MOMENTS.values()):
+    for number, (name, pattern, *_) in enumerate(MOMENTS.values()):
         workdir = tmp_path / str(number)
         jobs[workdir] = subprocess.Popen(
-            [sys.executable, "-c", KILLED, str(workdir), name, suffix],
+            [sys.executable, "-c", KILLED, str(workdir), name, pattern],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             text=True,
@@ -263,18 +269,28 @@ def test_killed_while_saving(tmp_path: pathlib.Path) -> None:
             job.send_signal(signal.SIGKILL)
         assert job.wait(120) == (-9 if moment else 3), moment
         *_, step, value = expected
-        found, skipped = checkpoint.newest(str(workdir))
-        assert found is not None, moment
-        assert found.step == step, moment
-        assert len(skipped) == (step == 10), moment
-        # The next life restores it, comes to step 20 again, and leaves nothing else.
+        # The next life restores it, goes on past step 20, and leaves nothing else.
         number = tf.Variable(0.0)
-        checkpoints = Checkpoints(str(workdir), CheckpointConfig(keep_last=1), {"number": number})
-        checkpoints.restore(found)
-        assert number.numpy() == value, moment
-        save(checkpoints, 20, info())
-        assert names(workdir) == ["step-000000020"], moment
-        assert len(os.listdir(workdir / "checkpoints" / "step-000000020")) == 4, moment
+        with lease_lib.acquire(str(workdir), keeps_record=True, say=lambda _: None) as lease:
+            inventory = Inventory(str(workdir), record=lease.record)
+            lease.settle(inventory.last_steps(lease.record.pending))
+            inventory.record = lease.record
+            found, skipped = inventory.newest()
+            assert found is not None, moment
+            assert found.step == step, moment
+            assert len(skipped) == (moment.startswith("nothing missing")), moment
+            checkpoints = Checkpoints(
+                str(workdir),
+                CheckpointConfig(keep_last=1),
+                {"number": number},
+                inventory=inventory,
+                lease=lease,
+            )
+            checkpoints.restore(found)
+            assert number.numpy() == value, moment
+            save(checkpoints, 20 if step == 10 else 30, info())
+        assert names(workdir) == [f"step-0000000{20 if step == 10 else 30}"], moment
+        assert len(list(workdir.glob("checkpoints/*/*"))) == 4, moment
 
 
 # Saves again and again, and tells of each that is committed.
@@ -315,7 +331,7 @@ def test_killed_at_any_moment(tmp_path: pathlib.Path) -> None:
         found, skipped = checkpoint.newest(str(tmp_path))
         assert found is not None
         assert committed <= found.step == found.info["step"] <= committed + 1
-        assert (read(found.path, "v") == found.step).all()
+        assert (read(found, "v") == found.step).all()
         last, torn = found.step, torn + len(skipped)
     assert torn > 0  # or the kills came at no interesting moment
 
@@ -394,9 +410,9 @@ def test_on_cloud_storage(gcs: Gcs) -> None:
         log = kinds(gcs)
         assert log.count(("POST", "write")) == 4
         assert log.count(("GET", "stat")) == 3
-        # The marker that could be left of a save, and the checkpoint that is replaced.
-        assert log.count(("DELETE", "delete")) == 1 + 4 * (step > 20)
-        assert len(log) <= 13, log
+        # The checkpoint that is replaced.
+        assert log.count(("DELETE", "delete")) == 4 * (step > 20)
+        assert len(log) <= 11, log
     assert {name.split("/")[3] for name in gcs.emulator.names(gcs.bucket)} == {
         "step-000000030",
         "step-000000040",
@@ -405,7 +421,9 @@ def test_on_cloud_storage(gcs: Gcs) -> None:
     inventory = Inventory(workdir)
     found, skipped = inventory.newest()
     assert found is not None and (found.step, skipped) == (40, [])
-    assert sorted(kinds(gcs)) == [("GET", "list"), ("GET", "read"), ("GET", "read")]
+    # Besides, whether there is a lease, which says what counts: a run has that read already.
+    lease = [("GET", "list"), ("GET", "read")]
+    assert sorted(kinds(gcs)) == sorted([("GET", "list"), ("GET", "read"), ("GET", "read"), *lease])
     checkpoints, other = number_in(workdir)
     checkpoints.restore(found)
     assert other.numpy() == 5.0
@@ -423,7 +441,9 @@ def test_damage_on_cloud_storage(gcs: Gcs, name: str, how: str) -> None:
     save(checkpoints, 10, info())
     number.assign(2.0)
     save(checkpoints, 20, info())
-    (damaged,) = (n for n in gcs.emulator.names(gcs.bucket) if f"20/{name}" in n)
+    first, dot, rest = name.partition(".")
+    pattern = re.compile(rf".*20/{first}-[0-9a-f]+{dot}{rest}.*")
+    (damaged,) = filter(pattern.fullmatch, gcs.emulator.names(gcs.bucket))
     data = gcs.emulator.get(gcs.bucket, damaged)
     if how == "gone":
         storage.remove(f"{gcs.url}/{damaged}")
@@ -436,12 +456,11 @@ def test_damage_on_cloud_storage(gcs: Gcs, name: str, how: str) -> None:
     checkpoints, other = number_in(workdir)
     checkpoints.restore(found)
     assert other.numpy() == 1.0
-    # Going on removes it.
+    # Going on leaves it, for it may be restored from elsewhere.
+    before = {n: gcs.emulator.get(gcs.bucket, n) for n in gcs.emulator.names(gcs.bucket)}
     save(checkpoints, 15, info())
-    assert {n.split("/")[2] for n in gcs.emulator.names(gcs.bucket)} == {
-        "step-000000010",
-        "step-000000015",
-    }
+    after = {n: gcs.emulator.get(gcs.bucket, n) for n in gcs.emulator.names(gcs.bucket)}
+    assert before.items() <= after.items()
 
 
 def test_faults_of_cloud_storage_are_sat_out(gcs: Gcs) -> None:

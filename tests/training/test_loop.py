@@ -63,7 +63,7 @@ def stats(workdir: pathlib.Path) -> list[dict[str, Any]]:
 def parameters(workdir: pathlib.Path) -> dict[str, np.ndarray]:
     """All variables of the newest checkpoint."""
     found = checkpoint.find(str(workdir))
-    reader = tf.train.load_checkpoint(f"{found.path}/state")
+    reader = tf.train.load_checkpoint(found.prefix)
     names = [name for name in reader.get_variable_to_shape_map() if name.endswith("_VALUE")]
     return {name: reader.get_tensor(name) for name in names}
 
@@ -87,32 +87,32 @@ def files(workdir: pathlib.Path) -> dict[str, bytes]:
 
 # ------------------------------------------------------------------------------ killed runs
 
-# Trains, and sends itself a signal at the n-th write to a path that ends so. The run goes on when
+# Trains, and sends itself a signal at the n-th write to a path that is so. The run goes on when
 # the thread that watches for signals has seen it, which on a busy machine may be steps later. Op by
 # op: for seven steps, tracing would take longest.
 PROGRAM = """
-import os, signal, sys, time
+import os, re, signal, sys, time
 import tensorflow as tf
 from trainer.core import config, errors, storage
 from trainer.training import loop, preemption
 
-path, workdir, suffix, count, number = sys.argv[1:]
+path, workdir, pattern, count, number = sys.argv[1:]
 left = int(count)
 
 def deadly(write):
-    def wrapped(path, text):
+    def wrapped(path, *args):
         global left
-        if suffix and path.endswith(suffix):
+        if pattern and re.search(pattern, getattr(path, "_path", path)):
             left -= 1
             if left == 0:
                 os.kill(os.getpid(), int(number))
                 while stop.begin(0) is None:
                     time.sleep(0.01)
-        write(path, text)
+        write(path, *args)
     return wrapped
 
 storage.write_text_atomic = deadly(storage.write_text_atomic)
-storage.append = deadly(storage.append)
+storage.AppendedFile.add = deadly(storage.AppendedFile.add)
 tf.config.run_functions_eagerly(True)
 loaded = config.load(path)
 try:
@@ -127,7 +127,7 @@ except errors.PreemptedError as error:
 def train_in_a_process(
     config: Config,
     workdir: pathlib.Path,
-    suffix: str = "",
+    pattern: str = "",
     count: int = 1,
     number: int = signal.SIGKILL,
 ) -> str:
@@ -135,7 +135,7 @@ def train_in_a_process(
     path = workdir.with_suffix(".yaml")
     path.write_text(config_lib.to_yaml(config))
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(path), str(workdir), suffix, str(count), str(number)],
+        [sys.executable, "-c", PROGRAM, str(path), str(workdir), pattern, str(count), str(number)],
         cwd=ROOT,
         env={**os.environ, "NO_GCE_CHECK": "true"},
         capture_output=True,
@@ -143,7 +143,7 @@ def train_in_a_process(
         timeout=600,
     )
     codes = {signal.SIGKILL: -9, signal.SIGTERM: 75}
-    assert done.returncode == (codes[signal.Signals(number)] if suffix else 0), done.stderr
+    assert done.returncode == (codes[signal.Signals(number)] if pattern else 0), done.stderr
     return done.stdout
 
 
@@ -215,7 +215,7 @@ def killed(
     config = deterministic(squares)
     printed = [
         # The tick of step 3 is written, its checkpoint isn't whole.
-        train_in_a_process(config, workdir, "step-000000004/COMMITTED"),
+        train_in_a_process(config, workdir, "step-000000004/COMMITTED-"),
         train_in_a_process(config, workdir, "stats.jsonl", number=signal.SIGTERM),
         train_in_a_process(config, workdir, "stats.jsonl"),
         train_in_a_process(config, workdir),
@@ -491,6 +491,103 @@ def test_a_run_starts_from_the_networks_of_another(
     misfit = labelled(squares, training=training, model={**TINY["model"], "channel_max": 4})
     with pytest.raises(ConfigError, match="has no fitting .* in all"):
         loop.train(misfit, str(tmp_path / "misfit"))
+
+
+# ------------------------------------------------------------------------------ all damaged
+
+
+DAMAGES = {
+    "a byte too many": lambda p: p.write_bytes(p.read_bytes() + b"x"),
+    "garbage": lambda p: p.write_bytes(b"\0" * 100),
+    "a thousand deep": lambda p: p.write_bytes(b"[" * 100_000),
+    "gone": pathlib.Path.unlink,
+}
+
+
+def damage(workdir: pathlib.Path, kind: str, pattern: str) -> None:
+    paths = list(workdir.glob(f"checkpoints/*/{pattern}"))
+    assert len(paths) == 2
+    for path in paths:
+        DAMAGES[kind](path)
+
+
+def with_strangers(workdir: pathlib.Path) -> None:
+    for name in (
+        "notes.txt",
+        "checkpoints/step-000000007/mine",
+        "tensorboard/events.out.tfevents.1",
+    ):
+        (workdir / name).write_text("theirs")
+    with (workdir / "stats.jsonl").open("a") as file:
+        file.write("# my remark\n")
+
+
+@pytest.mark.usefixtures("eagerly")
+@pytest.mark.parametrize("kind", DAMAGES)
+@pytest.mark.parametrize("pattern", ["state-*.json", "COMMITTED-*", "state-*.data*"])
+def test_a_run_whose_checkpoints_are_all_damaged_stops(
+    finished: pathlib.Path, squares: Manifest, kind: str, pattern: str
+) -> None:
+    with_strangers(finished)
+    damage(finished, kind, pattern)
+    before = files(finished)
+    with pytest.raises(CheckpointError) as caught:
+        loop.train(labelled(squares), str(finished))
+    message = str(caught.value)
+    assert caught.value.exit_code == 4
+    assert "step-000000006" in message and "step-000000007" in message and "\n" not in message
+    for way in ("from a backup", "another --workdir", "--start_over"):
+        assert way in message
+    assert files(finished) == before
+
+
+@pytest.mark.usefixtures("eagerly")
+def test_starting_over_moves_everything_aside(
+    finished: pathlib.Path, squares: Manifest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_strangers(finished)
+    damage(finished, "a byte too many", "state-*.json")
+    before = files(finished)
+    config = deterministic(squares)
+    loop.train(config, str(finished), start_over=True)
+    assert "starting over: what the run had written is in" in capsys.readouterr().out
+    (moved,) = finished.glob("before-*")
+    kept = {"notes.txt", "tensorboard/events.out.tfevents.1"}
+    for name, content in before.items():
+        if name in kept:
+            assert (finished / name).read_bytes() == content
+        elif name.startswith("tensorboard/"):
+            there = finished / "tensorboard" / moved.name / name.removeprefix("tensorboard/")
+            assert there.read_bytes() == content
+        else:
+            assert (moved / name).read_bytes() == content, name
+    assert len(stats(finished)) == 4
+    after = files(finished)
+    # The same command again, as after exit code 75, doesn't start over once more.
+    loop.train(config, str(finished), start_over=True)
+    assert "resuming from" in capsys.readouterr().out
+    assert files(finished) == after
+
+
+@pytest.mark.usefixtures("eagerly")
+def test_of_a_damaged_one_nothing_is_lost(finished: pathlib.Path, squares: Manifest) -> None:
+    """The run goes on from the one before, and past it; what strangers have put there stays."""
+    with_strangers(finished)
+    (broken,) = finished.glob("checkpoints/step-000000007/state-*.json")
+    broken.write_bytes(broken.read_bytes() + b" ")
+    before = files(finished)
+    training = {**TINY["training"], "total_kimg": 0.08}
+    for _ in range(2):
+        loop.train(labelled(squares, training=training), str(finished))
+        after = files(finished)
+        damaged = {n for n in before if "step-000000007/" in n}
+        assert all(after[name] == before[name] for name in damaged | {"notes.txt"})
+        assert checkpoint.find(str(finished)).step == 10
+        text = (finished / "stats.jsonl").read_text()
+        assert [json.loads(line)["tick"] for line in text.splitlines() if line[0] == "{"] == [
+            *range(6)
+        ]
+        assert "# my remark\n" in text
 
 
 # ------------------------------------------------------------------------------ export

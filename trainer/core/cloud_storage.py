@@ -18,6 +18,7 @@ import posixpath
 import re
 import secrets
 import sys
+import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
@@ -281,7 +282,11 @@ def size(path: str) -> int:
 
 def digest(path: str) -> tuple[int, int]:
     """Size and CRC32C of an object, as Cloud Storage knows them; read if it doesn't."""
-    blob = _stat(path)
+    return _size_and_crc(_stat(path), path)
+
+
+def _size_and_crc(blob: Any, path: str) -> tuple[int, int]:
+    """Of an object whose description was fetched; it is read if that lacks them."""
     length, crc = blob.size, _crc32c(blob)
     return _measured(path) if length is None or crc is None else (int(length), crc)
 
@@ -318,6 +323,11 @@ def _measured(path: str) -> tuple[int, int]:
 
 def _crc32c(blob: Any) -> int | None:
     return None if blob.crc32c is None else int.from_bytes(base64.b64decode(blob.crc32c), "big")
+
+
+def generation(path: str) -> int:
+    """Of an object; one request."""
+    return _generation(_stat(path), path)
 
 
 def _generation(blob: Any, path: str) -> int:
@@ -597,33 +607,70 @@ def remove_if(path: str, generation: int) -> bool:
     return True
 
 
-def append(path: str, data: bytes) -> None:
-    """Adds to the end of an object, without reading what is there or sending it again."""
+def append(path: str, data: bytes, state: tuple[int, int, int]) -> tuple[int, int, int] | None:
+    """Adds to the end of an object, without reading what is there or sending it again.
+
+    Args:
+      path: the object.
+      data: what to add.
+      state: generation, bytes and CRC32C of the object.
+
+    Returns:
+      The new state; None if the object is of another generation, or gone.
+    """
+    from google.api_core.exceptions import NotFound, PreconditionFailed
+
+    folder, name = posixpath.split(path)
+    # Not the object's name in it: TensorBoard reads every file with `tfevents` in its name. And one
+    # of its own each time: another job may be adding to the object that has replaced this one.
+    tail = _blob(posixpath.join(folder, tail_name(name, secrets.token_hex(4))))
+    _upload(path, tail.upload_from_string, data)
+    before, length, crc = state
+    expected = length + len(data), google_crc32c.extend(crc, data)
+    blob = _blob(path)
+    try:
+        # Composed a second time, if the first answer got lost, it would be there twice.
+        _tried(blob.compose, [_blob(path), tail], if_generation_match=before)
+    except (NotFound, PreconditionFailed):
+        try:
+            blob = _stat(path)
+        except FileNotFoundError:
+            blob = None
+        # It was us, and the answer got lost?
+        if blob is None or _size_and_crc(blob, path) != expected:
+            _delete([tail.name], path)
+            return None
+    _delete([tail.name], path)
+    return _generation(blob, path), *expected
+
+
+def tail_name(name: str, token: str) -> str:
+    """Of the object that is added to another one."""
+    return f".{zlib.crc32(name.encode()):08x}.{token}.tail"
+
+
+def shorten(path: str, length: int, generation: int) -> bool:
+    """Writes an object of this generation anew with its first bytes; whether it was of this one."""
     from google.api_core.exceptions import NotFound, PreconditionFailed
 
     blob = _blob(path)
     try:
         _tried(blob.reload)
-    except NotFound:
-        put(path, data)
-        return
-    before, generation = (
-        size(path) if blob.size is None else int(blob.size),
-        _generation(blob, path),
-    )
-    folder, name = posixpath.split(path)
-    # Not the object's name in it: TensorBoard reads every file with `tfevents` in its name.
-    tail_name = f".{zlib.crc32(name.encode()):08x}.{secrets.token_hex(4)}.tail"
-    tail = _blob(posixpath.join(folder, tail_name))
-    _upload(path, tail.upload_from_string, data)
-    try:
-        # Composed a second time, if the first answer got lost, it would be there twice.
-        # Onto a new description: that of the old content has its checksums, and would be sent.
-        _tried(_blob(path).compose, [blob, tail], if_generation_match=generation)
-    except PreconditionFailed:
-        if size(path) != before + len(data):
-            raise
-    _delete([tail.name], path)
+        if _generation(blob, path) != generation:
+            return False
+        if length == (size(path) if blob.size is None else int(blob.size)):
+            _copy(blob, _blob(path), if_generation_match=generation)
+            return True
+        with tempfile.NamedTemporaryFile() as file:
+            for start in range(0, length, _LARGEST_BLOCK):
+                block = min(_LARGEST_BLOCK, length - start)
+                file.write(read_range(path, start, block, generation))
+            file.flush()
+            request = _blob(path).upload_from_filename
+            _upload(path, request, file.name, if_generation_match=generation)
+    except (FileNotFoundError, NotFound, PreconditionFailed):
+        return False
+    return True
 
 
 def makedirs(path: str) -> None:
@@ -682,8 +729,14 @@ def _below(path: str) -> list[str]:
     return [b.name for b in objects if b.name == name or b.name.startswith(f"{name}/")]
 
 
-def rename(source: str, target: str) -> None:
-    """Copies an object, or all below, within Cloud Storage, then removes the old."""
+def rename(source: str, target: str) -> bool:
+    """Copies an object, or all below, within Cloud Storage, then removes the old.
+
+    Returns:
+      Whether all could be copied; False if there was an object of that name with another content.
+    """
+    from google.api_core.exceptions import PreconditionFailed
+
     _, old = _split(source)
     bucket, new = _split(target)
     here, there = _client().bucket(_split(source)[0]), _client().bucket(bucket)
@@ -692,15 +745,32 @@ def rename(source: str, target: str) -> None:
         raise FileNotFoundError(source)
 
     def copy(name: str) -> None:
-        blob, token = here.blob(name), None
-        copied = there.blob(new + name[len(old) :])
-        while True:  # large ones are copied in several requests
-            token, _, _ = _tried(copied.rewrite, blob, token=token)
-            if token is None:
-                return
+        blob, copied = here.blob(name), there.blob(new + name[len(old) :])
+        try:
+            _copy(blob, copied, if_generation_match=0)
+        except PreconditionFailed:
+            _tried(blob.reload)
+            _tried(copied.reload)
+            descriptions = (
+                (each, f"gs://{each.bucket.name}/{each.name}") for each in (blob, copied)
+            )
+            if len({_size_and_crc(*each) for each in descriptions}) > 1:
+                raise
+            # It was us, and the answer got lost.
 
     try:
         _each(copy, names)
+    except PreconditionFailed:
+        return False
     except Exception as error:
         raise _missing(error, target) from error
     _delete(names, source)
+    return True
+
+
+def _copy(blob: Any, copied: Any, **preconditions: Any) -> None:
+    token = None
+    while True:  # large ones are copied in several requests
+        token, _, _ = _tried(copied.rewrite, blob, token=token, **preconditions)
+        if token is None:
+            return

@@ -130,8 +130,19 @@ def remove_if(path: str, generation: int) -> bool:
     return True
 
 
-def append(path: str, data: bytes) -> None:
-    put(path, (read(path)[0] if isfile(path) else b"") + data)
+def generation(path: str) -> int:
+    return read(path)[1]
+
+
+def append(path: str, data: bytes, state: tuple[int, int, int]) -> tuple[int, int, int] | None:
+    before, length, crc = state
+    whole = (read(path)[0] if isfile(path) else b"") + data
+    after = put_if(path, whole, before)
+    return None if after is None else (after, length + len(data), google_crc32c.extend(crc, data))
+
+
+def shorten(path: str, length: int, generation: int) -> bool:
+    return put_if(path, read_range(path, 0, length), generation) is not None
 
 
 def makedirs(path: str) -> None:
@@ -151,6 +162,9 @@ def remove_tree(path: str) -> None:
         fs.rm(name, recursive=True)
 
 
-def rename(source: str, target: str) -> None:
+def rename(source: str, target: str) -> bool:
     fs, name = _open(source)
+    if exists(target):
+        return False
     fs.mv(name, _open(target)[1], recursive=bool(fs.isdir(name)))
+    return True

@@ -8,7 +8,10 @@ another machine counts. Where the owner was a process of this machine that has e
 over at once.
 
 An owner that was paused finds out before it writes: `Lease.check` believes in the lease for less
-time than others wait, and otherwise renews it.
+time than others wait, and otherwise renews it. One that is paused between the look and the write
+can't find out. On a local disk `Lease.fenced` keeps others from taking over in between; what goes to
+a store has names that hold the lease's token, or is bound to the version that it follows, and the
+lease's document records what of a job that lost it still counts (see `trainer.core.fencing`).
 """
 
 from __future__ import annotations
@@ -18,17 +21,19 @@ import dataclasses
 import datetime
 import json
 import os
+import re
 import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import psutil
 
 from trainer.core import documents, flags, storage
 from trainer.core.errors import StorageError
+from trainer.core.fencing import Mark, Record
 from trainer.core.storage import ConflictError
 
 NAME = "lease.json"
@@ -43,7 +48,7 @@ class LeaseHeldError(StorageError):
     """Another job writes this workdir."""
 
 
-class LeaseLostError(StorageError):
+class LeaseLostError(ConflictError):
     """This job wrote the workdir, and another one does now."""
 
 
@@ -58,7 +63,8 @@ class Owner:
       job: as the scheduler calls it; may be empty.
       since: UTC, by the owner's clock.
       machine: tells machines, containers and boots apart; empty if that can't be known.
-      started: when the process did, by the owner's clock: numbers of processes are used again.
+      started: clock ticks from the boot to the start of the process, which no clock that is set
+        moves: numbers of processes are used again.
     """
 
     token: str
@@ -67,7 +73,7 @@ class Owner:
     job: str
     since: str
     machine: str
-    started: float
+    started: int
 
     @classmethod
     def this_process(cls, job: str = "") -> Owner:
@@ -80,7 +86,7 @@ class Owner:
             job=job or next(filter(None, map(flags.env, _JOB_VARIABLES)), ""),
             since=now.strftime("%Y-%m-%d %H:%M:%S UTC"),
             machine=machine(),
-            started=psutil.Process().create_time(),
+            started=_process(os.getpid())[0] if machine() else 0,
         )
 
     @classmethod
@@ -101,25 +107,40 @@ class Owner:
         if not self.machine or self.machine != machine():
             return "elsewhere"
         try:
-            process = psutil.Process(self.pid)
-            if process.create_time() != self.started:
-                return "ended"
-            status = process.status()
-        except psutil.NoSuchProcess:
+            started, state = _process(self.pid)
+        except StorageError:
+            # Processes of others can be hidden; whether they are there is known all the same.
+            return "elsewhere" if psutil.pid_exists(self.pid) else "ended"
+        if started != self.started or state in "ZXx":
             return "ended"
-        except psutil.Error:
-            return "running"
-        if status in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
-            return "ended"
-        return "stopped" if status == psutil.STATUS_STOPPED else "running"
+        return "stopped" if state in "Tt" else "running"
+
+
+def _process(pid: int) -> tuple[int, str]:
+    """When a process of this machine was started, in clock ticks since the boot, and its state.
+
+    Raises:
+      StorageError: there is none, or it can't be seen.
+    """
+    # After the command's name, which may hold anything, the last parenthesis included.
+    fields = storage.read_bytes(f"/proc/{pid}/stat").rpartition(b")")[2].split()
+    return int(fields[19]), fields[0].decode()
 
 
 def machine() -> str:
     """The boot and the container, within which process numbers mean something; '' if unknown."""
     boot = "/proc/sys/kernel/random/boot_id"
     try:
-        return f"{storage.read_text(boot).strip()} {os.readlink('/proc/self/ns/pid')}"
+        return f"{storage.read_text(boot).strip()} {os.readlink('/proc/self/ns/pid')}{_times()}"
     except (StorageError, OSError):
+        return ""
+
+
+def _times() -> str:
+    """The namespace of boot times, of which a container may have its own; '' in older kernels."""
+    try:
+        return f" {os.readlink('/proc/self/ns/time')}"
+    except OSError:
         return ""
 
 
@@ -135,6 +156,8 @@ class Lease:
       path: of the lease object.
       owner: this job.
       version: of the object, just written.
+      record: what counts of the jobs before.
+      keeps_record: whether that outlives the lease.
       began: on `_elapsed_clock`, before it was written.
       renew_sec: seconds between two renewals.
       stale_sec: seconds after which others take it over.
@@ -145,12 +168,15 @@ class Lease:
         path: str,
         owner: Owner,
         version: str,
+        record: Record,
         *,
+        keeps_record: bool,
         began: float,
         renew_sec: float,
         stale_sec: float,
     ) -> None:
         self._path, self._owner, self._version = path, owner, version
+        self._record, self._keeps_record = record, keeps_record
         self._confirmed, self._renew_sec, self._stale_sec = began, renew_sec, stale_sec
         self._count = 0
         self._lost: LeaseLostError | None = None
@@ -163,6 +189,16 @@ class Lease:
 
     def __exit__(self, *unused: object) -> None:
         self.release()
+
+    @property
+    def token(self) -> str:
+        """16 hexadecimal digits that no other lease has: for the names of what its owner writes."""
+        return self._owner.token
+
+    @property
+    def record(self) -> Record:
+        """What counts of the jobs before."""
+        return self._record
 
     def check(self) -> None:
         """To be called before anything is written; asks the store only if a renewal is overdue.
@@ -178,12 +214,70 @@ class Lease:
         if self._lost is not None:
             raise self._lost
 
+    @contextlib.contextmanager
+    def fenced(self) -> Iterator[None]:
+        """For one short change of the workdir.
+
+        On a local disk nobody can take the lease over until the block ends. Of a store it is only
+        known that nobody had shortly before.
+
+        Raises:
+          LeaseLostError, StorageError: as `check`.
+        """
+        self.check()
+        if storage.is_remote(self._path):
+            yield
+            return
+        with storage.locked(os.path.dirname(self._path) or "."):
+            there = storage.read_version(self._path)
+            owner = Owner.parse(there[0]) if there else None
+            if owner is None or owner.token != self.token:
+                self._lost = self._lost_now()
+                raise self._lost
+            yield
+
+    def settle(self, through: Mapping[str, int]) -> None:
+        """Records what counts of the jobs from which the lease was taken over.
+
+        Args:
+          through: the last step that there is of each, by token; of one that isn't named nothing.
+
+        Raises:
+          LeaseLostError, StorageError: it couldn't be recorded.
+        """
+        if self._record.pending:
+            with self._lock:
+                self._write_record(self._record.settled(through))
+
+    @contextlib.contextmanager
+    def removing(self, marks: frozenset[Mark]) -> Iterator[None]:
+        """A block that removes what jobs have written of some steps.
+
+        First it is recorded that this doesn't count any more, so that what is removed late, by a
+        job that was paused in the block, is nothing that another one has gone on from.
+
+        Raises:
+          LeaseLostError, StorageError: it couldn't be recorded; nothing may be removed.
+        """
+        with self._lock:
+            self._write_record(dataclasses.replace(self._record, removing=marks))
+        try:
+            yield
+        finally:
+            # Written with the next renewal.
+            self._record = dataclasses.replace(self._record, removing=frozenset())
+
     def release(self) -> None:
         """Lets the next job begin at once; a lease that was lost stays as it is."""
         self._ending.set()
         self._thread.join(_LAST_RENEWAL_SEC)
         with contextlib.suppress(StorageError):
-            if self._lost is None:
+            if self._lost is not None:
+                return
+            if self._keeps_record and self._record.superseded:
+                data = _document(self._owner, self._count + 1, self._record, released=True)
+                storage.write_version(self._path, data, self._version)
+            else:
                 storage.remove_version(self._path, self._version)
 
     def _age(self) -> float:
@@ -203,19 +297,52 @@ class Lease:
         began = _elapsed_clock()
         self._count += 1
         try:
-            data = _document(self._owner, self._count)
+            data = _document(self._owner, self._count, self._record)
             self._version = storage.write_version(self._path, data, self._version)
         except ConflictError:
-            self._lost = LeaseLostError(
-                f"{self._path} is {_named(self._path)} now, because this process showed no sign of "
-                f"life for {self._stale_sec:g} s; nothing was written since, and this job ends"
-            )
+            self._lost = self._lost_now()
         else:
             self._confirmed = began
 
+    def _write_record(self, record: Record) -> None:
+        before, self._record = self._record, record
+        try:
+            self._renew()
+            if self._lost is not None:
+                raise self._lost
+        except StorageError:
+            self._record = before
+            raise
 
-def _document(owner: Owner, count: int) -> bytes:
-    return json.dumps({**dataclasses.asdict(owner), "renewed": count}, indent=1).encode()
+    def _lost_now(self) -> LeaseLostError:
+        return LeaseLostError(
+            f"{self._path} is {_named(self._path)} now, because this process showed no sign of "
+            f"life for {self._stale_sec:g} s; nothing was written since, and this job ends"
+        )
+
+
+def _document(owner: Owner, count: int, record: Record, *, released: bool = False) -> bytes:
+    document = {**dataclasses.asdict(owner), "renewed": count, "released": released}
+    return json.dumps({**document, **record.document()}, indent=1).encode()
+
+
+def _parse_record(data: bytes) -> tuple[Record, bool]:
+    """What a lease's document records, and whether it was given back."""
+    try:
+        document = documents.parse_object(data)
+        return Record.parse(document), document["released"] is True
+    except (ValueError, KeyError, TypeError):
+        return Record(), False
+
+
+def read_record(workdir: str) -> Record:
+    """What counts in a workdir, for those who only read it.
+
+    Raises:
+      StorageError: the lease can't be read.
+    """
+    there = storage.read_version(storage.join(workdir, NAME))
+    return _parse_record(there[0])[0] if there else Record()
 
 
 def _named(path: str) -> str:
@@ -234,6 +361,7 @@ def acquire(
     who: str = "",
     renew_sec: float = RENEW_SEC,
     stale_sec: float = STALE_SEC,
+    keeps_record: bool = False,
     say: Callable[[str], object] = print,
 ) -> Lease:
     """Takes the lease of a workdir, from a job that is gone if need be.
@@ -243,6 +371,8 @@ def acquire(
       who: the job's name, for the messages of others; by default what the scheduler says.
       renew_sec: seconds between two renewals.
       stale_sec: seconds without one after which the owner counts as gone.
+      keeps_record: whether what jobs have written that lost the lease is told apart by their tokens;
+        the lease object then stays, given back, where there was such a job.
       say: is told when there is to be a wait, and when the lease was another's.
 
     Raises:
@@ -250,25 +380,56 @@ def acquire(
       StorageError: the lease can't be read or written.
     """
     path, owner = storage.join(workdir, NAME), Owner.this_process(who)
-    gone = _Gone(None, "")
+    gone = _Gone(None)
     while True:
         began = _elapsed_clock()
+        record = gone.record if keeps_record else Record()
         try:
-            version = storage.write_version(path, _document(owner, 0), gone.version)
+            version = storage.write_version(path, _document(owner, 0, record), gone.version)
         except ConflictError:
             gone = _watch(workdir, renew_sec, stale_sec, say)
             continue
-        if gone.version is not None:
+        if gone.description:
             say(f"took over {workdir} from {gone.description}")
-        return Lease(path, owner, version, began=began, renew_sec=renew_sec, stale_sec=stale_sec)
+        lease = Lease(
+            path,
+            owner,
+            version,
+            record,
+            keeps_record=keeps_record,
+            began=began,
+            renew_sec=renew_sec,
+            stale_sec=stale_sec,
+        )
+        if gone.description and not storage.is_remote(path):
+            with lease.fenced():
+                _sweep(workdir)
+        return lease
+
+
+def _sweep(workdir: str) -> None:
+    """Removes what processes have left that were killed while they wrote a lease.
+
+    Whoever is about to write one now finds that it is another's, and doesn't miss it.
+    """
+    for name in storage.listdir(workdir):
+        if re.fullmatch(rf"\.{re.escape(NAME)}\.[0-9a-f]{{8}}\.tmp", name):
+            storage.remove(storage.join(workdir, name))
 
 
 @dataclass(frozen=True)
 class _Gone:
-    """A lease that may be taken: its version, None if there is none any more, and whose it was."""
+    """A lease that may be taken.
+
+    Attributes:
+      version: None if there is none any more.
+      description: whose it was, '' if it was given back.
+      record: for the next owner.
+    """
 
     version: str | None
-    description: str
+    description: str = ""
+    record: Record = dataclasses.field(default_factory=Record)
 
 
 def _watch(workdir: str, renew_sec: float, stale_sec: float, say: Callable[[str], object]) -> _Gone:
@@ -278,18 +439,22 @@ def _watch(workdir: str, renew_sec: float, stale_sec: float, say: Callable[[str]
         waited = _elapsed_clock() - began
         there = storage.read_version(storage.join(workdir, NAME))
         if there is None:
-            return _Gone(None, "")
+            return _Gone(None)
         data, version = there
-        owner = Owner.parse(data)
+        owner, (record, released) = Owner.parse(data), _parse_record(data)
+        if released:
+            return _Gone(version, "", record)
+        next_record = record.taken_over(owner.token) if owner else record
         name, state = (owner, owner.state_here()) if owner else ("another job", "elsewhere")
         if state == "running" or version != (first or version):
             raise LeaseHeldError(
                 f"{workdir} is in use by {name}; end that one first, or take another --workdir"
             )
         if state == "ended":
-            return _Gone(version, f"{name}, which has ended")
+            return _Gone(version, f"{name}, which has ended", next_record)
         if waited >= stale_sec:
-            return _Gone(version, f"{name}, which showed no sign of life for {stale_sec:g} s")
+            gone = f"{name}, which showed no sign of life for {stale_sec:g} s"
+            return _Gone(version, gone, next_record)
         if not first:
             say(
                 f"{workdir} is in use by {name}; if it shows no sign of life for {stale_sec:g} s, "

@@ -19,12 +19,15 @@ import hashlib
 import importlib
 import os
 import posixpath
+import re
 import secrets
 import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import IO
@@ -37,6 +40,13 @@ _PACKAGE_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _PACKAGE_PREFIX = "package:"
 
 _BLOCK = 1 << 22
+_LOCK_SECONDS = 20.0  # whoever has a lock needs it for milliseconds
+
+TAIL = re.compile(r"\.[0-9a-f]{8}\.[0-9a-f]{8}\.tail")
+"""Names of what a process that was killed may leave when it added to a file in a store."""
+
+Fence = Callable[[], AbstractContextManager[None]]
+"""Makes the block in which something is put in its place; it raises if that may not be done."""
 
 _HOMELESS = "HOME is not set, and the system doesn't know this user"
 
@@ -287,7 +297,9 @@ def makedirs(path: str) -> None:
 
 
 @contextlib.contextmanager
-def open_write_atomic(path: str, *, new: bool = False) -> Iterator[IO[bytes]]:
+def open_write_atomic(
+    path: str, *, new: bool = False, fence: Fence = contextlib.nullcontext
+) -> Iterator[IO[bytes]]:
     """A binary file object whose content appears at `path` when the block ends, or never.
 
     Locally the bytes go to a temporary file beside it, reach the disk, and take the name in one
@@ -296,13 +308,14 @@ def open_write_atomic(path: str, *, new: bool = False) -> Iterator[IO[bytes]]:
     Args:
       path: the file.
       new: never replace a file; one with the same content is fine.
+      fence: around the step in which it appears.
 
     Raises:
       ConflictError: `new`, and there is another file.
       StorageError: it cannot be written.
     """
     if is_remote(path):
-        with _write_remote(path, new) as file:
+        with _write_remote(path, new, fence) as file:
             yield file
         return
     folder, name = os.path.split(path)
@@ -314,10 +327,11 @@ def open_write_atomic(path: str, *, new: bool = False) -> Iterator[IO[bytes]]:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            if new:
-                _give_new_name(temporary, path)
-            else:
-                os.replace(temporary, path)
+            with fence():
+                if new:
+                    _give_new_name(temporary, path)
+                else:
+                    os.replace(temporary, path)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.remove(temporary)
@@ -349,17 +363,18 @@ def _check_same(local: str, path: str) -> None:
 
 
 @contextlib.contextmanager
-def _write_remote(path: str, new: bool) -> Iterator[IO[bytes]]:
+def _write_remote(path: str, new: bool, fence: Fence) -> Iterator[IO[bytes]]:
     # Uploading while writing would leave the first half of an interrupted write as the object.
     with _reported("write", path):
         try:
             with tempfile.NamedTemporaryFile(dir=temporary_directory()) as file:
                 yield file
                 file.flush()
-                if not new:
-                    _store(path).put_file(path, file.name)
-                elif not _store(path).put_new_file(path, file.name):
-                    _check_same(file.name, path)
+                with fence():
+                    if not new:
+                        _store(path).put_file(path, file.name)
+                    elif not _store(path).put_new_file(path, file.name):
+                        _check_same(file.name, path)
         except OSError as error:
             if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
                 raise
@@ -417,19 +432,48 @@ def download(path: str, local: str) -> None:
         _store(path).get_file(path, local)
 
 
-def write_bytes_atomic(path: str, data: bytes) -> None:
-    """Writes a file whole or not at all, over an older one if there is one."""
+def write_bytes_atomic(path: str, data: bytes, fence: Fence = contextlib.nullcontext) -> None:
+    """Writes a file whole or not at all, over an older one if there is one.
+
+    Args:
+      path: the file.
+      data: its content.
+      fence: around the step in which it appears.
+    """
     if is_remote(path):
-        with _reported("write", path):
+        with _reported("write", path), fence():
             _store(path).put(path, data)
         return
-    with open_write_atomic(path) as file:
+    with open_write_atomic(path, fence=fence) as file:
         file.write(data)
 
 
-def write_text_atomic(path: str, text: str) -> None:
+def write_text_atomic(path: str, text: str, fence: Fence = contextlib.nullcontext) -> None:
     """`write_bytes_atomic` of UTF-8 text."""
-    write_bytes_atomic(path, text.encode("utf-8"))
+    write_bytes_atomic(path, text.encode("utf-8"), fence)
+
+
+def shorten(path: str, length: int, version: str, fence: Fence = contextlib.nullcontext) -> None:
+    """Writes a file anew that keeps its first bytes, or all: whoever adds to it finds it changed.
+
+    Args:
+      path: the file.
+      length: bytes to keep.
+      version: as `version` told before it was read. In a store nothing is written if it is of
+        another one.
+      fence: around the step in which the new file appears.
+
+    Raises:
+      ConflictError: it is of another version.
+    """
+    if is_remote(path):
+        with _reported("write", path), fence():
+            if not _store(path).shorten(path, length, int(version)):
+                raise _conflict(path)
+        return
+    with open_read(path) as file, open_write_atomic(path, fence=fence) as copy:
+        for start in range(0, length, _BLOCK):
+            copy.write(file.read(min(_BLOCK, length - start)))
 
 
 # ---- removing and renaming -----------------------------------------------------------------------
@@ -467,16 +511,31 @@ def remove_tree(path: str) -> None:
             os.remove(path)
 
 
-def rename(source: str, target: str) -> None:
-    """Gives a file or directory another name in the same store; a file there is replaced.
+def remove_empty(path: str) -> None:
+    """Removes a directory that holds nothing; another one stays."""
+    if is_remote(path):
+        return  # without files there is none
+    with contextlib.suppress(OSError):
+        os.rmdir(path)
 
-    In one step locally; an object store copies and removes.
+
+def rename(source: str, target: str) -> None:
+    """Gives a file or directory a name in the same store that nothing has yet.
+
+    In one step locally; an object store copies, each object only if there is none of its new name,
+    and removes.
+
+    Raises:
+      ConflictError: there is something of that name.
     """
     with _reported("rename to", target):
         if is_remote(source):
-            _store(source).rename(source, target)
+            if not _store(source).rename(source, target):
+                raise _conflict(target)
+        elif os.path.lexists(target):
+            raise _conflict(target)
         else:
-            os.replace(source, target)
+            os.rename(source, target)
 
 
 # ---- versions: writing only what nobody else has changed -----------------------------------------
@@ -484,6 +543,15 @@ def rename(source: str, target: str) -> None:
 
 class ConflictError(StorageError):
     """Somebody else has written or removed the file since its version was read."""
+
+
+def version(path: str) -> str:
+    """A file's version, as `read_version` tells it; of a local one ''.
+
+    Those who need to compare local files have a `Fence`.
+    """
+    with _reported("read", path):
+        return str(_store(path).generation(path)) if is_remote(path) else ""
 
 
 def read_version(path: str) -> tuple[bytes, str] | None:
@@ -526,10 +594,8 @@ def write_version(path: str, data: bytes, version: str | None) -> str:
             return str(new)
         folder = os.path.dirname(path) or "."
         os.makedirs(folder, exist_ok=True)
-        with _locked(folder):
-            if _version_now(path) != version:
-                raise _conflict(path)
-            write_bytes_atomic(path, data)
+        # Only what must not be divided is done with the lock.
+        write_bytes_atomic(path, data, lambda: _unchanged(path, version))
         return _version(data)
 
 
@@ -546,10 +612,17 @@ def remove_version(path: str, version: str) -> None:
             return
         if not os.path.isdir(os.path.dirname(path) or "."):
             raise _conflict(path)
-        with _locked(os.path.dirname(path) or "."):
-            if _version_now(path) != version:
-                raise _conflict(path)
+        with _unchanged(path, version):
             os.remove(path)
+
+
+@contextlib.contextmanager
+def _unchanged(path: str, version: str | None) -> Iterator[None]:
+    """A block in which nobody else writes a version of a local file, which is of this one still."""
+    with locked(os.path.dirname(path) or "."):
+        if _version_now(path) != version:
+            raise _conflict(path)
+        yield
 
 
 def _conflict(path: str) -> ConflictError:
@@ -571,76 +644,141 @@ def _version_now(path: str) -> str | None:
 
 
 @contextlib.contextmanager
-def _locked(folder: str) -> Iterator[None]:
-    """Keeps other processes on this file system out; they wait."""
+def locked(folder: str) -> Iterator[None]:
+    """Keeps others that want this lock out, as far as the file system knows locks; they wait.
+
+    Raises:
+      StorageError: another process has it for long, as one does that was stopped.
+    """
     handle = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # some network file systems lock no directories
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        ends = time.monotonic() + _LOCK_SECONDS
+        while not _lock(handle):
+            if time.monotonic() > ends:
+                raise StorageError(
+                    f"cannot write to {folder}: {_holder(handle)} has its lock for "
+                    f"{_LOCK_SECONDS:g} s now, as a process does that is stopped; let it go on "
+                    "(kill -CONT) or end it (kill -KILL), and run the same command again"
+                )
+            time.sleep(0.005)
         yield
     finally:
         os.close(handle)
 
 
+def _lock(handle: int) -> bool:
+    """Whether a lock was got, or there are none: some network file systems lock no directories."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _holder(handle: int) -> str:
+    """Who has the lock of an open directory, for messages."""
+    with contextlib.suppress(OSError, ValueError, IndexError), open("/proc/locks") as file:
+        for line in file:  # 1: FLOCK ADVISORY WRITE 4711 08:01:1234 0 EOF
+            fields = line.split()
+            if fields[1] == "FLOCK" and int(fields[5].split(":")[2]) == os.fstat(handle).st_ino:
+                return f"process {fields[4]}"
+    return "another process"
+
+
 # ---- appending -----------------------------------------------------------------------------------
 
 
-class _Appender:
-    """Adds to files of remote stores, to each no more often than they allow."""
+class AppendedFile:
+    """A file to which this process adds, and nobody else.
 
-    def __init__(self) -> None:
+    It begins anew, with the content that stays: whoever added to it before, and was paused since,
+    finds another file. Object stores take an object anew no more than once a second. There bytes
+    that come sooner wait for the next call, for `flush` or for the end of the program.
+
+    Args:
+      path: the file.
+      content: with which it begins.
+      version: of the file that it replaces, as `read_version` told; None if there was none.
+      fence: around every change.
+
+    Raises:
+      ConflictError: somebody else has written the file since.
+      StorageError: it cannot be written.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        content: bytes,
+        version: str | None,
+        fence: Fence = contextlib.nullcontext,
+    ) -> None:
+        self._path, self._fence = path, fence
         self._lock = threading.RLock()
-        self._pending: dict[str, bytes] = {}
-        self._written: dict[str, float] = {}  # when last
+        self._pending = b""
+        self._written = 0.0
+        self._state: tuple[int, int, int] = (0, 0, 0)  # generation, bytes and CRC32C
+        if not is_remote(path):
+            write_bytes_atomic(path, content, fence)
+            return
+        with _reported("write", path), fence():
+            generation = _store(path).put_if(path, content, int(version or 0))
+            if generation is None:
+                raise _conflict(path)
+        self._state = (generation, len(content), google_crc32c.value(content))
+        self._written = time.monotonic()
+        _appended.add(self)
 
-    def add(self, path: str, data: bytes) -> None:
+    def add(self, data: bytes) -> None:
+        """Adds to the end of the file."""
+        if not is_remote(self._path):
+            # Opened anew each time: an editor may have put another file there.
+            with (
+                _reported("write", self._path),
+                self._fence(),
+                open(self._path, "ab") as file,
+            ):
+                file.write(data)
+            return
         with self._lock:
-            self._pending[path] = self._pending.get(path, b"") + data
-            if self._wait(path) <= 0:
-                self._write(path)
+            self._pending += data
+            if self._wait() <= 0:
+                self._write()
 
     def flush(self) -> None:
-        for path in list(self._pending):
-            time.sleep(max(0.0, self._wait(path)))
+        """Writes what is held back."""
+        if self._pending:
+            time.sleep(max(0.0, self._wait()))
             with self._lock:
-                if path in self._pending:
-                    self._write(path)
+                self._write()
 
-    def _wait(self, path: str) -> float:
+    def _wait(self) -> float:
         """Seconds until the file may be written again."""
-        if path not in self._written:
-            return 0.0
-        return self._written[path] + _store(path).REWRITE_SECONDS - time.monotonic()
+        return self._written + _store(self._path).REWRITE_SECONDS - time.monotonic()
 
-    def _write(self, path: str) -> None:
-        with _reported("write", path):
-            _store(path).append(path, self._pending[path])
-        del self._pending[path]
-        self._written[path] = time.monotonic()
-
-
-_appender = _Appender()
-atexit.register(_appender.flush)
-
-
-def append(path: str, data: bytes) -> None:
-    """Adds to the end of a file, which is made where there is none.
-
-    Object stores take an object anew no more than once a second. There bytes that come sooner wait
-    for the next call or for `flush_appended`, which is called when the program ends, too.
-    """
-    if is_remote(path):
-        _appender.add(path, data)
-        return
-    with _reported("write", path):
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with open(path, "ab") as file:
-            file.write(data)
+    def _write(self) -> None:
+        if not self._pending:
+            return
+        try:
+            with _reported("write", self._path), self._fence():
+                state = _store(self._path).append(self._path, self._pending, self._state)
+                if state is None:
+                    raise _conflict(self._path)
+        except ConflictError:
+            self._pending = b""  # the file is another's: nothing more is to be written
+            raise
+        self._state, self._pending, self._written = state, b"", time.monotonic()
 
 
-def flush_appended() -> None:
-    """Writes what `append` still holds back; to be called before a checkpoint counts on it."""
-    _appender.flush()
+_appended: weakref.WeakSet[AppendedFile] = weakref.WeakSet()
+
+
+@atexit.register
+def _flush_appended() -> None:
+    for file in list(_appended):
+        file.flush()
 
 
 # ---- TensorFlow's own file system ----------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import math
@@ -144,19 +145,22 @@ def to_pillow(image: np.ndarray) -> Image.Image:
     return Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
 
 
-def save_image(path: str, image: np.ndarray | Image.Image) -> None:
+def save_image(
+    path: str, image: np.ndarray | Image.Image, fence: storage.Fence = contextlib.nullcontext
+) -> None:
     """Writes a PNG atomically, to a local path or a URL, replacing what is there.
 
     Args:
       path: where to.
       image: [H, W, C] uint8 with 1 to 4 channels, or a Pillow image.
+      fence: around the step in which it appears.
 
     Raises:
       StorageError: the path cannot be written.
     """
     buffer = io.BytesIO()
     (to_pillow(image) if isinstance(image, np.ndarray) else image).save(buffer, format="PNG")
-    storage.write_bytes_atomic(path, buffer.getvalue())
+    storage.write_bytes_atomic(path, buffer.getvalue(), fence)
 
 
 def save_grid(path: str, images: np.ndarray, size: tuple[int, int]) -> None:

@@ -7,6 +7,7 @@ seconds), `tick` and `nimg`. NVIDIA writes NaN, which is not JSON: here a non-fi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -29,21 +30,17 @@ def constant(value: float) -> Stat:
     return Stat(1, float(value), 0.0)
 
 
-def append(path: str, stats: Mapping[str, Stat], *, tick: int, nimg: int) -> None:
-    """Adds one line.
+def line(stats: Mapping[str, Stat], *, tick: int, nimg: int) -> bytes:
+    """One line.
 
     Args:
-      path: the file, made when it does not exist.
       stats: by NVIDIA's names, as `Loss/G/loss`.
       tick: number of the tick.
       nimg: images shown to the discriminator since the start of the run.
-
-    Raises:
-      StorageError: the file cannot be written.
     """
-    line: dict[str, Any] = {name: _to_json(stat) for name, stat in stats.items()}
-    line.update(timestamp=time.time(), tick=tick, nimg=nimg)
-    storage.append(path, json.dumps(line, allow_nan=False).encode() + b"\n")
+    document: dict[str, Any] = {name: _to_json(stat) for name, stat in stats.items()}
+    document.update(timestamp=time.time(), tick=tick, nimg=nimg)
+    return json.dumps(document, allow_nan=False).encode() + b"\n"
 
 
 def _to_json(stat: Stat) -> dict[str, float | None]:
@@ -51,36 +48,46 @@ def _to_json(stat: Stat) -> dict[str, float | None]:
     return {"num": int(stat.num), "mean": mean, "std": std}
 
 
-def truncate_after(path: str, nimg: int) -> int:
+def open_after(
+    path: str, nimg: int, fence: storage.Fence = contextlib.nullcontext
+) -> storage.AppendedFile:
     """Drops the lines of ticks after a position, so that a resumed run writes none twice.
 
-    A line torn by a crash goes too. A run that starts over (`nimg` 0) keeps nothing.
+    A line torn by a crash goes too. Lines that no run has written stay.
 
     Args:
       path: the file; it need not exist.
       nimg: where the run goes on, in images.
+      fence: around every change.
 
     Returns:
-      How many lines were dropped.
+      The file, for the lines that follow.
 
     Raises:
       StorageError: the file cannot be read or written.
     """
     found = storage.read_version(path)
-    if found is None:
-        return 0
-    before = found[0]  # as bytes: a crash can tear a line anywhere, or leave zeros
-    lines = before.split(b"\n")
-    kept = [line for line in lines if 0 < _position(line) <= nimg]
-    after = b"".join(line + b"\n" for line in kept)
-    if after != before:
-        storage.write_bytes_atomic(path, after)
-    return sum(1 for line in lines if line) - len(kept)
+    before, version = found or (b"", None)  # as bytes: a crash can tear a line anywhere
+    *lines, last = before.split(b"\n")
+    kept = [line for line in lines if not _is_later(line, nimg)]
+    if last and not _is_torn(last) and not _is_later(last, nimg):
+        kept.append(last)
+    return storage.AppendedFile(path, b"".join(line + b"\n" for line in kept), version, fence)
 
 
-def _position(line: bytes) -> float:
-    """`nimg` of a line; infinite when it is no line of ours."""
+def _is_later(line: bytes, nimg: int) -> bool:
+    """Whether a line is that of a tick after a position."""
     try:
-        return float(documents.parse_object(line)["nimg"])
+        document = documents.parse_object(line)
+        return "tick" in document and float(document["nimg"]) > nimg
     except (ValueError, KeyError, TypeError):
-        return math.inf
+        return False
+
+
+def _is_torn(line: bytes) -> bool:
+    """Whether a line without its end is the beginning of one of ours, or what a crash puts there."""
+    try:
+        documents.parse_json(line)
+    except documents.DocumentError:
+        return line.startswith(b"{") or not line.strip(b"\0")
+    return False

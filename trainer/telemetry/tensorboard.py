@@ -12,7 +12,8 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterable, Mapping
+import zlib
+from collections.abc import Mapping
 
 import numpy as np
 import tensorflow as tf
@@ -21,7 +22,6 @@ from trainer.core import storage, tfrecord
 from trainer.core.errors import DataError
 from trainer.telemetry.statsfile import Stat
 
-_CHUNK = 1 << 24  # bytes
 _MAX_PIXELS = 2048  # per side: every snapshot is kept in the events, and the PNGs have it whole
 
 
@@ -45,37 +45,58 @@ def step_of(nimg: int) -> int:
 # The scalar by which a resumed run knows what to take back: steps are too coarse for it.
 _TICK = "Progress/tick"
 
-_NAME = re.compile(r"events\.out\.tfevents\.tick(\d+)\..*")
+_NAME = re.compile(r"events\.out\.tfevents\.tick(\d+)\.(?:([0-9a-f]{8})\.)?.*")
 _NUMBERS = itertools.count()
 
 
 class TensorBoard:
     """Writes scalars and image grids into one directory.
 
-    Each process of a run has a file of its own, which begins with its first event and has the first
-    tick in its name. Events are added to it as `storage.append` does: in an object store no more
-    than once a second, and always before a checkpoint counts on them.
+    Each process of a run has a file of its own, which has the first tick and the run in its name. It
+    is there before the first event is, so that a process that comes too late with its first one
+    makes no file, and is gone if there was none. Events are added to it as
+    `storage.AppendedFile` does: in an object store no more than once a second, and always before a
+    checkpoint counts on them.
 
     Args:
       logdir: where the event files go.
-      resume_tick: the first tick that will be written; what an earlier process wrote from there on
-        is taken out.
-      names: of the files in `logdir`; looked up if they aren't given.
+      resume_tick: the first tick that will be written; what earlier processes of the run wrote from
+        there on is taken out.
+      sizes: bytes of the files in `logdir`, by name; looked up if they aren't given.
+      run: tells this run from others that may write there; '' if none may.
+      fence: around every change.
 
     Raises:
       StorageError: an earlier event file cannot be replaced.
     """
 
-    def __init__(self, logdir: str, resume_tick: int, names: Iterable[str] | None = None):
-        drop_from(logdir, resume_tick, names)
+    def __init__(
+        self,
+        logdir: str,
+        resume_tick: int,
+        sizes: Mapping[str, int] | None = None,
+        *,
+        run: str = "",
+        fence: storage.Fence = contextlib.nullcontext,
+    ):
+        drop_from(logdir, resume_tick, sizes, mark=mark(run) if run else "", fence=fence)
         name = (
-            f"events.out.tfevents.tick{resume_tick:09d}.{time.time():.0f}.{socket.gethostname()}."
-            f"{os.getpid()}.{next(_NUMBERS)}"
+            f"events.out.tfevents.tick{resume_tick:09d}.{mark(run)}.{time.time():.0f}."
+            f"{socket.gethostname()}.{os.getpid()}.{next(_NUMBERS)}"
         )
-        self._path = storage.join(logdir, name)
-        self._head = _framed(
-            tf.compat.v1.Event(wall_time=time.time(), file_version="brain.Event:2")
-        )
+        self._path, self._fence, self._empty = storage.join(logdir, name), fence, True
+        self._file = storage.AppendedFile(self._path, _head(), None, fence)
+
+    def flush(self) -> None:
+        """Writes what is held back."""
+        self._file.flush()
+
+    def close(self) -> None:
+        """The same; without any event the file is removed."""
+        self.flush()
+        if self._empty:
+            with self._fence():
+                storage.remove(self._path)
 
     def scalars(self, stats: Mapping[str, Stat], nimg: int) -> None:
         """Adds the mean of each statistic that was measured: one call a tick.
@@ -102,16 +123,28 @@ class TensorBoard:
 
     def _add(self, summary: tf.compat.v1.Summary, nimg: int) -> None:
         event = tf.compat.v1.Event(wall_time=time.time(), step=step_of(nimg), summary=summary)
-        data, self._head = self._head + _framed(event), b""
-        storage.append(self._path, data)
+        self._empty = False
+        self._file.add(_framed(event))
 
 
 def _framed(event: tf.compat.v1.Event) -> bytes:
     return tfrecord.frame(event.SerializeToString())
 
 
-def drop_from(logdir: str, tick: int, names: Iterable[str] | None = None) -> None:
-    """Takes a tick and what follows out of the event files in a directory.
+def _head() -> bytes:
+    """With what an event file begins; its size is always the same."""
+    return _framed(tf.compat.v1.Event(wall_time=time.time(), file_version="brain.Event:2"))
+
+
+def drop_from(
+    logdir: str,
+    tick: int,
+    sizes: Mapping[str, int] | None = None,
+    *,
+    mark: str = "",
+    fence: storage.Fence = contextlib.nullcontext,
+) -> None:
+    """Takes a tick and what follows out of a run's event files in a directory.
 
     TensorBoard has a mark for restarts, but not every reader of events minds it, and it speaks of
     steps.
@@ -119,35 +152,55 @@ def drop_from(logdir: str, tick: int, names: Iterable[str] | None = None) -> Non
     Args:
       logdir: the directory; it need not exist.
       tick: the first one to drop.
-      names: of the files there; looked up if they aren't given.
+      sizes: bytes of the files there, by name; looked up if they aren't given.
+      mark: in the names of the run's files; '' if there are no other runs' files.
+      fence: around every change.
 
     Raises:
       StorageError: a file cannot be replaced.
     """
-    if names is None:
-        names = storage.listdir(logdir) if storage.isdir(logdir) else []
-    matches = [match for name in names if (match := _NAME.fullmatch(name))]
-    late = [match[0] for match in matches if int(match[1]) >= tick]
-    storage.remove_files(storage.join(logdir, name) for name in late)
-    before = [match for match in matches if int(match[1]) < tick]
-    if before:
-        # The files' names tell where each begins; all but the last end before this tick.
-        last = max(before, key=lambda match: int(match[1]))
-        _cut(storage.join(logdir, last[0]), tick)
+    if sizes is None:
+        sizes = {name: digest.bytes for name, digest in storage.walk(logdir).items()}
+    starts = {name: int(match[1]) for name in sizes if (match := own(name, mark))}
+    # A file without an event may have come late, and says nothing of where others end.
+    late = [n for n, start in starts.items() if start >= tick or sizes[n] <= len(_head())]
+    if not mark:
+        late += filter(storage.TAIL.fullmatch, sizes)
+    if late:
+        with fence():
+            storage.remove_files(storage.join(logdir, name) for name in late)
+    before = {name: start for name, start in starts.items() if name not in late}
+    # The files' names tell where each begins; all but the last end before this tick.
+    last = max(before.values(), default=0)
+    for name, start in before.items():
+        if start == last:
+            _cut(storage.join(logdir, name), tick, fence)
 
 
-def _cut(path: str, tick: int) -> None:
-    """Drops the end of a file: a tick and what follows, and an event that a crash has torn."""
-    kept = 0
+def mark(run: str) -> str:
+    """What a run's event files have in their names: 8 hexadecimal digits."""
+    return f"{zlib.crc32(run.encode()):08x}"
+
+
+def own(name: str, mark: str) -> re.Match[str] | None:
+    """The match of an event file's name if it is a run's; its first group is the tick."""
+    match = _NAME.fullmatch(name)
+    return match if match and (not mark or match[2] == mark) else None
+
+
+def _cut(path: str, tick: int, fence: storage.Fence) -> None:
+    """Drops the end of a file: a tick and what follows, and an event that a crash has torn.
+
+    Where there is nothing to drop it is written anew all the same, so that a process that was
+    paused, and comes to add an event, finds another file.
+    """
+    kept, version = 0, storage.version(path)
     with storage.open_read(path) as file, contextlib.suppress(DataError):
         for payload in tfrecord.read_records(file):
             if _tick_of(tf.compat.v1.Event.FromString(payload)) >= tick:
                 break
             kept += len(payload) + tfrecord.OVERHEAD
-    if kept < storage.size(path):
-        with storage.open_read(path) as file, storage.open_write_atomic(path) as copy:
-            for start in range(0, kept, _CHUNK):
-                copy.write(file.read(min(_CHUNK, kept - start)))
+    storage.shorten(path, kept, version, fence)
 
 
 def _tick_of(event: tf.compat.v1.Event) -> float:

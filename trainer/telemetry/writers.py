@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import contextlib
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -29,6 +30,7 @@ class Telemetry:
       total_kimg: length of the run, for the ETA and the bar.
       resume_kimg: where this process goes on, 0 for a new run.
       resume_tick: the first tick it reports.
+      fence: around every change of a file.
 
     Raises:
       StorageError: `stats.jsonl` cannot be read or written.
@@ -39,19 +41,22 @@ class Telemetry:
         workdir: str,
         *,
         tensorboard: str,
-        files: Collection[str] | None = None,
+        files: Mapping[str, storage.Digest] | None = None,
         total_kimg: float,
         resume_kimg: float = 0.0,
         resume_tick: int = 0,
+        fence: storage.Fence = contextlib.nullcontext,
     ):
         self._nimg = round(resume_kimg * 1000)
-        self._stats_path = storage.join(workdir, _STATS)
-        if files is None or _STATS in files:
-            statsfile.truncate_after(self._stats_path, self._nimg)
+        self._stats = statsfile.open_after(storage.join(workdir, _STATS), self._nimg, fence)
+        if tails := list(filter(storage.TAIL.fullmatch, files or ())):
+            storage.remove_files(storage.join(workdir, name) for name in tails)
         self._tensorboard = None
         if tensorboard:
-            names = _names_in(tensorboard, workdir, files)
-            self._tensorboard = TensorBoard(tensorboard, resume_tick, names)
+            sizes, below = _sizes_in(tensorboard, workdir, files)
+            self._tensorboard = TensorBoard(
+                tensorboard, resume_tick, sizes, run="" if below else workdir, fence=fence
+            )
         self._console = Console(total_kimg, self._nimg)
         self._eta = Eta(total_kimg)
         self._advice = Advice()
@@ -104,7 +109,7 @@ class Telemetry:
             advice = self._advice.update(nimg / 1000, stats["Loss/signs/real"].mean, augment_p)
             if advice is not None:
                 self._console.line(advice)
-        statsfile.append(self._stats_path, merged, tick=tick, nimg=nimg)
+        self._stats.add(statsfile.line(merged, tick=tick, nimg=nimg))
         if self._tensorboard is not None:
             self._tensorboard.scalars(merged, nimg)
 
@@ -121,16 +126,27 @@ class Telemetry:
         """Moves the progress bar, if there is a terminal to show it."""
         self._console.progress(nimg)
 
+    def flush(self) -> None:
+        """Writes what is held back; to be called before a checkpoint counts on it."""
+        self._stats.flush()
+        if self._tensorboard is not None:
+            self._tensorboard.flush()
+
     def close(self) -> None:
         """Takes the bar away and writes what is held back."""
         self._console.close()
-        storage.flush_appended()
+        self._stats.flush()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
 
 
-def _names_in(folder: str, workdir: str, files: Collection[str] | None) -> list[str] | None:
-    """What there is in a folder by the names in the workdir; None if they don't tell."""
+def _sizes_in(
+    folder: str, workdir: str, files: Mapping[str, storage.Digest] | None
+) -> tuple[dict[str, int] | None, bool]:
+    """Bytes of what there is in a folder, None if they aren't known; whether it is in the workdir."""
     root, start = storage.join(workdir, ""), storage.join(folder, "")
-    if files is None or not start.startswith(root):
-        return None
+    below = start.startswith(root)
+    if files is None or not below:
+        return None, below
     start = start[len(root) :]
-    return [name[len(start) :] for name in files if name.startswith(start)]
+    return {n[len(start) :]: d.bytes for n, d in files.items() if n.startswith(start)}, below

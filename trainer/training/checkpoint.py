@@ -1,25 +1,34 @@
 """Checkpoints: a run's whole state, there completely or not at all.
 
 `<workdir>/checkpoints/step-000012345/` holds TensorFlow's checkpoint of `TrainState.variables`
-(`state.*`), `state.json` (counters and identity of the run) and, written last, `COMMITTED` with the
-size and CRC32C of every other file. Without a marker that fits, a checkpoint doesn't exist.
+(`state-<token>.*`), `state-<token>.json` (counters and identity of the run) and, written last,
+`COMMITTED-<token>` with the size and CRC32C of every other file. The token is that of the lease under
+which they were written, so no job ever writes a file of another's. Without a marker that fits, a
+checkpoint doesn't exist; and one that a job commits after it has lost the lease is void (see
+`trainer.core.fencing`).
 
 A save takes hold of the values and returns; a thread writes them while the next steps are made. In
 an object store every file is an object that appears whole: TensorFlow writes to a local disk, what
 it wrote is uploaded, and the store's own CRC32Cs are compared before the marker is written. (Its
 own file system would upload to temporary objects, copy them and remove them.)
+
+What is removed: whole checkpoints that need not be kept, once newer ones are known to be whole, and
+what jobs that lost the lease had not completed. Whatever else is there stays: damaged checkpoints,
+those whose marker is lost, and files of others.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import re
+import secrets
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,18 +42,52 @@ from trainer.core import documents, storage
 from trainer.core import lease as lease_lib
 from trainer.core.config import CheckpointConfig, Config
 from trainer.core.errors import CheckpointError, StorageError
+from trainer.core.fencing import Mark, Record
 from trainer.core.lease import Lease, LeaseLostError
 from trainer.core.storage import Digest
 from trainer.networks.stylegan2 import Generator
 from trainer.training import build, run_info
 
-_MARKER = "COMMITTED"
-_INFO = "state.json"
-_PREFIX = "state"  # of the files that TensorFlow writes
-_VALUES = (f"{_PREFIX}.index", f"{_PREFIX}.data-00000-of-00001")
+FORMAT = 2
+"""Of markers, names and `state.json`."""
+
 _FOLDER = "checkpoints"
 _NAME = re.compile(r"step-(\d{9,})")
-_FILE = re.compile(rf"{_FOLDER}/{_NAME.pattern}/(.*)")
+_FILE = re.compile(rf"{_FOLDER}/{_NAME.pattern}/([^/]+)")
+# With what writing them leaves if it is cut off.
+_OURS = re.compile(r"\.?(?:state|COMMITTED)-([0-9a-f]{16})(?:\..*)?")
+_FORMAT_1 = re.compile(r"COMMITTED|state\.json|state\.index|state\.data-00000-of-00001")
+
+
+@dataclass(frozen=True)
+class _Names:
+    """The files of a checkpoint.
+
+    Attributes:
+      token: of the lease under which they were written.
+    """
+
+    token: str
+
+    @property
+    def prefix(self) -> str:
+        """Of the files that TensorFlow writes."""
+        return f"state-{self.token}"
+
+    @property
+    def values(self) -> tuple[str, str]:
+        """What TensorFlow writes."""
+        return f"{self.prefix}.index", f"{self.prefix}.data-00000-of-00001"
+
+    @property
+    def info(self) -> str:
+        """The counters."""
+        return f"{self.prefix}.json"
+
+    @property
+    def marker(self) -> str:
+        """What is written last."""
+        return f"COMMITTED-{self.token}"
 
 
 @dataclass(frozen=True)
@@ -55,13 +98,20 @@ class Found:
       path: its directory.
       step: steps made when it was written.
       info: what `state.json` says.
+      token: in the names of its files.
       files: what its files are, the marker left out.
     """
 
     path: str
     step: int
     info: dict[str, Any]
+    token: str
     files: dict[str, Digest] = field(repr=False)
+
+    @property
+    def prefix(self) -> str:
+        """TensorFlow's name for its values."""
+        return storage.join(self.path, _Names(self.token).prefix)
 
 
 # ------------------------------------------------------------------------------ looking
@@ -73,41 +123,69 @@ class _Stored:
 
     Attributes:
       path: its directory.
-      files: what is in it.
-      damaged: whether it was found to be.
+      step: in the directory's name.
+      names: of the files of a checkpoint; those of format 1 have no token.
+      files: what is there.
+      whole: whether it is; None if that isn't known yet.
       kimg: where it was written, once that was asked for.
     """
 
     path: str
+    step: int
+    names: _Names
     files: dict[str, Digest]
-    damaged: bool = False
+    whole: bool | None = None
     kimg: float | None = None
 
     @property
-    def committed(self) -> bool:
-        """Whether it may count as one of those that are kept."""
-        return _MARKER in self.files and not self.damaged
+    def mark(self) -> Mark:
+        """Who has written it, and when."""
+        return self.names.token, self.step
 
-    def judge(self, step: int) -> Found | str:
+    @property
+    def marked(self) -> bool:
+        """Whether it was completed, whatever has become of it since."""
+        return self.names.marker in self.files
+
+    def judge(self) -> Found | str:
         """The checkpoint, or why it can't be used."""
-        if _MARKER not in self.files:
-            return "it was never completed"
+        found = self._look()
+        self.whole = isinstance(found, Found)
+        return found
+
+    def is_whole(self) -> bool:
+        """The same, but not looked at twice."""
+        if self.whole is None:
+            self.judge()
+        return bool(self.whole)
+
+    def _look(self) -> Found | str:
+        names = self.names
+        if not names.token:
+            return f"it is of format 1, and this trainer reads format {FORMAT}"
+        if not self.marked:
+            return f"it was never completed, or its {names.marker} is lost"
         try:
+            marker = documents.parse_object(self._read(names.marker))
+            version = marker.get("format")
             files = {
                 name: Digest(int(digest["bytes"]), int(digest["crc32c"]))
-                for name, digest in documents.parse_object(self._read(_MARKER))["files"].items()
+                for name, digest in marker["files"].items()
             }
         except (ValueError, KeyError, TypeError, AttributeError):
-            return f"{_MARKER} is damaged"
-        for name in {_INFO: None, **dict.fromkeys(_VALUES), **files}:
+            return f"{names.marker} is damaged"
+        if version != FORMAT:
+            return f"it is of format {str(version)[:20]}, and this trainer reads format {FORMAT}"
+        for name in {names.info: None, **dict.fromkeys(names.values), **files}:
             if name not in self.files:
                 return f"{name} is missing"
             if not self._holds(name, files.get(name)):
                 return f"{name} is not what was written (size or CRC32C)"
         try:
-            return Found(self.path, step, run_info.parse(self._read(_INFO)), files)
+            info = run_info.parse(self._read(names.info))
         except ValueError as error:
-            return f"{_INFO} is damaged ({error})"
+            return f"{names.info} is damaged ({error})"
+        return Found(self.path, self.step, info, names.token, files)
 
     def _read(self, name: str) -> bytes:
         return storage.read_bytes(storage.join(self.path, name))
@@ -127,83 +205,137 @@ class Inventory:
     Args:
       workdir: of the run.
       files: what there is in it, by `storage.walk`; looked up if it isn't given.
+      record: what counts, as the lease says; looked up if it isn't given.
+      at: where the checkpoints are, if there is one directory of them only.
+
+    Attributes:
+      record: the same; to be replaced when the lease's is.
+      damaged: checkpoints that `newest` passed over although they had been completed, or may have
+        been.
     """
 
-    def __init__(self, workdir: str, files: Mapping[str, Digest] | None = None) -> None:
+    def __init__(
+        self,
+        workdir: str,
+        files: Mapping[str, Digest] | None = None,
+        record: Record | None = None,
+        *,
+        at: str = "",
+    ) -> None:
+        self._at = at
+        self.damaged: list[str] = []
         self._workdir = workdir
-        self._stored: dict[int, _Stored] = {}
+        self._stored: dict[Mark, _Stored] = {}
         if files is None:
             below = storage.walk(storage.join(workdir, _FOLDER))
             files = {f"{_FOLDER}/{name}": digest for name, digest in below.items()}
         for name, digest in files.items():
             match = _FILE.fullmatch(name)
-            if match:
-                self.add(int(match[1]), {match[2]: digest})
+            ours = match and _OURS.fullmatch(match[2])
+            if match and (ours or _FORMAT_1.fullmatch(match[2])):
+                self.add(int(match[1]), ours[1] if ours else "", {match[2]: digest})
+        if record is None:
+            record = lease_lib.read_record(workdir) if self._stored else Record()
+        self.record = record
 
     def newest(self) -> tuple[Found | None, list[str]]:
         """The newest checkpoint that is whole, and a line for each newer one on why it isn't."""
         skipped: list[str] = []
-        for step, stored in sorted(self._stored.items(), reverse=True):
-            found = stored.judge(step)
-            if isinstance(found, Found):
-                return found, skipped
-            stored.damaged = True
-            skipped.append(f"skipped checkpoint {stored.path}: {found}")
+        self.damaged = []
+        for stored in sorted(self._stored.values(), key=lambda one: one.step, reverse=True):
+            if self.record.is_void(*stored.mark):
+                late = "it was written after its job had lost the lease"
+                why = late if stored.marked else "it was never completed"
+            else:
+                found = stored.judge()
+                if isinstance(found, Found):
+                    return found, skipped
+                why = found
+                self.damaged.append(stored.path)
+            skipped.append(f"skipped checkpoint {stored.path}: {why}")
         return None, skipped
 
-    def add(self, step: int, files: Mapping[str, Digest], kimg: float | None = None) -> None:
+    def last_steps(self, tokens: Collection[str]) -> dict[str, int]:
+        """The last step that each of some jobs has completed."""
+        last: dict[str, int] = {}
+        for token, step in self._stored:
+            if token in tokens and self._stored[token, step].marked:
+                last[token] = max(step, last.get(token, step))
+        return last
+
+    def add(
+        self,
+        step: int,
+        token: str,
+        files: Mapping[str, Digest],
+        *,
+        whole: bool | None = None,
+        kimg: float | None = None,
+    ) -> None:
         """Takes note of files that were written."""
-        stored = self._stored.setdefault(step, _Stored(_path(self._workdir, step), {}))
+        fresh = _Stored(self._at or _path(self._workdir, step), step, _Names(token), {})
+        stored = self._stored.setdefault((token, step), fresh)
         stored.files |= files
-        stored.kimg = kimg
+        stored.whole, stored.kimg = whole, kimg
 
-    def remove(self, step: int) -> None:
-        """Removes what there is of a checkpoint, its marker first."""
-        stored = self._stored.pop(step, None)
-        marker = storage.join(_path(self._workdir, step), _MARKER)
-        storage.remove_files([marker])
-        if not storage.is_remote(marker):
-            storage.remove_tree(_path(self._workdir, step))
-        elif stored is not None:
-            storage.remove_files(storage.join(stored.path, n) for n in stored.files if n != _MARKER)
+    def __contains__(self, mark: Mark) -> bool:
+        return mark in self._stored
 
-    def drop_old(self, written: int, settings: CheckpointConfig) -> None:
-        """Removes what need not be kept after the checkpoint of step `written`."""
-        # A run goes on from its newest whole checkpoint, so what is newer than the one just written
-        # is damaged: it must not take the place of a good one.
-        whole = [
-            step
-            for step, stored in sorted(self._stored.items(), reverse=True)
-            if step <= written and stored.committed
+    def discard(self, marks: Collection[Mark], fence: storage.Fence) -> None:
+        """Removes checkpoints that don't count any more, each one's marker first."""
+        for mark in marks:
+            stored = self._stored.pop(mark)
+            names = sorted(stored.files, key=lambda name: name != stored.names.marker)
+            paths = [storage.join(stored.path, name) for name in names]
+            with fence():
+                storage.remove_files(paths[:1])
+                storage.remove_files(paths[1:])
+                storage.remove_empty(stored.path)
+
+    def left_over(self) -> list[Mark]:
+        """What jobs that lost the lease have left, and what counts for nobody."""
+        return [mark for mark in self._stored if self.record.is_void(*mark)]
+
+    def dispensable(self, written: int, settings: CheckpointConfig) -> list[Mark]:
+        """Checkpoints that need not be kept after that of step `written`; all of them are whole.
+
+        Nothing damaged takes the place of a whole one, and what is damaged stays: it may be restored
+        from elsewhere.
+        """
+        # A run goes on from its newest whole checkpoint: what is newer than the one just written is
+        # damaged.
+        counting = [
+            stored
+            for stored in sorted(self._stored.values(), key=lambda one: one.step, reverse=True)
+            if stored.step <= written and stored.marked and not self.record.is_void(*stored.mark)
         ]
-        keep = set(whole[: settings.keep_last])
+        keep = list(itertools.islice(filter(_Stored.is_whole, counting), settings.keep_last))
+        kept = {stored.mark for stored in keep}
         period = settings.keep_every_kimg
         if period:
-            # The oldest of each period comes last, and stays.
-            firsts = {int(self._kimg(step) // period): step for step in whole}
-            keep |= {step for mark, step in firsts.items() if mark > 0}
-        for step in self._stored.keys() - keep:
-            self.remove(step)
+            periods: dict[int, list[_Stored]] = {}
+            for stored in counting:
+                periods.setdefault(int(_kimg(stored) // period), []).insert(0, stored)
+            for number, members in periods.items():
+                # The oldest one stays. One that is alone isn't even looked at.
+                first = members if len(members) == 1 else filter(_Stored.is_whole, members)
+                kept |= {stored.mark for stored in itertools.islice(first, int(number > 0))}
+        return [one.mark for one in counting if one.mark not in kept and one.is_whole()]
 
-    def _kimg(self, step: int) -> float:
-        """Where a checkpoint was written; 0 if its `state.json` is damaged."""
-        stored = self._stored[step]
-        if stored.kimg is None:
-            try:
-                text = storage.read_bytes(storage.join(stored.path, _INFO))
-                stored.kimg = float(documents.parse_object(text)["kimg"])
-            except (StorageError, ValueError, KeyError, TypeError):
-                stored.kimg = 0.0
-        return stored.kimg
+
+def _kimg(stored: _Stored) -> float:
+    """Where a checkpoint was written; 0 if its `state.json` is damaged."""
+    if stored.kimg is None:
+        try:
+            text = storage.read_bytes(storage.join(stored.path, stored.names.info))
+            stored.kimg = float(documents.parse_object(text)["kimg"])
+        except (StorageError, ValueError, KeyError, TypeError):
+            stored.kimg = 0.0
+    return stored.kimg
 
 
 def _path(workdir: str, step: int) -> str:
     return storage.join(workdir, _FOLDER, f"step-{step:09d}")
-
-
-def _step_of(name: str) -> int | None:
-    match = _NAME.fullmatch(name)
-    return int(match.group(1)) if match else None
 
 
 def newest(workdir: str) -> tuple[Found | None, list[str]]:
@@ -217,13 +349,18 @@ def find(path: str) -> Found:
     Raises:
       CheckpointError: there is none, or it is not whole.
     """
-    name = path.rstrip("/").rsplit("/", 1)[-1]
-    step = _step_of(name)
-    if step is not None:
-        files = storage.walk(path)
-        found = _Stored(path, files).judge(step) if files else "there is no such directory"
-        if isinstance(found, str):
-            raise CheckpointError(f"checkpoint {path} can't be used: {found}")
+    path = path.rstrip("/")
+    folder, _, name = path.rpartition("/")
+    if _NAME.fullmatch(name):
+        files = {f"{_FOLDER}/{name}/{file}": digest for file, digest in storage.walk(path).items()}
+        workdir, _, last = folder.rpartition("/")
+        record = None if last == _FOLDER else Record()  # one that lies elsewhere was copied
+        found, skipped = Inventory(workdir or ".", files, record, at=path).newest()
+        if found is None:
+            why = "there is no such directory" if not files else "it holds none"
+            if skipped:
+                why = "; ".join(line.partition(": ")[2] for line in skipped)
+            raise CheckpointError(f"checkpoint {path} can't be used: {why}")
         return found
     newest_one, skipped = newest(path)
     if newest_one is None:
@@ -244,7 +381,7 @@ class Checkpoints:
       variables: the run's state, by name.
       writer: whether this process writes; among several workers only the chief does.
       inventory: what there is already; found out by the first save if it isn't given.
-      lease: of the workdir, if there is one: without it nothing is committed or removed.
+      lease: of the workdir, where others may want to write it.
     """
 
     def __init__(
@@ -259,10 +396,14 @@ class Checkpoints:
     ) -> None:
         self._workdir, self._settings, self._variables = workdir, settings, dict(variables)
         self._writer, self._inventory, self._lease = writer, inventory, lease
+        self._names = _Names(lease.token if lease else secrets.token_hex(8))
+        self._fence: storage.Fence = lease.fenced if lease else contextlib.nullcontext
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: Future[None] | None = None
 
-    def save(self, step: int, info: Mapping[str, Any]) -> None:
+    def save(
+        self, step: int, info: Mapping[str, Any], flush: Callable[[], None] = lambda: None
+    ) -> None:
         """Takes hold of the values and returns; they are written in the background.
 
         If the save before is still being written, waits for it.
@@ -270,6 +411,7 @@ class Checkpoints:
         Args:
           step: steps made.
           info: goes into `state.json`; with `kimg`, the position in thousands of images.
+          flush: writes the statistics on which a run counts that goes on from here.
 
         Raises:
           CheckpointError: the save before couldn't be written; nothing of it is left, and older
@@ -283,7 +425,7 @@ class Checkpoints:
         # memory until a step assigns anew, and nothing is copied.
         with tf.device("/CPU:0"):
             values = {_key(name): tf.identity(value) for name, value in self._variables.items()}
-        self._saving = self._thread.submit(self._write, step, dict(info), values)
+        self._saving = self._thread.submit(self._write, step, dict(info), values, flush)
 
     def wait(self) -> None:
         """Returns when the last save is committed and what it replaces is removed.
@@ -295,37 +437,67 @@ class Checkpoints:
         if saving is not None:
             saving.result()
 
-    def _write(self, step: int, info: dict[str, Any], values: dict[str, tf.Tensor]) -> None:
+    def _write(
+        self,
+        step: int,
+        info: dict[str, Any],
+        values: dict[str, tf.Tensor],
+        flush: Callable[[], None],
+    ) -> None:
         """Makes a checkpoint of what was taken hold of, and drops those no longer to be kept."""
-        path = _path(self._workdir, step)
+        path, names = _path(self._workdir, step), self._names
         try:
             if self._inventory is None:
                 self._inventory = Inventory(self._workdir)
-            self._check_lease()
-            self._inventory.remove(step)  # the remains of a save that was cut off
-            files = _write_files(path, info, values)
-            self._check_lease()
-            storage.flush_appended()  # the ticks that a run going on from here counts on
-            marker = {"step": step, "files": {n: dataclasses.asdict(d) for n, d in files.items()}}
+            if self._lease:
+                self._lease.check()
+            files = _write_files(path, names, info, values)
+            flush()
+            marker = {
+                "format": FORMAT,
+                "step": step,
+                "files": {name: dataclasses.asdict(digest) for name, digest in files.items()},
+            }
             text = json.dumps(marker, indent=1)
-            storage.write_text_atomic(storage.join(path, _MARKER), text)
+            storage.write_text_atomic(storage.join(path, names.marker), text, self._fence)
         except LeaseLostError:
-            raise  # and nothing of this is ours any more
+            raise  # and nothing of this counts
         except (tf.errors.OpError, OSError, StorageError) as error:
-            if self._inventory is not None:
-                with contextlib.suppress(StorageError):
-                    self._inventory.remove(step)
+            with contextlib.suppress(StorageError):
+                self._withdraw(step)
             raise CheckpointError(
                 f"checkpoint {path} could not be written ({_first_line(error)}); free "
                 "space or fix the path and run the same command again: it goes on from the "
                 "checkpoint before"
             ) from error
-        self._inventory.add(step, {**files, _MARKER: Digest(len(text), None)}, info.get("kimg"))
-        self._inventory.drop_old(step, self._settings)
+        files[names.marker] = Digest(len(text), None)
+        inventory = self._inventory
+        inventory.add(step, names.token, files, whole=True, kimg=info.get("kimg"))
+        self._discard(inventory.dispensable(step, self._settings))
+        inventory.discard(inventory.left_over(), self._fence)
 
-    def _check_lease(self) -> None:
-        if self._lease is not None:
-            self._lease.check()
+    def _discard(self, marks: Collection[Mark]) -> None:
+        """Removes checkpoints that count, once it is recorded that they don't any more."""
+        assert self._inventory is not None
+        if not marks:
+            return
+        with contextlib.ExitStack() as recorded:
+            if self._lease:
+                recorded.enter_context(self._lease.removing(frozenset(marks)))
+            self._inventory.discard(marks, self._fence)
+
+    def _withdraw(self, step: int) -> None:
+        """Removes what there is of a save that failed, the marker included if it did get there."""
+        if self._inventory is None:
+            return
+        for name, digest in storage.walk(_path(self._workdir, step)).items():
+            match = _OURS.fullmatch(name)
+            if match and match[1] == self._names.token:
+                self._inventory.add(step, match[1], {name: digest})
+        if (mark := (self._names.token, step)) in self._inventory:
+            self._discard([mark])
+        with self._fence():
+            storage.remove_empty(_path(self._workdir, step))
 
     def restore(self, found: Found) -> None:
         """Puts a checkpoint's values into the variables.
@@ -342,13 +514,13 @@ class Checkpoints:
 
 
 def _write_files(
-    path: str, info: Mapping[str, Any], values: Mapping[str, tf.Tensor]
+    path: str, names: _Names, info: Mapping[str, Any], values: Mapping[str, tf.Tensor]
 ) -> dict[str, Digest]:
     """Writes everything but the marker, and says what it is once it is safely there."""
     remote = storage.is_remote(path)
     with scratch() if remote else contextlib.nullcontext(path) as folder:
         try:
-            _write_locally(folder, info, values)
+            _write_locally(folder, names, info, values)
         except (tf.errors.OpError, OSError, StorageError) as error:
             if not remote:
                 raise
@@ -357,7 +529,7 @@ def _write_files(
                 f"{_first_line(error)}; free space there or set TMPDIR"
             ) from error
         files = {}
-        for name in (*_VALUES, _INFO):
+        for name in (*names.values, names.info):
             here, there = storage.join(folder, name), storage.join(path, name)
             files[name] = storage.digest(here)
             if not remote:
@@ -369,16 +541,19 @@ def _write_files(
     return files
 
 
-def _write_locally(folder: str, info: Mapping[str, Any], values: Mapping[str, tf.Tensor]) -> None:
-    storage.makedirs(folder)
+def _write_locally(
+    folder: str, names: _Names, info: Mapping[str, Any], values: Mapping[str, tf.Tensor]
+) -> None:
+    # First, so that from here on the directory isn't empty, and nobody removes it.
+    text = json.dumps(dict(info), indent=1)
+    storage.write_text_atomic(storage.join(folder, names.info), text)
     with tf.device("/CPU:0"):
         tf.raw_ops.SaveV2(
-            prefix=storage.join(folder, _PREFIX),
+            prefix=storage.join(folder, names.prefix),
             tensor_names=list(values),
             shape_and_slices=[""] * len(values),
             tensors=list(values.values()),
         )
-    storage.write_text_atomic(storage.join(folder, _INFO), json.dumps(dict(info), indent=1))
 
 
 def _first_line(error: Exception) -> str:
@@ -419,7 +594,7 @@ def _reader(found: Found) -> Iterator[Any]:
     remote = storage.is_remote(found.path)
     with scratch() if remote else contextlib.nullcontext(found.path) as folder:
         if remote:
-            for name in _VALUES:
+            for name in _Names(found.token).values:
                 storage.download(storage.join(found.path, name), storage.join(folder, name))
                 if storage.digest(storage.join(folder, name)) != found.files[name]:
                     raise CheckpointError(
@@ -427,7 +602,7 @@ def _reader(found: Found) -> Iterator[Any]:
                         "written; run the same command again"
                     )
         try:
-            yield tf.train.load_checkpoint(storage.join(folder, _PREFIX))
+            yield tf.train.load_checkpoint(storage.join(folder, _Names(found.token).prefix))
         except (tf.errors.OpError, ValueError) as error:
             raise CheckpointError(f"checkpoint {found.path} can't be read ({error})") from error
 
@@ -478,7 +653,7 @@ def load_generator(
     """
     found = find(path)
     run_info.check_network(found.info, found.path)
-    config = config_lib.from_dict(found.info["config"], where=f"{found.path}/{_INFO}")
+    config = config_lib.from_dict(found.info["config"], where=found.path)
     data = build.DataShape(
         tuple(found.info["resolution"]), found.info["channels"], tuple(found.info["label_counts"])
     )

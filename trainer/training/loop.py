@@ -35,7 +35,16 @@ from trainer.distribution.strategy import Placement, choose
 from trainer.telemetry import images as telemetry_images
 from trainer.telemetry.statsfile import Stat, constant
 from trainer.telemetry.writers import Telemetry
-from trainer.training import build, checkpoint, cost, export, loss_scale, preemption, run_info
+from trainer.training import (
+    aside,
+    build,
+    checkpoint,
+    cost,
+    export,
+    loss_scale,
+    preemption,
+    run_info,
+)
 from trainer.training.checkpoint import Checkpoints, Inventory
 from trainer.training.preemption import Preemption
 from trainer.training.snapshot import Snapshots
@@ -49,6 +58,7 @@ def train(
     *,
     dry_run: bool = False,
     allow_change: Sequence[str] = (),
+    start_over: bool = False,
     cluster: Cluster | None = None,
     stop: Preemption | None = None,
 ) -> None:
@@ -59,6 +69,8 @@ def train(
       workdir: directory of the run, local or gs://.
       dry_run: say what would be done, and do nothing.
       allow_change: keys that may differ from those of the checkpoint.
+      start_over: where all checkpoints are damaged, move what the run has written aside and start at
+        step 0, instead of ending with an error.
       cluster: the workers of the run, if there are several: all of them train, and the chief alone
         writes to the workdir.
       stop: what may end the run early, between two steps; all of its workers have one, or none.
@@ -67,6 +79,7 @@ def train(
       ConfigError: the config doesn't fit itself, the data or the checkpoint.
       DataError: the data set can't be used.
       StorageError: the workdir can't be written.
+      CheckpointError: all of the checkpoints are damaged.
       DivergedError: a loss, a gradient or a variable is not finite.
       PreemptedError: stopped early; the run is saved.
     """
@@ -104,14 +117,28 @@ def train(
 
     with contextlib.ExitStack() as closing:
         # ------------------------------------------------------------------ state
-        lease = closing.enter_context(lease_lib.acquire(workdir)) if is_chief else None
+        lease: lease_lib.Lease | None = None
+        fence: storage.Fence = contextlib.nullcontext
+        if is_chief:
+            lease = closing.enter_context(lease_lib.acquire(workdir, keeps_record=True))
+            fence = lease.fenced
         files = storage.walk(workdir)
-        inventory = Inventory(workdir, files)
+        inventory = Inventory(workdir, files, lease.record if lease else None)
+        if lease:
+            lease.settle(inventory.last_steps(lease.record.pending))
+            inventory.record = lease.record
         found, skipped = inventory.newest()
         for line in skipped:
             print(printable(line))
         if found is not None:
             _check_same_run(found, config, manifest, allow_change)
+        elif inventory.damaged and not start_over:
+            raise _all_damaged(workdir, inventory.damaged)
+        elif inventory.damaged and lease:
+            moved = aside.move(workdir, _tensorboard_dir(config, workdir), files, lease)
+            print(f"starting over: what the run had written is in {moved} now")
+            files = storage.walk(workdir)
+            inventory = Inventory(workdir, files, lease.record)
         with strategy.scope():
             state = build.state(config, generator, discriminator)
         # ------------------------------------------------------------------ step function
@@ -148,9 +175,8 @@ def train(
             )
         if is_chief:
             storage.makedirs(workdir)
-            storage.write_text_atomic(
-                storage.join(workdir, "config.yaml"), _versions() + config_lib.to_yaml(config)
-            )
+            resolved = _versions() + config_lib.to_yaml(config)
+            storage.write_text_atomic(storage.join(workdir, "config.yaml"), resolved, fence)
 
         # ------------------------------------------------------------------ data
         images, step = int(state.images.numpy()), int(state.step.numpy())
@@ -181,8 +207,10 @@ def train(
                 total_kimg=config.training.total_kimg,
                 resume_kimg=images / 1000,
                 resume_tick=tick,
+                fence=fence,
             )
             closing.callback(telemetry.close)
+        flush = telemetry.flush if telemetry else lambda: None
         plain, _ = build.networks(config, data, rounded=False)
         snapshots = Snapshots(
             plain,
@@ -193,7 +221,7 @@ def train(
         )
 
         def snapshot(telemetry: Telemetry, name: str, grid: np.ndarray, kimg: float) -> None:
-            telemetry_images.save_image(storage.join(workdir, f"{name}.png"), grid)
+            telemetry_images.save_image(storage.join(workdir, f"{name}.png"), grid, fence)
             telemetry.image("Reals" if name == "reals" else "Fakes", grid, kimg)
 
         if telemetry and found is None:
@@ -286,13 +314,13 @@ def train(
                 maintenance = tick_began - maintenance_began
             if at_checkpoint:
                 saving_began = time.monotonic()
-                checkpoints.save(step, info(total_sec))
+                checkpoints.save(step, info(total_sec), flush)
                 saved = step
                 saved_in = time.monotonic() - saving_began
                 maintenance, tick_began = maintenance + saved_in, tick_began + saved_in
         if reason and step > saved:
             _check_finite(state, config, checkpoints, workdir, variables=True)
-            checkpoints.save(step, info(previous_sec + time.monotonic() - started))
+            checkpoints.save(step, info(previous_sec + time.monotonic() - started), flush)
         if not reason:
             checkpoints.wait()  # a kill while the model is exported loses nothing
             export_model(previous_sec + time.monotonic() - started)
@@ -351,6 +379,16 @@ def _versions() -> str:
     return (
         f"# trainer {trainer.__version__}, TensorFlow {tf.__version__}, "
         f"Python {platform.python_version()}\n"
+    )
+
+
+def _all_damaged(workdir: str, damaged: Sequence[str]) -> CheckpointError:
+    more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
+    return CheckpointError(
+        f"no checkpoint in {workdir} is whole, but some were: {', '.join(damaged[:3])}{more}; "
+        "nothing was changed: restore what was damaged of one of them from a backup, take another "
+        "--workdir, or add --start_over to move all that the run has written aside and start at "
+        "step 0"
     )
 
 

@@ -12,8 +12,10 @@ largest number and ignores names that are none. A new one is written under such 
   exists. TensorFlow Serving keeps the version it has and tries again.
 
 A process that is killed leaves a `.partial`, and in a store it may leave a number without
-`saved_model.pb`. Neither can be loaded, and the next export removes them. It takes another number:
-a server that has given up on one doesn't come back to it.
+`saved_model.pb`. Neither can be loaded, and the next export removes them, before it writes anything:
+the `.partial` first, so that a process that was paused and lost the lease has nothing left to move.
+It takes another number: a server that has given up on one doesn't come back to it. No file of a
+number is ever replaced.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ from typing import Any
 from trainer.core import documents, storage
 from trainer.core import lease as lease_lib
 from trainer.core.errors import StorageError
-from trainer.core.lease import Lease, LeaseLostError
+from trainer.core.lease import Lease
+from trainer.core.storage import ConflictError
 
 LAST = "saved_model.pb"
 """With this file a version is complete."""
@@ -75,8 +78,7 @@ def draft(
     """
     remote = storage.is_remote(dest)
     with lease_lib.acquire(dest, say=say) as lease:
-        there = storage.walk(dest)
-        number = 1 + max(map(int, _names(there, _NUMBER)), default=0)
+        number = _clean(dest, lease)
         path = storage.join(dest, str(number))
         # A name of its own: whoever lost the lease to this process may still be writing.
         partial = storage.join(dest, f".{number}.{secrets.token_hex(4)}.partial")
@@ -86,15 +88,16 @@ def draft(
                 yield Draft(number, folder, path)
                 publish = _publish_remote if remote else _publish_locally
                 publish(folder, partial, path, lease)
-            except LeaseLostError:
+            except ConflictError:  # the lease is another's, or will be seen to be
                 raise  # and what is there is another's to judge
             except BaseException:
                 with contextlib.suppress(StorageError):
                     storage.remove_tree(partial)
+                    lease.check()
                     if remote and not storage.isfile(storage.join(path, LAST)):
                         _remove(path)
                 raise
-        _clean(dest, there, lease)
+        storage.remove_tree(partial)
 
 
 def newest_card(dest: str) -> dict[str, Any] | None:
@@ -117,8 +120,8 @@ def newest_card(dest: str) -> dict[str, Any] | None:
 def _publish_locally(folder: str, partial: str, path: str, lease: Lease) -> None:
     for name in storage.walk(folder):
         storage.sync(storage.join(folder, name))
-    lease.check()
-    storage.rename(partial, path)
+    with lease.fenced():
+        storage.rename(partial, path)
     storage.sync(path)
 
 
@@ -143,19 +146,27 @@ def _names(files: dict[str, storage.Digest], pattern: re.Pattern[str]) -> set[st
     return {name for name in names if pattern.fullmatch(name)}
 
 
-def _clean(dest: str, before: dict[str, storage.Digest], lease: Lease) -> None:
-    """Removes what killed exports have left, as far as it was there before this one.
+def _clean(dest: str, lease: Lease) -> int:
+    """Removes what killed exports have left; returns the next number.
 
     A number without `saved_model.pb` may be another program's: only a model card makes it ours.
     """
-    ours = {
-        name
-        for name in _names(before, _NUMBER)
-        if f"{name}/{FIRST}" in before and f"{name}/{LAST}" not in before
-    }
-    for name in sorted(_names(before, _PARTIAL) | ours):
+    there = storage.walk(dest)
+    for name in sorted(_names(there, _PARTIAL)):
         lease.check()
         _remove(storage.join(dest, name))
+    # Once more: until its `.partial` was gone, a process that lost the lease could go on.
+    if _names(there, _PARTIAL):
+        there |= storage.walk(dest)
+    ours = {
+        name
+        for name in _names(there, _NUMBER)
+        if f"{name}/{FIRST}" in there and f"{name}/{LAST}" not in there
+    }
+    for name in sorted(ours):
+        lease.check()
+        _remove(storage.join(dest, name))
+    return 1 + max(map(int, _names(there, _NUMBER)), default=0)
 
 
 def _remove(path: str) -> None:
