@@ -48,7 +48,11 @@ class Telemetry:
         fence: storage.Fence = contextlib.nullcontext,
     ):
         self._nimg = round(resume_kimg * 1000)
-        self._stats = statsfile.open_after(storage.join(workdir, _STATS), self._nimg, fence)
+        stats = storage.join(workdir, _STATS)
+        if files is None or _STATS in files:
+            self._stats = statsfile.open_after(stats, self._nimg, fence)
+        else:
+            self._stats = storage.AppendedFile(stats, b"", None, fence)
         if tails := list(filter(storage.TAIL.fullmatch, files or ())):
             storage.remove_files(storage.join(workdir, name) for name in tails)
         self._tensorboard = None
