@@ -380,7 +380,7 @@ def test_base_grid_or_neighbours_that_work(height: int, width: int) -> None:
     try:
         h0, w0, n = config_lib.base_grid((height, width))
     except ConfigError:
-        nearest = config_lib._nearest_resolutions(height, width)
+        nearest = config_lib.nearest_resolutions(height, width)
         assert nearest
         assert all(config_lib.base_grid(size) for size in nearest)
         return
