@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import itertools
 import os
@@ -12,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -172,10 +171,14 @@ def test_path_without_a_bucket_or_name(gcs: Gcs) -> None:
     _one_line(lambda: storage.remove_tree(gcs.url), "cannot remove .* is a bucket")
 
 
+def _full(dir: str) -> IO[bytes]:  # noqa: A002
+    return open("/dev/full", "wb")
+
+
 def test_full_disk_for_temporary_files(gcs: Gcs, monkeypatch: pytest.MonkeyPatch) -> None:
     if not os.path.exists("/dev/full"):
         pytest.skip("no device that is always full")
-    monkeypatch.setattr(tempfile, "NamedTemporaryFile", functools.partial(open, "/dev/full", "wb"))
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", _full)
 
     def write() -> None:
         with storage.open_write_atomic(f"{gcs.url}/x") as file:

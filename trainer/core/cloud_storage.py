@@ -631,17 +631,18 @@ def append(path: str, data: bytes, state: tuple[int, int, int]) -> tuple[int, in
     try:
         # Composed a second time, if the first answer got lost, it would be there twice.
         _tried(blob.compose, [_blob(path), tail], if_generation_match=before)
+        done = blob.generation is not None
     except (NotFound, PreconditionFailed):
+        done = False
+    if not done:
+        # It was us, and the answer got lost or holds no generation?
         try:
             blob = _stat(path)
+            done = _size_and_crc(blob, path) == expected
         except FileNotFoundError:
-            blob = None
-        # It was us, and the answer got lost?
-        if blob is None or _size_and_crc(blob, path) != expected:
-            _delete([tail.name], path)
-            return None
+            done = False
     _delete([tail.name], path)
-    return _generation(blob, path), *expected
+    return (_generation(blob, path), *expected) if done else None
 
 
 def tail_name(name: str, token: str) -> str:
