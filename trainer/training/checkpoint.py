@@ -174,8 +174,10 @@ class _Stored:
             }
         except (ValueError, KeyError, TypeError, AttributeError):
             return f"{names.marker} is damaged"
+        if type(version) is not int:
+            return f"{names.marker} is damaged"
         if version != FORMAT:
-            return f"it is of format {str(version)[:20]}, and this trainer reads format {FORMAT}"
+            return f"it is of format {version}, and this trainer reads format {FORMAT}"
         for name in {names.info: None, **dict.fromkeys(names.values), **files}:
             if name not in self.files:
                 return f"{name} is missing"
