@@ -441,6 +441,9 @@ class StopsAt(Preemption):
     def __init__(self, steps: int) -> None:
         self._steps = steps
 
+    def meet(self) -> None:
+        """There is nobody to meet."""
+
     def listen(self) -> None:
         """There is nothing to listen to."""
 
