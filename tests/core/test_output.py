@@ -14,7 +14,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -69,6 +69,17 @@ def unread_pipe() -> Iterator[int]:
     os.close(reading)
     yield writing
     os.close(writing)
+
+
+@contextlib.contextmanager
+def idle_reader() -> Iterator[IO[bytes]]:
+    """The end to write of a pipe whose reader reads nothing."""
+    with subprocess.Popen(["sleep", "600"], stdin=subprocess.PIPE) as reader:
+        try:
+            assert reader.stdin is not None
+            yield reader.stdin
+        finally:
+            reader.kill()
 
 
 # ------------------------------------------------------------------------------ no reader any more
@@ -252,12 +263,11 @@ def test_a_signal_ends_a_command_that_waits_for_its_reader(
 ) -> None:
     """The line on stderr comes though stdout stands still."""
     body = "(HERE / 'begun').touch(); lines()"
-    with subprocess.Popen(["sleep", "600"], stdin=subprocess.PIPE) as reader:
-        process = start(tmp_path, body, stdout=reader.stdin)
+    with idle_reader() as pipe:
+        process = start(tmp_path, body, stdout=pipe)
         fill(process, tmp_path / "begun")
         process.send_signal(getattr(signal, number))
         found, _, err = finish(process)
-        reader.kill()
     assert found == code
     assert err.count("\n") == 1 and "run the same command again" in err
 
@@ -272,10 +282,9 @@ def test_other_threads_dont_wait_for_a_reader(tmp_path: pathlib.Path) -> None:
     (HERE / "ended").write_text(str(not ended.is_alive()))
     os._exit(7)
     """
-    with subprocess.Popen(["sleep", "600"], stdin=subprocess.PIPE) as reader:
-        process = start(tmp_path, body, stdout=reader.stdin)
+    with idle_reader() as pipe:
+        process = start(tmp_path, body, stdout=pipe)
         assert finish(process)[0] == 7
-        reader.kill()
     assert (tmp_path / "ended").read_text() == "True"
 
 
@@ -284,9 +293,8 @@ def test_hurry_lets_the_main_thread_go_on(tmp_path: pathlib.Path) -> None:
     threading.Timer(0.3, output.hurry).start()
     lines()
     """
-    with subprocess.Popen(["sleep", "600"], stdin=subprocess.PIPE) as reader:
-        assert finish(start(tmp_path, body, stdout=reader.stdin))[0] == 0
-        reader.kill()
+    with idle_reader() as pipe:
+        assert finish(start(tmp_path, body, stdout=pipe))[0] == 0
 
 
 # ------------------------------------------------------------------------------ readers that read

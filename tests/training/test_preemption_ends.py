@@ -102,8 +102,10 @@ class Run:
 def idle_reader() -> Iterator[Any]:
     """A pipe whose reader is there and doesn't read."""
     with subprocess.Popen(["sleep", "600"], stdin=subprocess.PIPE) as reader:
-        yield reader.stdin
-        reader.kill()
+        try:
+            yield reader.stdin
+        finally:
+            reader.kill()
 
 
 # ------------------------------------------------------------------------------ output
