@@ -156,7 +156,7 @@ def test_what_an_archive_holds_besides_images_is_counted(tmp_path):
     assert source.ignored.lines() == [
         "1 files of the source are sockets, pipes or devices: pipe.png",
         "1 names in the source end with '/', as those of folders: odd.png/",
-        "1 files of the source are no images by their names: 'readme\\x1b[2J.txt'",
+        "1 files of the source are no images by their names: readme\\x1b[2J.txt",
     ]
 
 
