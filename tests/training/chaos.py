@@ -1,14 +1,20 @@
-"""Kills a run again and again, and shows that it ends as if nothing had been.
+"""Kills, stops and damages a run again and again, and shows that it ends as if nothing had been.
 
     python -m tests.training.chaos                          # 20 kills, everything on gs:// with faults
     python -m tests.training.chaos --workers=2 --kills=5    # kills one worker at a time
-    python -m tests.training.chaos --local
+    python -m tests.training.chaos --local --light --kills=40 --pauses=40 --corruptions=40
 
 The run is a tiny one at 32x32, with everything on (both regularisers, ADA that moves p, ticks,
-grids, events), a checkpoint every three steps, and deterministic operations. It is killed with
-SIGKILL at any time of its life, and besides while it restores, saves and writes a tick. Then its
-state, statistics, events, grids and the images that each step saw are compared with those of a run
-that nobody disturbed.
+grids, events), a checkpoint every three steps, and deterministic operations. With --light its steps
+are no arithmetic worth the name, so that much more can be done to it in the same time.
+
+- Kills: SIGKILL at any time of its life, and besides while it restores, saves and writes a tick.
+- Pauses: SIGSTOP at such a time. Another process takes the lease over and trains on; SIGCONT comes
+  at any time after that, and the first process must end with exit code 4.
+- Corruptions: a file is damaged after a kill; see `tests.training.damage`.
+
+Then its state, statistics, events, grids and the images that each step saw are compared with those
+of a run that nobody disturbed.
 """
 
 from __future__ import annotations
@@ -17,7 +23,6 @@ import argparse
 import collections
 import contextlib
 import dataclasses
-import json
 import os
 import pathlib
 import random
@@ -32,6 +37,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tests.gcs.emulator import Emulator
+from tests.training import damage as damage_lib
+from tests.training.damage import Damage
 from tests.training.placement import environments
 from trainer.core import storage
 
@@ -48,7 +55,11 @@ augment: {{mode: ada, pipe: b, p: 0.3, interval: 2, adjust_kimg: 0.16}}
 checkpoint: {{every_steps: {EVERY}, keep_last: 2}}
 telemetry: {{tick_kimg: {4 * BATCH / 1000}, snap_ticks: 10}}
 """
-PREEMPTED = 75
+PREEMPTED, STORAGE = 75, 4
+# Seconds: others take a lease over so long after its last sign of life, and wait so long for a lock.
+RENEW, STALE, LOCK = 0.5, 2.0, 2.0
+# Of a step without arithmetic: so that it takes some time to get from one save to the next.
+LIGHT_STEP = 0.05
 # What the storage does to each request, next to what is done to the processes.
 FAULTS = {"error_rate": 0.05, "reset_rate": 0.05}
 
@@ -56,6 +67,8 @@ _LIMIT_SEC = 600.0  # in which what a process is killed at must have come
 
 # Where a process can be killed: at any time after its start, or shortly after it began to do this.
 MOMENTS = ("any", "save", "any", "tick", "restore")
+# And stopped: at any time after it has the lease.
+PAUSES = ("save", "tick", "any")
 
 
 @dataclass
@@ -64,6 +77,9 @@ class Toll:
 
     Attributes:
       kills: processes killed, by moment.
+      pauses: processes stopped from which another one took over, by moment.
+      locked: processes stopped that had the lock of the disk, so that nobody could.
+      corruptions: damages, by kind.
       faults: requests to the storage that failed, by kind.
       steps_lost: steps made that had to be made again.
       records_lost: groups of images that no step of the final run has seen, or not as they are.
@@ -73,6 +89,9 @@ class Toll:
     """
 
     kills: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    pauses: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    locked: int = 0
+    corruptions: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     faults: dict[str, int] = dataclasses.field(default_factory=dict)
     steps_lost: int = 0
     records_lost: int = 0
@@ -81,14 +100,24 @@ class Toll:
     seconds: float = 0.0
 
     def __str__(self) -> str:
-        where = ", ".join(f"{count} {moment}" for moment, count in sorted(self.kills.items()))
-        faults = ", ".join(f"{count} {kind}" for kind, count in sorted(self.faults.items()))
+        parts = [
+            f"{what} {sum(counts.values())} ({_listed(counts)})"
+            for what, counts in (
+                ("kills", self.kills),
+                ("pauses", self.pauses),
+                ("corruptions", self.corruptions),
+                ("faults injected", self.faults),
+            )
+        ]
         return (
-            f"kills {sum(self.kills.values())} ({where}); faults injected "
-            f"{sum(self.faults.values())} ({faults or 'none'}); steps lost {self.steps_lost}; "
-            f"records lost {self.records_lost}; gave up {len(self.gave_up)}; slowest end of other "
-            f"workers {self.slowest_end:.1f} s; {self.seconds:.0f} s"
+            f"{'; '.join(parts)}; stopped with the lock {self.locked}; steps lost "
+            f"{self.steps_lost}; records lost {self.records_lost}; gave up {len(self.gave_up)}; "
+            f"slowest end of other workers {self.slowest_end:.1f} s; {self.seconds:.0f} s"
         )
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {what}" for what, count in sorted(counts.items())) or "none"
 
 
 @dataclass(frozen=True)
@@ -100,18 +129,20 @@ class Lives:
       folder: for the diaries and logs.
       workers: how many.
       environment: of all.
+      light: whether their steps are without arithmetic.
     """
 
     flags: Sequence[str]
     folder: pathlib.Path
     workers: int = 1
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    light: bool = False
 
     def start(self, life: int) -> list[subprocess.Popen[bytes]]:
         """One process for each worker."""
         started = []
         for index, environment in enumerate(environments(self.workers)):
-            command = [sys.executable, "-m", "tests.training.chaos"]
+            command = [sys.executable, "-m", "tests.training.chaos", *["--light"] * self.light]
             with open(self.folder / f"log-{life}-{index}", "w") as log:
                 process = subprocess.Popen(
                     [*command, f"--diary={self.diary(life, index)}", *self.flags],
@@ -151,51 +182,191 @@ def events(diary: pathlib.Path) -> list[list[str]]:
     return [line.split() for line in diary.read_text().split("\n")[:-1]]
 
 
-# ------------------------------------------------------------------------------ killing
+# ------------------------------------------------------------------------------ disturbing
 
 
-def disturb(lives: Lives, kills: int, seed: int, usual: float) -> Toll:
-    """Starts a run and kills it, so often, and then lets it end.
+class Chaos:
+    """What is done to a run, one thing after the other.
 
     Args:
       lives: the run.
-      kills: how often.
-      seed: of moments and victims.
+      workdir: where it is.
+      seed: of moments, victims and damages.
       usual: seconds from a start to the first steps.
     """
-    toll, rng, began = Toll(), random.Random(seed), time.monotonic()
-    life = 0
-    while sum(toll.kills.values()) < kills:
-        moment = MOMENTS[sum(toll.kills.values()) % len(MOMENTS)]
-        processes = lives.start(life)
+
+    def __init__(self, lives: Lives, workdir: str, seed: int, usual: float) -> None:
+        self.toll, self.damages = Toll(), list[Damage]()
+        self._lives, self._workdir, self._usual = lives, workdir, usual
+        self._rng = random.Random(seed)
+        self._last = -1  # life that was started
+        self._life = -1  # that trains
+        # Of the life that trains; and lives that were stopped or woken since, with their numbers.
+        self._running: list[subprocess.Popen[bytes]] = []
+        self._stopped: dict[int, subprocess.Popen[bytes]] = {}
+        self._woken: dict[int, subprocess.Popen[bytes]] = {}
+
+    def run(self, kills: int, pauses: int, corruptions: int) -> None:
+        """Does so much to the run, and then lets it end.
+
+        Each corruption follows a kill; there are as many kills more as are asked for beyond that.
+        """
+        plan = ["corrupt"] * corruptions + ["pause"] * pauses
+        plan += ["kill"] * max(kills - corruptions, 0)
+        self._rng.shuffle(plan)
+        began = time.monotonic()
         try:
-            victim = rng.randrange(lives.workers)
-            # Only the chief saves and writes ticks.
-            watched = lives.diary(life, 0 if moment in ("save", "tick") else victim)
-            if not _wait_for(moment, rng, watched, processes, usual):
-                raise AssertionError(f"no {moment} in {_LIMIT_SEC:g} s:\n{lives.log(life)}")
-            if processes[victim].poll() is None:
-                processes[victim].send_signal(signal.SIGKILL)
-                processes[victim].wait()
-                toll.kills[moment] += 1
-                killed = time.monotonic()
-                codes = _end(processes, victim)
-                toll.slowest_end = max(toll.slowest_end, time.monotonic() - killed)
-                assert set(codes) <= {PREEMPTED}, (codes, lives.log(life))
-            else:
-                codes = [process.wait(120) for process in processes]
-                assert any(codes), "the run ended before all kills were made: make it longer"
-                toll.gave_up += codes
+            for what in plan:
+                self._wake(some=True)
+                getattr(self, what)()
+            self._wake()
+            if not self._running:
+                self._start()
+            codes = [process.wait(900) for process in self._running]
+            self._running = []
+            assert not any(codes), (codes, self._lives.log(self._life))
+            self._wake()
+            self._end_woken()
         finally:
-            for process in processes:
+            for process in [*self._running, *self._stopped.values(), *self._woken.values()]:
                 process.kill()
                 process.wait()
-        life += 1
-    codes = lives.finish(life)
-    assert not any(codes), (codes, lives.log(life))
-    toll.seconds = time.monotonic() - began
-    _count_losses(lives, life, toll)
-    return toll
+        self.toll.seconds = time.monotonic() - began
+        _count_losses(self._lives, self._last, self.toll)
+
+    @property
+    def starts(self) -> dict[int, int]:
+        """Step where each life went on, by number; of those that came so far."""
+        starts = {}
+        for life in range(self._last + 1):
+            noted = events(self._lives.diary(life, 0))
+            starts.update((life, int(e[1])) for e in noted if e[0] == "start")
+        return starts
+
+    def _start(self) -> None:
+        self._life = self._last = self._last + 1
+        self._running = self._lives.start(self._life)
+
+    def _next_moment(self, moments: Sequence[str], done: int) -> str:
+        if not self._running:
+            self._start()
+        return moments[done % len(moments)]
+
+    # -------------------------------------------------------------------------- kills
+
+    def kill(self) -> None:
+        """Kills one process of the life that trains; the others end by themselves."""
+        lives, toll = self._lives, self.toll
+        while True:
+            moment = self._next_moment(MOMENTS, sum(toll.kills.values()))
+            victim = self._rng.randrange(lives.workers)
+            # Only the chief saves and writes ticks.
+            watched = lives.diary(self._life, 0 if moment in ("save", "tick") else victim)
+            if not _wait_for(moment, self._rng, watched, self._running, self._usual):
+                raise AssertionError(f"no {moment} in {_LIMIT_SEC:g} s:\n{lives.log(self._life)}")
+            if self._running[victim].poll() is None:
+                break
+            self._gave_up()
+        self._running[victim].send_signal(signal.SIGKILL)
+        self._running[victim].wait()
+        toll.kills[moment] += 1
+        killed = time.monotonic()
+        codes = _end(self._running, victim)
+        toll.slowest_end = max(toll.slowest_end, time.monotonic() - killed)
+        assert set(codes) <= {PREEMPTED}, (codes, lives.log(self._life))
+        self._running = []
+
+    def _gave_up(self) -> None:
+        """Takes note of a life that ended by itself; the next one goes on."""
+        codes = [process.wait(120) for process in self._running]
+        assert any(codes), "the run ended before all was done to it: make it longer"
+        self.toll.gave_up += codes
+        self._running = []
+
+    # -------------------------------------------------------------------------- pauses
+
+    def pause(self) -> None:
+        """Stops the process that trains; another one takes over."""
+        lives, toll = self._lives, self.toll
+        while True:
+            moment = self._next_moment(PAUSES, sum(toll.pauses.values()))
+            life, (process,) = self._life, self._running
+            _wait_for("lease", self._rng, lives.diary(life, 0), [process], 0)
+            _wait_for(moment, self._rng, lives.diary(life, 0), [process], self._usual)
+            process.send_signal(signal.SIGSTOP)
+            if process.poll() is not None:
+                self._gave_up()
+                continue
+            self._stopped[life] = process
+            if self._taken_over():
+                toll.pauses[moment] += 1
+                return
+            toll.locked += 1
+            process.send_signal(signal.SIGCONT)
+            self._life, self._running = life, [self._stopped.pop(life)]
+
+    def _taken_over(self) -> bool:
+        """Starts the next life; False if the one that was stopped keeps it out with its lock."""
+        while True:
+            self._start()
+            diary, (process,) = self._lives.diary(self._life, 0), self._running
+            assert _wait_for("lease", self._rng, diary, [process], 0)
+            if process.poll() is None:
+                return True
+            log = self._lives.log(self._life)
+            assert process.returncode == STORAGE, (process.returncode, log)
+            if "has its lock for" in log:
+                # It counts as the same life, of which the diary goes on.
+                return False
+            # A request of the one that was stopped was still on its way.
+            assert "is in use by" in log, log
+            self.toll.gave_up.append(process.returncode)
+
+    def _wake(self, *, some: bool = False) -> None:
+        """Lets all of those that were stopped go on, or some."""
+        for life in [*self._stopped]:
+            if not some or self._rng.random() < 0.5:
+                self._woken[life] = self._stopped.pop(life)
+                self._woken[life].send_signal(signal.SIGCONT)
+
+    def _end_woken(self) -> None:
+        """Waits for those that were woken: they must end by themselves, for the right reason."""
+        for life in [*self._woken]:
+            code, log = self._woken[life].wait(300), self._lives.log(life)
+            assert code == STORAGE and "Traceback" not in log, (code, log)
+            assert "this job ends" in log or "somebody else" in log, log
+            del self._woken[life]
+
+    # -------------------------------------------------------------------------- corruptions
+
+    def corrupt(self) -> None:
+        """Kills the process that trains, and damages what it left."""
+        kind = damage_lib.KINDS[sum(self.toll.corruptions.values()) % len(damage_lib.KINDS)]
+        while True:
+            self.kill()
+            # Somebody who is still there could write what isn't damaged then.
+            self._wake()
+            self._end_woken()
+            done = damage_lib.damage(self._workdir, kind, self._last + 1, self._rng)
+            if done is not None:
+                break
+        self.damages.append(done)
+        self.toll.corruptions[done.kind] += 1
+        if not done.steps:
+            self._last += 1
+            (code,) = self._lives.finish(self._last)
+            log = self._lives.log(self._last)
+            assert code == STORAGE and "is whole, but some were" in log, (code, log)
+            left, lease = damage_lib.tree(self._workdir), {damage_lib.LEASE: b""}
+            assert left | lease == done.now() | lease, f"{left.keys() ^ done.now().keys()} changed"
+            done.restore(self._workdir)
+
+    def check_starts(self) -> None:
+        """Each life that followed a damage must have gone on from the newest whole checkpoint."""
+        starts = self.starts
+        for each in self.damages:
+            step = next(starts[life] for life in sorted(starts) if life >= each.life)
+            assert not each.steps or step in each.steps, (each.kind, step, each.steps)
 
 
 def _wait_for(
@@ -209,9 +380,10 @@ def _wait_for(
     if moment == "any":
         ends = time.monotonic() + rng.uniform(0, 1.5 * usual)
         return _until(lambda: time.monotonic() > ends, processes)
-    often = 1 if moment == "restore" else rng.randint(1, 2)
+    often = 1 if moment in ("restore", "lease") else rng.randint(1, 2)
+    often += [e[0] for e in events(diary)].count(moment) if moment in ("save", "tick") else 0
     came = _until(lambda: [e[0] for e in events(diary)].count(moment) >= often, processes)
-    time.sleep(rng.uniform(0, 0.3))
+    time.sleep(0 if moment == "lease" else rng.uniform(0, rng.choice((0.03, 0.3))))
     return came
 
 
@@ -254,66 +426,17 @@ def images(lives: Lives) -> dict[int, set[int]]:
     return seen
 
 
-# ------------------------------------------------------------------------------ comparing
-
-
-def state(workdir: str) -> dict[str, bytes]:
-    """All variables of a run's newest checkpoint."""
-    from trainer.training import checkpoint
-
-    with checkpoint._reader(checkpoint.find(workdir)) as reader:
-        names = reader.get_variable_to_shape_map()
-        return {name: reader.get_tensor(name).tobytes() for name in names}
-
-
-def statistics(workdir: str) -> list[dict[str, Any]]:
-    """The lines of stats.jsonl, without what differs from run to run."""
-    passing = ("Timing/", "Resources/", "timestamp")
-    lines = storage.read_text(storage.join(workdir, "stats.jsonl")).splitlines()
-    return [
-        {key: value for key, value in json.loads(line).items() if not key.startswith(passing)}
-        for line in lines
-    ]
-
-
-def tensorboard(workdir: str) -> list[tuple[int, str, bytes]]:
-    """Step, name and value of all events, in order, without what differs from run to run."""
-    import tensorflow as tf
-
-    folder, found = storage.join(workdir, "tensorboard"), []
-    for name in storage.listdir(folder):
-        for record in tf.data.TFRecordDataset(storage.join(folder, name)).as_numpy_iterator():
-            event = tf.compat.v1.Event.FromString(record)
-            found += [
-                (event.step, value.tag, value.tensor.SerializeToString())
-                for value in event.summary.value
-                if not value.tag.startswith(("Timing/", "Resources/"))
-            ]
-    return sorted(found)
-
-
-def pictures(workdir: str) -> dict[str, bytes]:
-    """The grids, by name."""
-    names = [name for name in storage.listdir(workdir) if name.endswith(".png")]
-    return {name: storage.read_bytes(storage.join(workdir, name)) for name in names}
-
-
-def compare(found: str, wanted: str) -> None:
-    """Fails if two runs differ in a bit of what they left."""
-    for part in (state, statistics, tensorboard, pictures):
-        ours, theirs = part(found), part(wanted)
-        assert len(ours) == len(theirs) > 0, f"{part.__name__}: {len(ours)}, not {len(theirs)}"
-        assert ours == theirs, f"{part.__name__} differ"
-
-
 # ------------------------------------------------------------------------------ all of it
 
 
-def chaos(
+def disturbed(
     folder: pathlib.Path,
     *,
     kills: int,
+    pauses: int = 0,
+    corruptions: int = 0,
     steps: int,
+    light: bool = False,
     workers: int = 1,
     emulator: Emulator | None = None,
     bucket: str = "",
@@ -323,9 +446,12 @@ def chaos(
 
     Args:
       folder: empty.
-      kills: how often to kill.
+      kills: how often to kill, at least.
+      pauses: how often to stop the process and have another one take over.
+      corruptions: how often to damage what a killed process has left.
       steps: length of the run.
-      workers: processes of each life.
+      light: whether the steps are without arithmetic.
+      workers: processes of each life; one if there are pauses or corruptions.
       emulator: where data and run are, with faults; None for the local disk.
       bucket: an empty one on it, as gs://bucket.
       seed: of everything that is done to the run.
@@ -336,7 +462,10 @@ def chaos(
     environment: dict[str, str] = {"NO_GCE_CHECK": "true"}
     data, workdir = DATA, str(folder / "disturbed")
     quiet = Lives(
-        [*flags, f"--data={DATA}", f"--workdir={folder / 'quiet'}"], folder / "a", workers
+        [*flags, f"--data={DATA}", f"--workdir={folder / 'quiet'}"],
+        folder / "a",
+        workers,
+        light=light,
     )
     if emulator is not None:
         data, workdir = f"{bucket}/data", f"{bucket}/run"
@@ -345,22 +474,30 @@ def chaos(
             content = storage.read_bytes(storage.join(storage.resolve(DATA), name))
             storage.write_bytes_atomic(f"{data}/{name}", content)
     lives = Lives(
-        [*flags, f"--data={data}", f"--workdir={workdir}"], folder / "b", workers, environment
+        [*flags, f"--data={data}", f"--workdir={workdir}"],
+        folder / "b",
+        workers,
+        environment,
+        light,
     )
     quiet.folder.mkdir()
     lives.folder.mkdir()
     codes = quiet.finish(0)
     assert not any(codes), quiet.log(0)
     usual = float(next(e[1] for e in events(quiet.diary(0, 0)) if e[0] == "ready"))
+    chaos = Chaos(lives, workdir, seed, usual)
+    toll = chaos.toll
     with _faults(emulator):
-        toll = disturb(lives, kills, seed, usual)
+        chaos.run(kills, pauses, corruptions)
         if emulator is not None:
             counts = emulator.counts()
             toll.faults = {key[1]: n for key, n in counts.items() if key[0] == "fault"}
     wanted, found = images(quiet), images(lives)
     toll.records_lost = sum(found.get(number) != checksums for number, checksums in wanted.items())
     toll.records_lost += len(found.keys() - wanted.keys())
-    compare(workdir, str(folder / "quiet"))
+    chaos.check_starts()
+    positions = {life: step * BATCH for life, step in chaos.starts.items()}
+    damage_lib.compare(workdir, str(folder / "quiet"), chaos.damages, positions)
     return toll
 
 
@@ -378,16 +515,18 @@ def _faults(emulator: Emulator | None) -> Iterator[None]:
 # ------------------------------------------------------------------------------ one process
 
 
-def _train(diary: str, flags: list[str]) -> None:
+def _train(diary: str, flags: list[str], *, light: bool) -> None:
     """The training command, which notes in a diary what it does."""
     began = time.monotonic()
     import tensorflow as tf
 
     from trainer import task
     from trainer.core import flags as flags_lib
+    from trainer.core import lease as lease_lib
     from trainer.data.pipeline import ImageStream
     from trainer.telemetry.writers import Telemetry
     from trainer.training.checkpoint import Checkpoints
+    from trainer.training.step import TrainStep
 
     def note(*words: object) -> None:
         with open(diary, "a") as file:
@@ -430,6 +569,15 @@ def _train(diary: str, flags: list[str]) -> None:
         note("images", *words)
         return batch
 
+    def acquired(*args: Any, **kwargs: Any) -> Any:
+        lease = acquire(*args, **kwargs, renew_sec=RENEW, stale_sec=STALE)
+        note("lease")
+        return lease
+
+    acquire, lease_lib.acquire = lease_lib.acquire, acquired
+    storage._LOCK_SECONDS = LOCK
+    if light:
+        TrainStep.__call__ = _light_step  # type: ignore[method-assign]
     ready: list[float] = []
     ImageStream.__init__ = created  # type: ignore[method-assign]
     ImageStream.__next__ = recorded  # type: ignore[method-assign]
@@ -438,10 +586,29 @@ def _train(diary: str, flags: list[str]) -> None:
     flags_lib.run(task.main, usage="")
 
 
+def _light_step(self: Any, images: Any, labels: Any, group_index: Any) -> dict[str, Any]:
+    """Changes all of a run's variables by what it sees, and by the order in which it sees it."""
+    time.sleep(LIGHT_STEP)
+    seen = b"".join(each.numpy().tobytes() for each in (images, labels, group_index))
+    change = zlib.crc32(seen) / 2**32
+    state = self._state
+    for table in (state.g, state.d, state.g_ema, state.g_first, state.d_second):
+        for variable in table.values():
+            variable.assign(variable * 0.75 + change / 8)
+    state.augment_p.assign(change)
+    state.stats.assign_add([[1.0, change, change**2]] * state.stats.shape[0])
+    state.images.assign_add(BATCH)
+    state.step.assign_add(1)
+    return {}
+
+
 def main() -> None:
     """Shows the toll, or is one process of a run."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--pauses", type=int, default=0)
+    parser.add_argument("--corruptions", type=int, default=0)
+    parser.add_argument("--light", action="store_true", help="steps without arithmetic")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--local", action="store_true", help="not on gs://")
@@ -449,16 +616,19 @@ def main() -> None:
     parser.add_argument("--diary", default="", help=argparse.SUPPRESS)
     arguments, flags = parser.parse_known_args()
     if arguments.diary:
-        _train(arguments.diary, flags)
+        _train(arguments.diary, flags, light=arguments.light)
         return
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         emulator = None if arguments.local else stack.enter_context(Emulator())
         if emulator is not None:
             os.environ.update(emulator.environment())
-        toll = chaos(
+        toll = disturbed(
             pathlib.Path(name),
             kills=arguments.kills,
+            pauses=arguments.pauses,
+            corruptions=arguments.corruptions,
             steps=arguments.steps,
+            light=arguments.light,
             workers=arguments.workers,
             emulator=emulator,
             bucket=emulator.url("chaos") if emulator is not None else "",

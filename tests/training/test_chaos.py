@@ -7,7 +7,7 @@ import pathlib
 import pytest
 
 from tests.gcs.fixture import Gcs
-from tests.training.chaos import MOMENTS, chaos
+from tests.training.chaos import MOMENTS, disturbed
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ from tests.training.chaos import MOMENTS, chaos
 def test_kills_on_a_storage_that_fails(
     gcs: Gcs, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], kills: int, steps: int
 ) -> None:
-    toll = chaos(tmp_path, kills=kills, steps=steps, emulator=gcs.emulator, bucket=gcs.url)
+    toll = disturbed(tmp_path, kills=kills, steps=steps, emulator=gcs.emulator, bucket=gcs.url)
     with capsys.disabled():
         print(f"\none worker, on gs://: {toll}")
     assert sum(toll.kills.values()) == kills
@@ -38,7 +38,7 @@ def test_kills_on_a_storage_that_fails(
 def test_kills_of_one_of_two_workers(
     gcs: Gcs, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], kills: int, steps: int
 ) -> None:
-    toll = chaos(
+    toll = disturbed(
         tmp_path, kills=kills, steps=steps, workers=2, emulator=gcs.emulator, bucket=gcs.url
     )
     with capsys.disabled():
