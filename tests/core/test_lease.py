@@ -432,6 +432,19 @@ def test_a_lease_that_was_removed_is_lost(tmp_path: pathlib.Path) -> None:
 # ------------------------------------------------------------------------------ what is recorded
 
 
+def test_a_changed_digit_of_a_lease_makes_nothing_void(tmp_path: pathlib.Path) -> None:
+    record = Record((Superseded("ab", 19, frozenset({("cd", 20)})),))
+    content = lease_lib._document(Owner.this_process(), 3, record)
+    for place, byte in enumerate(content):
+        if chr(byte).isalnum():
+            changed = bytes([*content[:place], byte ^ 1, *content[place + 1 :]])
+            lease_file(tmp_path).write_bytes(changed)
+            assert lease_lib.read_record(str(tmp_path)) == Record(), changed
+            assert Owner.parse(changed) is None
+    lease_file(tmp_path).write_bytes(content)
+    assert lease_lib.read_record(str(tmp_path)) == record
+
+
 def test_a_job_that_lost_the_lease_is_remembered(tmp_path: pathlib.Path) -> None:
     """By the next one and those after it, until somebody has looked how far it got."""
     removing = frozenset({("ab", 10)})

@@ -11,7 +11,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
 
-from trainer.core import storage
+from trainer.core import storage, tfrecord
 from trainer.telemetry import images, tensorboard
 from trainer.telemetry.statsfile import Stat
 from trainer.telemetry.writers import Telemetry
@@ -160,6 +160,21 @@ def test_a_torn_event_file_does_not_stop_a_resume(tmp_path: Path) -> None:
     _run(tmp_path, [3], loss=0.25, resume=8.0)
     assert _scalars(tmp_path, "Loss/G/loss") == [(4, 0.5), (8, 0.5), (12, 0.25)]
     assert len(list((tmp_path / "tensorboard").iterdir())) == 2
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+@pytest.mark.parametrize("place", [3, 20, -1])
+def test_of_a_damaged_event_file_what_is_whole_stays(tmp_path: Path, kept: int, place: int) -> None:
+    """Whatever is damaged of an event: its length, its payload or its checksum."""
+    _run(tmp_path, [1, 2, 3, 4], loss=0.5)
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    with events.open("rb") as file:
+        frames = [bytearray(tfrecord.frame(payload)) for payload in tfrecord.read_records(file)]
+    frames[kept][place] ^= 1  # the head of the file, or its first tick
+    events.write_bytes(b"".join(frames))
+    _run(tmp_path, [4], loss=0.25, resume=12.0)
+    left = [(4, 0.5)] if kept == 0 else []
+    assert _scalars(tmp_path, "Loss/G/loss") == [*left, (8, 0.5), (12, 0.5), (16, 0.25)]
 
 
 def test_a_run_without_tensorboard_writes_no_events(tmp_path: Path) -> None:

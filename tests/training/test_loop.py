@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -30,6 +31,8 @@ from trainer.core.errors import (
     PreemptedError,
     StorageError,
 )
+from trainer.core.fencing import Record
+from trainer.core.lease import Owner
 from trainer.data.manifest import Manifest
 from trainer.training import checkpoint, export, loop
 from trainer.training.preemption import Preemption
@@ -542,6 +545,28 @@ def test_a_run_whose_checkpoints_are_all_damaged_stops(
     for way in ("from a backup", "another --workdir", "--start_over"):
         assert way in message
     assert files(finished) == before
+
+
+@pytest.mark.usefixtures("eagerly")
+def test_lost_markers_of_a_killed_job_can_be_restored(
+    finished: pathlib.Path, squares: Manifest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its last save may have been cut off; the one before that had been completed."""
+    markers = {path: path.read_bytes() for path in finished.glob("checkpoints/*/COMMITTED-*")}
+    token = next(iter(markers)).name.removeprefix("COMMITTED-")
+    killed = dataclasses.replace(Owner.this_process(), token=token, pid=2**22 + 1)
+    (finished / "lease.json").write_bytes(lease._document(killed, 1, Record()))
+    for path in markers:
+        path.unlink()
+    before = files(finished)
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=r"is whole, but some were: .*step-000000006;"):
+            loop.train(labelled(squares), str(finished))
+        assert {**files(finished), "lease.json": before["lease.json"]} == before
+    for path, content in markers.items():
+        path.write_bytes(content)
+    loop.train(labelled(squares), str(finished))
+    assert "step-000000007: step 7" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("eagerly")

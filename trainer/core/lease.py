@@ -28,10 +28,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import google_crc32c
 import psutil
 
 from trainer.core import documents, flags, storage
+from trainer.core.documents import DocumentError
 from trainer.core.errors import StorageError
 from trainer.core.fencing import Mark, Record
 from trainer.core.storage import ConflictError
@@ -93,9 +96,9 @@ class Owner:
     def parse(cls, data: bytes) -> Owner | None:
         """The owner that a lease names, None if it is damaged."""
         try:
-            owner = documents.as_record(cls, documents.parse_object(data))
+            owner = documents.as_record(cls, _parse(data))
             return owner if 0 < owner.pid < 1 << 31 else None
-        except documents.DocumentError:
+        except DocumentError:
             return None
 
     def __str__(self) -> str:
@@ -323,13 +326,30 @@ class Lease:
 
 def _document(owner: Owner, count: int, record: Record, *, released: bool = False) -> bytes:
     document = {**dataclasses.asdict(owner), "renewed": count, "released": released}
-    return json.dumps({**document, **record.document()}, indent=1).encode()
+    document |= record.document()
+    return json.dumps({**document, "crc32c": _checksum(document)}, indent=1).encode()
+
+
+def _checksum(document: Mapping[str, Any]) -> int:
+    return int(google_crc32c.value(json.dumps(document).encode()))
+
+
+def _parse(data: bytes) -> dict[str, Any]:
+    """A lease's document: with one digit changed, it could declare void what counts.
+
+    Raises:
+      DocumentError: it is damaged.
+    """
+    document = documents.parse_object(data)
+    if document.pop("crc32c", None) != _checksum(document):
+        raise DocumentError("its checksum is wrong")
+    return document
 
 
 def _parse_record(data: bytes) -> tuple[Record, bool]:
     """What a lease's document records, and whether it was given back."""
     try:
-        document = documents.parse_object(data)
+        document = _parse(data)
         return Record.parse(document), document["released"] is True
     except (ValueError, KeyError, TypeError):
         return Record(), False

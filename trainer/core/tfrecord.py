@@ -66,6 +66,22 @@ def read_records(file: IO[bytes], offset: int = 0) -> Iterator[bytes]:
         yield payload[:length]
 
 
+def whole_records(content: bytes) -> Iterator[bytes]:
+    """The payloads of the records that are whole; what lies between them is passed over."""
+    place = 0
+    while place + OVERHEAD <= len(content):
+        length, expected = _HEADER.unpack_from(content, place)
+        if expected != _masked_crc(content[place : place + 8]):
+            place += 1  # a damaged length hides where the next record starts
+            continue
+        start, end = place + _HEADER.size, place + _HEADER.size + length
+        if end + _CHECKSUM.size > len(content):
+            return
+        if _CHECKSUM.unpack_from(content, end)[0] == _masked_crc(content[start:end]):
+            yield content[start:end]
+        place = end + _CHECKSUM.size
+
+
 def scan_records(content: bytes) -> list[tuple[int, bytes | str]]:
     """Where each record in a run of them starts, and its payload or what is wrong with it.
 

@@ -13,7 +13,7 @@ import re
 import socket
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import tensorflow as tf
@@ -191,16 +191,31 @@ def own(name: str, mark: str) -> re.Match[str] | None:
 def _cut(path: str, tick: int, fence: storage.Fence) -> None:
     """Drops the end of a file: a tick and what follows, and an event that a crash has torn.
 
-    Where there is nothing to drop it is written anew all the same, so that a process that was
+    Readers stop at a damaged event. What is whole behind it moves up. Where there is nothing to drop it is written anew all the same, so that a process that was
     paused, and comes to add an event, finds another file.
     """
     kept, version = 0, storage.version(path)
-    with storage.open_read(path) as file, contextlib.suppress(DataError):
-        for payload in tfrecord.read_records(file):
-            if _tick_of(tf.compat.v1.Event.FromString(payload)) >= tick:
-                break
-            kept += len(payload) + tfrecord.OVERHEAD
+    try:
+        with storage.open_read(path) as file:
+            for payload in _before(tick, tfrecord.read_records(file)):
+                kept += len(payload) + tfrecord.OVERHEAD
+    except DataError:
+        content = storage.read_bytes(path)
+        behind = list(_before(tick, tfrecord.whole_records(content[kept:])))
+        if behind:
+            start = content[:kept] or _head()
+            whole = b"".join(map(tfrecord.frame, behind))
+            storage.AppendedFile(path, start + whole, version, fence)
+            return
     storage.shorten(path, kept, version, fence)
+
+
+def _before(tick: int, payloads: Iterable[bytes]) -> Iterator[bytes]:
+    """The events that come before a tick."""
+    for payload in payloads:
+        if _tick_of(tf.compat.v1.Event.FromString(payload)) >= tick:
+            return
+        yield payload
 
 
 def _tick_of(event: tf.compat.v1.Event) -> float:

@@ -258,11 +258,18 @@ class Inventory:
         return None, skipped
 
     def last_steps(self, tokens: Collection[str]) -> dict[str, int]:
-        """The last step that each of some jobs has completed."""
+        """The last step that each of some jobs has completed.
+
+        A job's saves follow each other: one that another followed had been completed, though its
+        marker may be lost.
+        """
         last: dict[str, int] = {}
-        for token, step in self._stored:
-            if token in tokens and self._stored[token, step].marked:
-                last[token] = max(step, last.get(token, step))
+        for token in tokens:
+            *completed, newest = sorted(step for its, step in self._stored if its == token) or [-1]
+            if newest >= 0 and self._stored[token, newest].marked:
+                completed.append(newest)
+            if completed:
+                last[token] = completed[-1]
         return last
 
     def add(

@@ -124,17 +124,20 @@ def train(
             fence = lease.fenced
         files = storage.walk(workdir)
         inventory = Inventory(workdir, files, lease.record if lease else None)
+        through: dict[str, int] = {}
         if lease:
-            lease.settle(inventory.last_steps(lease.record.pending))
-            inventory.record = lease.record
+            through = inventory.last_steps(lease.record.pending)
+            inventory.record = lease.record.settled(through)
         found, skipped = inventory.newest()
         for line in skipped:
             print(printable(line))
         if found is not None:
             _check_same_run(found, config, manifest, allow_change)
         elif inventory.damaged and not start_over:
-            raise _all_damaged(workdir, inventory.damaged)
-        elif inventory.damaged and lease:
+            raise _all_damaged(workdir, inventory.damaged)  # what counts may be restored, too
+        if lease:
+            lease.settle(through)
+        if found is None and inventory.damaged and lease:
             moved = aside.move(workdir, _tensorboard_dir(config, workdir), files, lease)
             print(f"starting over: what the run had written is in {moved} now")
             files = storage.walk(workdir)
