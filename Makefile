@@ -49,9 +49,10 @@ smoke-replicas: $(STAMP) ## train for a moment on two logical CPUs, then in two 
 smoke-gcs: $(STAMP) ## convert, train, kill, resume, generate, export on a local Cloud Storage
 	$(BIN)/python -m tests.gcs.smoke
 
-chaos: $(STAMP) ## kill a small run 20 times, on a local Cloud Storage that fails, and compare
+chaos: $(STAMP) ## kill, stop and damage a small run, on a local Cloud Storage that fails, and compare
 	$(BIN)/python -m tests.training.chaos --kills=20 --steps=60
 	$(BIN)/python -m tests.training.chaos --kills=5 --steps=24 --workers=2
+	$(BIN)/python -m tests.training.chaos --light --kills=10 --pauses=10 --corruptions=10 --steps=150
 
 placement: $(STAMP) ## show how far the same steps are apart on other placements
 	$(BIN)/python -m tests.training.placement

@@ -28,38 +28,18 @@ import pathlib
 import random
 import signal
 import subprocess
-import sys
 import tempfile
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from tests.gcs.emulator import Emulator
 from tests.training import damage as damage_lib
 from tests.training.damage import Damage
-from tests.training.placement import environments
+from tests.training.lives import BATCH, CONFIG, DATA, Lives, events, images
 from trainer.core import storage
 
-ROOT = pathlib.Path(__file__).parents[2]
-DATA = "package:data/fluent_emoji_32"
-BATCH, GROUP, EVERY = 8, 4, 3
-CONFIG = f"""
-run: {{jit: "off", deterministic: true, seed: 3, worker_timeout: 60, join_timeout: 60}}
-data: {{use_labels: true, window: 64}}
-model: {{z_dim: 8, w_dim: 8, mapping_layers: 1, d_mapping_layers: 1, channel_base: 64,
-  channel_max: 8, mbstd_group_size: {GROUP}}}
-training: {{batch_size: {BATCH}, g_reg_interval: 2, d_reg_interval: 3}}
-augment: {{mode: ada, pipe: b, p: 0.3, interval: 2, adjust_kimg: 0.16}}
-checkpoint: {{every_steps: {EVERY}, keep_last: 2}}
-telemetry: {{tick_kimg: {4 * BATCH / 1000}, snap_ticks: 10}}
-"""
 PREEMPTED, STORAGE = 75, 4
-# Seconds: others take a lease over so long after its last sign of life, and wait so long for a lock.
-RENEW, STALE, LOCK = 0.5, 2.0, 2.0
-# Of a step without arithmetic: so that it takes some time to get from one save to the next.
-LIGHT_STEP = 0.05
 # What the storage does to each request, next to what is done to the processes.
 FAULTS = {"error_rate": 0.05, "reset_rate": 0.05}
 
@@ -118,68 +98,6 @@ class Toll:
 
 def _listed(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {what}" for what, count in sorted(counts.items())) or "none"
-
-
-@dataclass(frozen=True)
-class Lives:
-    """The processes of a run, one worker's or several workers', from start to death.
-
-    Attributes:
-      flags: of the training command.
-      folder: for the diaries and logs.
-      workers: how many.
-      environment: of all.
-      light: whether their steps are without arithmetic.
-    """
-
-    flags: Sequence[str]
-    folder: pathlib.Path
-    workers: int = 1
-    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    light: bool = False
-
-    def start(self, life: int) -> list[subprocess.Popen[bytes]]:
-        """One process for each worker."""
-        started = []
-        for index, environment in enumerate(environments(self.workers)):
-            command = [sys.executable, "-m", "tests.training.chaos", *["--light"] * self.light]
-            with open(self.folder / f"log-{life}-{index}", "w") as log:
-                process = subprocess.Popen(
-                    [*command, f"--diary={self.diary(life, index)}", *self.flags],
-                    cwd=ROOT,
-                    env=environment | self.environment,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                )
-            started.append(process)
-        return started
-
-    def finish(self, life: int) -> list[int]:
-        """Exit codes of a life that nobody disturbs."""
-        processes = self.start(life)
-        try:
-            return [process.wait(900) for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
-
-    def diary(self, life: int, index: int) -> pathlib.Path:
-        """What a process notes of itself."""
-        return self.folder / f"diary-{life}-{index}"
-
-    def log(self, life: int) -> str:
-        """What the processes of a life printed."""
-        return "\n".join(
-            (self.folder / f"log-{life}-{index}").read_text() for index in range(self.workers)
-        )
-
-
-def events(diary: pathlib.Path) -> list[list[str]]:
-    """The lines of a diary, but for one that a death has torn."""
-    if not diary.exists():
-        return []
-    return [line.split() for line in diary.read_text().split("\n")[:-1]]
 
 
 # ------------------------------------------------------------------------------ disturbing
@@ -414,18 +332,6 @@ def _count_losses(lives: Lives, last: int, toll: Toll) -> None:
         made = start + sum(e[0] == "images" for e in noted)
 
 
-def images(lives: Lives) -> dict[int, set[int]]:
-    """Checksums of each group of images, by its number, over all lives."""
-    seen: dict[int, set[int]] = collections.defaultdict(set)
-    for diary in lives.folder.glob("diary-*"):
-        for event in events(diary):
-            if event[0] == "images":
-                for pair in event[1:]:
-                    number, _, checksum = pair.partition(":")
-                    seen[int(number)].add(int(checksum))
-    return seen
-
-
 # ------------------------------------------------------------------------------ all of it
 
 
@@ -512,98 +418,8 @@ def _faults(emulator: Emulator | None) -> Iterator[None]:
     emulator.faults.clear()
 
 
-# ------------------------------------------------------------------------------ one process
-
-
-def _train(diary: str, flags: list[str], *, light: bool) -> None:
-    """The training command, which notes in a diary what it does."""
-    began = time.monotonic()
-    import tensorflow as tf
-
-    from trainer import task
-    from trainer.core import flags as flags_lib
-    from trainer.core import lease as lease_lib
-    from trainer.data.pipeline import ImageStream
-    from trainer.telemetry.writers import Telemetry
-    from trainer.training.checkpoint import Checkpoints
-    from trainer.training.step import TrainStep
-
-    def note(*words: object) -> None:
-        with open(diary, "a") as file:
-            file.write(" ".join(map(str, words)) + "\n")
-
-    # Rewriting graphs takes longer than the few steps made with them.
-    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
-    if "TF_CONFIG" not in os.environ:
-        tf.config.run_functions_eagerly(True)  # and so does tracing them
-
-    def noted(owner: Any, method: str, event: str) -> None:
-        original = getattr(owner, method)
-
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            note(event)
-            return original(*args, **kwargs)
-
-        setattr(owner, method, wrapped)
-
-    noted(Checkpoints, "_write", "save")
-    noted(Checkpoints, "restore", "restore")
-    noted(Telemetry, "tick", "tick")
-    following, create = ImageStream.__next__, ImageStream.__init__
-
-    def created(self: ImageStream, *args: Any, **kwargs: Any) -> None:
-        note("start", kwargs["start_group"] * GROUP // BATCH)
-        create(self, *args, **kwargs)
-
-    def recorded(self: ImageStream) -> Any:
-        pictures, labels, numbers = batch = following(self)
-        words = [
-            f"{number}:{zlib.crc32(b''.join(part.tobytes() for part in content))}"
-            for number, *content in zip(
-                numbers.numpy(), pictures.numpy(), labels.numpy(), strict=True
-            )
-        ]
-        if not ready:
-            ready.append(time.monotonic() - began)
-            note("ready", ready[0])
-        note("images", *words)
-        return batch
-
-    def acquired(*args: Any, **kwargs: Any) -> Any:
-        lease = acquire(*args, **kwargs, renew_sec=RENEW, stale_sec=STALE)
-        note("lease")
-        return lease
-
-    acquire, lease_lib.acquire = lease_lib.acquire, acquired
-    storage._LOCK_SECONDS = LOCK
-    if light:
-        TrainStep.__call__ = _light_step  # type: ignore[method-assign]
-    ready: list[float] = []
-    ImageStream.__init__ = created  # type: ignore[method-assign]
-    ImageStream.__next__ = recorded  # type: ignore[method-assign]
-    sys.argv[1:] = flags
-    task.define_flags()
-    flags_lib.run(task.main, usage="")
-
-
-def _light_step(self: Any, images: Any, labels: Any, group_index: Any) -> dict[str, Any]:
-    """Changes a variable of each kind by what it sees, and by the order in which it sees it."""
-    time.sleep(LIGHT_STEP)
-    seen = b"".join(each.numpy().tobytes() for each in (images, labels, group_index))
-    change = zlib.crc32(seen) / 2**32
-    state = self._state
-    for table in (state.g, state.d, state.g_ema, state.g_first, state.d_second):
-        variable = next(reversed(table.values()))
-        variable.assign(variable * 0.75 + change / 8)
-    state.augment_p.assign(change)
-    state.stats.assign_add([[1.0, change, change**2]] * state.stats.shape[0])
-    state.images.assign_add(BATCH)
-    state.step.assign_add(1)
-    return {}
-
-
 def main() -> None:
-    """Shows the toll, or is one process of a run."""
+    """Shows the toll."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--pauses", type=int, default=0)
@@ -613,11 +429,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--local", action="store_true", help="not on gs://")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--diary", default="", help=argparse.SUPPRESS)
-    arguments, flags = parser.parse_known_args()
-    if arguments.diary:
-        _train(arguments.diary, flags, light=arguments.light)
-        return
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         emulator = None if arguments.local else stack.enter_context(Emulator())
         if emulator is not None:

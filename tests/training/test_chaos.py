@@ -1,4 +1,4 @@
-"""A run that is killed again and again ends as one that never was, down to the last bit."""
+"""A run that is killed, stopped and damaged again and again ends as one that never was."""
 
 from __future__ import annotations
 
@@ -47,3 +47,40 @@ def test_kills_of_one_of_two_workers(
     assert toll.records_lost == 0
     # A worker that was killed before all had met is missed after run.join_timeout.
     assert toll.slowest_end < 60 + 30
+
+
+@pytest.mark.parametrize(
+    ("on_gcs", "kills", "pauses", "corruptions", "steps"),
+    [
+        pytest.param(False, 0, 2, 0, 24, marks=pytest.mark.slow, id="pauses"),
+        pytest.param(False, 4, 0, 4, 40, marks=pytest.mark.slow, id="corruptions"),
+        pytest.param(False, 40, 40, 40, 600, marks=pytest.mark.proof, id="disk"),
+        pytest.param(True, 40, 40, 40, 600, marks=pytest.mark.proof, id="gcs"),
+    ],
+)
+def test_kills_pauses_and_corruptions(
+    gcs: Gcs,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    on_gcs: bool,
+    kills: int,
+    pauses: int,
+    corruptions: int,
+    steps: int,
+) -> None:
+    toll = disturbed(
+        tmp_path,
+        kills=kills,
+        pauses=pauses,
+        corruptions=corruptions,
+        steps=steps,
+        light=True,
+        emulator=gcs.emulator if on_gcs else None,
+        bucket=gcs.url,
+    )
+    with capsys.disabled():
+        print(f"\nlight steps, {'on gs://' if on_gcs else 'on disk'}: {toll}")
+    assert sum(toll.kills.values()) >= kills
+    assert sum(toll.pauses.values()) == pauses
+    assert sum(toll.corruptions.values()) == corruptions
+    assert toll.records_lost == 0
