@@ -52,8 +52,7 @@ def test_kills_of_one_of_two_workers(
 @pytest.mark.parametrize(
     ("on_gcs", "kills", "pauses", "corruptions", "steps"),
     [
-        pytest.param(False, 0, 2, 0, 24, marks=pytest.mark.slow, id="pauses"),
-        pytest.param(False, 4, 0, 4, 40, marks=pytest.mark.slow, id="corruptions"),
+        pytest.param(False, 4, 2, 4, 30, marks=pytest.mark.slow, id="small"),
         pytest.param(False, 40, 40, 40, 600, marks=pytest.mark.proof, id="disk"),
         pytest.param(True, 40, 40, 40, 600, marks=pytest.mark.proof, id="gcs"),
     ],
