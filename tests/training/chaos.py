@@ -27,7 +27,6 @@ import os
 import pathlib
 import random
 import signal
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,7 +35,7 @@ from dataclasses import dataclass
 from tests.gcs.emulator import Emulator
 from tests.training import damage as damage_lib
 from tests.training.damage import Damage
-from tests.training.lives import BATCH, CONFIG, DATA, Lives, events, images
+from tests.training.lives import BATCH, CONFIG, DATA, Life, Lives, code_of, events, images
 from trainer.core import storage
 
 PREEMPTED, STORAGE = 75, 4
@@ -120,9 +119,9 @@ class Chaos:
         self._last = -1  # life that was started
         self._life = -1  # that trains
         # Of the life that trains; and lives that were stopped or woken since, with their numbers.
-        self._running: list[subprocess.Popen[bytes]] = []
-        self._stopped: dict[int, subprocess.Popen[bytes]] = {}
-        self._woken: dict[int, subprocess.Popen[bytes]] = {}
+        self._running: list[Life] = []
+        self._stopped: dict[int, Life] = {}
+        self._woken: dict[int, Life] = {}
 
     def run(self, kills: int, pauses: int, corruptions: int) -> None:
         """Does so much to the run, and then lets it end.
@@ -140,7 +139,7 @@ class Chaos:
             self._wake()
             if not self._running:
                 self._start()
-            codes = [process.wait(900) for process in self._running]
+            codes = [code_of(process, 900) for process in self._running]
             self._running = []
             assert not any(codes), (codes, self._lives.log(self._life))
             self._wake()
@@ -148,7 +147,7 @@ class Chaos:
         finally:
             for process in [*self._running, *self._stopped.values(), *self._woken.values()]:
                 process.kill()
-                process.wait()
+                process.join()
         self.toll.seconds = time.monotonic() - began
         _count_losses(self._lives, self._last, self.toll)
 
@@ -182,11 +181,11 @@ class Chaos:
             watched = lives.diary(self._life, 0 if moment in ("save", "tick") else victim)
             if not _wait_for(moment, self._rng, watched, self._running, self._usual):
                 raise AssertionError(f"no {moment} in {_LIMIT_SEC:g} s:\n{lives.log(self._life)}")
-            if self._running[victim].poll() is None:
+            if self._running[victim].exitcode is None:
                 break
             self._gave_up()
-        self._running[victim].send_signal(signal.SIGKILL)
-        self._running[victim].wait()
+        _signal(self._running[victim], signal.SIGKILL)
+        self._running[victim].join()
         toll.kills[moment] += 1
         killed = time.monotonic()
         codes = _end(self._running, victim)
@@ -196,7 +195,7 @@ class Chaos:
 
     def _gave_up(self) -> None:
         """Takes note of a life that ended by itself; the next one goes on."""
-        codes = [process.wait(120) for process in self._running]
+        codes = [code_of(process, 120) for process in self._running]
         assert any(codes), "the run ended before all was done to it: make it longer"
         self.toll.gave_up += codes
         self._running = []
@@ -211,8 +210,8 @@ class Chaos:
             life, (process,) = self._life, self._running
             _wait_for("lease", self._rng, lives.diary(life, 0), [process], 0)
             _wait_for(moment, self._rng, lives.diary(life, 0), [process], self._usual)
-            process.send_signal(signal.SIGSTOP)
-            if process.poll() is not None:
+            _signal(process, signal.SIGSTOP)
+            if process.exitcode is not None:
                 self._gave_up()
                 continue
             self._stopped[life] = process
@@ -220,7 +219,7 @@ class Chaos:
                 toll.pauses[moment] += 1
                 return
             toll.locked += 1
-            process.send_signal(signal.SIGCONT)
+            _signal(process, signal.SIGCONT)
             self._life, self._running = life, [self._stopped.pop(life)]
 
     def _taken_over(self) -> bool:
@@ -229,28 +228,28 @@ class Chaos:
             self._start()
             diary, (process,) = self._lives.diary(self._life, 0), self._running
             assert _wait_for("lease", self._rng, diary, [process], 0)
-            if process.poll() is None:
+            if process.exitcode is None:
                 return True
             log = self._lives.log(self._life)
-            assert process.returncode == STORAGE, (process.returncode, log)
+            assert process.exitcode == STORAGE, (process.exitcode, log)
             if "has its lock for" in log:
                 # It counts as the same life, of which the diary goes on.
                 return False
             # A request of the one that was stopped was still on its way.
             assert "is in use by" in log, log
-            self.toll.gave_up.append(process.returncode)
+            self.toll.gave_up.append(process.exitcode)
 
     def _wake(self, *, some: bool = False) -> None:
         """Lets all of those that were stopped go on, or some."""
         for life in [*self._stopped]:
             if not some or self._rng.random() < 0.5:
                 self._woken[life] = self._stopped.pop(life)
-                self._woken[life].send_signal(signal.SIGCONT)
+                _signal(self._woken[life], signal.SIGCONT)
 
     def _end_woken(self) -> None:
         """Waits for those that were woken: they must end by themselves, for the right reason."""
         for life in [*self._woken]:
-            code, log = self._woken[life].wait(300), self._lives.log(life)
+            code, log = code_of(self._woken[life], 300), self._lives.log(life)
             assert code == STORAGE and "Traceback" not in log, (code, log)
             assert "this job ends" in log or "somebody else" in log, log
             del self._woken[life]
@@ -287,11 +286,17 @@ class Chaos:
             assert not each.steps or step in each.steps, (each.kind, step, each.steps)
 
 
+def _signal(process: Life, number: signal.Signals) -> None:
+    if process.exitcode is None:
+        assert process.pid is not None
+        os.kill(process.pid, number)
+
+
 def _wait_for(
     moment: str,
     rng: random.Random,
     diary: pathlib.Path,
-    processes: Sequence[subprocess.Popen[bytes]],
+    processes: Sequence[Life],
     usual: float,
 ) -> bool:
     """Returns when a process is to be killed, or one has ended; whether that was in time."""
@@ -305,19 +310,19 @@ def _wait_for(
     return came
 
 
-def _until(condition: Callable[[], bool], processes: Sequence[subprocess.Popen[bytes]]) -> bool:
+def _until(condition: Callable[[], bool], processes: Sequence[Life]) -> bool:
     """Waits for a condition or the end of a process; whether it came in time."""
     ends = time.monotonic() + _LIMIT_SEC
-    while not condition() and all(process.poll() is None for process in processes):
+    while not condition() and all(process.exitcode is None for process in processes):
         if time.monotonic() > ends:
             return False
         time.sleep(0.01)
     return True
 
 
-def _end(processes: Sequence[subprocess.Popen[bytes]], victim: int) -> list[int]:
+def _end(processes: Sequence[Life], victim: int) -> list[int]:
     """Exit codes of the other workers, which must end by themselves."""
-    return [p.wait(timeout=150) for index, p in enumerate(processes) if index != victim]
+    return [code_of(p, 150) for index, p in enumerate(processes) if index != victim]
 
 
 def _count_losses(lives: Lives, last: int, toll: Toll) -> None:

@@ -1,16 +1,18 @@
 """The processes of a small run that is disturbed: see `tests.training.chaos`.
 
-As a program it is one of them: the training command, which notes in a diary what it does.
+Each is the training command, which notes in a diary what it does. All are forked from one process
+that has imported TensorFlow, since that takes most of the time of a short life.
 """
 
 from __future__ import annotations
 
-import argparse
+import atexit
 import collections
 import dataclasses
+import multiprocessing
+import multiprocessing.context
 import os
 import pathlib
-import subprocess
 import sys
 import time
 import zlib
@@ -40,6 +42,9 @@ RENEW, STALE, LOCK = 0.5, 2.0, 2.0
 LIGHT_STEP = 0.05
 
 
+Life = multiprocessing.context.ForkServerProcess
+
+
 @dataclass(frozen=True)
 class Lives:
     """The processes of a run, one worker's or several workers', from start to death.
@@ -58,19 +63,18 @@ class Lives:
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
     light: bool = False
 
-    def start(self, life: int) -> list[subprocess.Popen[bytes]]:
+    def start(self, life: int) -> list[Life]:
         """One process for each worker."""
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.training.lives", "trainer.training.loop"])
         started = []
         for index, environment in enumerate(environments(self.workers)):
-            command = [sys.executable, "-m", "tests.training.lives", *["--light"] * self.light]
-            with open(self.folder / f"log-{life}-{index}", "w") as log:
-                process = subprocess.Popen(
-                    [*command, f"--diary={self.diary(life, index)}", *self.flags],
-                    cwd=ROOT,
-                    env=environment | self.environment,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                )
+            diary, log = str(self.diary(life, index)), str(self.folder / f"log-{life}-{index}")
+            process = context.Process(
+                target=_live,
+                args=(log, {**environment, **self.environment}, diary, [*self.flags], self.light),
+            )
+            process.start()
             started.append(process)
         return started
 
@@ -78,11 +82,11 @@ class Lives:
         """Exit codes of a life that nobody disturbs."""
         processes = self.start(life)
         try:
-            return [process.wait(900) for process in processes]
+            return [code_of(process, 900) for process in processes]
         finally:
             for process in processes:
                 process.kill()
-                process.wait()
+                process.join()
 
     def diary(self, life: int, index: int) -> pathlib.Path:
         """What a process notes of itself."""
@@ -93,6 +97,13 @@ class Lives:
         return "\n".join(
             (self.folder / f"log-{life}-{index}").read_text() for index in range(self.workers)
         )
+
+
+def code_of(process: Life, seconds: float) -> int:
+    """The exit code of a process that must end in time."""
+    process.join(seconds)
+    assert process.exitcode is not None, f"process {process.pid} has not ended in {seconds:g} s"
+    return process.exitcode
 
 
 def events(diary: pathlib.Path) -> list[list[str]]:
@@ -204,14 +215,17 @@ def _light_step(self: Any, images: Any, labels: Any, group_index: Any) -> dict[s
     return {}
 
 
-def main() -> None:
-    """Trains."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--diary", required=True)
-    parser.add_argument("--light", action="store_true")
-    arguments, flags = parser.parse_known_args()
-    _train(arguments.diary, flags, light=arguments.light)
-
-
-if __name__ == "__main__":
-    main()
+def _live(
+    log: str, environment: Mapping[str, str], diary: str, flags: list[str], light: bool
+) -> None:
+    """One process, from its start to its end."""
+    for number in (1, 2):
+        with open(log, "a") as file:
+            os.dup2(file.fileno(), number)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    try:
+        _train(diary, flags, light=light)
+    finally:
+        atexit._run_exitfuncs()  # which a forked process leaves out
