@@ -116,6 +116,8 @@ class Chaos:
         self.toll, self.damages = Toll(), list[Damage]()
         self._lives, self._workdir, self._usual = lives, workdir, usual
         self._rng = random.Random(seed)
+        first = 5 * seed % len(damage_lib.KINDS)
+        self._kinds = damage_lib.KINDS[first:] + damage_lib.KINDS[:first]
         self._last = -1  # life that was started
         self._life = -1  # that trains
         # Of the life that trains; and lives that were stopped or woken since, with their numbers.
@@ -258,7 +260,7 @@ class Chaos:
 
     def corrupt(self) -> None:
         """Kills the process that trains, and damages what it left."""
-        kind = damage_lib.KINDS[sum(self.toll.corruptions.values()) % len(damage_lib.KINDS)]
+        kind = self._kinds[sum(self.toll.corruptions.values()) % len(self._kinds)]
         while True:
             self.kill()
             # Somebody who is still there could write what isn't damaged then.
