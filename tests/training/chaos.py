@@ -302,12 +302,16 @@ def _wait_for(
     usual: float,
 ) -> bool:
     """Returns when a process is to be killed, or one has ended; whether that was in time."""
+
+    def count(what: str) -> int:
+        return [event[0] for event in events(diary)].count(what)
+
     if moment == "any":
-        ends = time.monotonic() + rng.uniform(0, 1.5 * usual)
-        return _until(lambda: time.monotonic() > ends, processes)
-    often = 1 if moment in ("restore", "lease") else rng.randint(1, 2)
-    often += [e[0] for e in events(diary)].count(moment) if moment in ("save", "tick") else 0
-    came = _until(lambda: [e[0] for e in events(diary)].count(moment) >= often, processes)
+        # But for three saves at most, so that it is known how long a run must be.
+        ends, saves = time.monotonic() + rng.uniform(0, 1.5 * usual), count("save") + 3
+        return _until(lambda: time.monotonic() > ends or count("save") >= saves, processes)
+    often = 1 if moment in ("restore", "lease") else count(moment) + rng.randint(1, 2)
+    came = _until(lambda: count(moment) >= often, processes)
     time.sleep(0 if moment == "lease" else rng.uniform(0, rng.choice((0.03, 0.3))))
     return came
 
