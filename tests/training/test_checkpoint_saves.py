@@ -26,7 +26,8 @@ from trainer.core import lease as lease_lib
 from trainer.core import storage
 from trainer.core.config import CheckpointConfig
 from trainer.core.errors import CheckpointError, StorageError
-from trainer.core.lease import LeaseLostError
+from trainer.core.fencing import Record
+from trainer.core.lease import LeaseLostError, Owner
 from trainer.training import build, checkpoint
 from trainer.training.checkpoint import Checkpoints, Inventory
 from trainer.training.state import TrainState
@@ -560,3 +561,24 @@ def test_a_bucket_that_is_not_there(gcs: Gcs) -> None:
     with pytest.raises(CheckpointError, match="there is no bucket") as caught:
         checkpoints.wait()
     assert "\n" not in str(caught.value)
+
+
+def test_a_save_whose_files_the_next_job_has_removed(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job was stopped in the middle of it, and is told why it ends."""
+
+    def removed(*_: object) -> None:
+        other = dataclasses.replace(Owner.this_process(), token="ab" * 8)
+        (tmp_path / "lease.json").write_bytes(lease_lib._document(other, 1, Record()))
+        lease._confirmed -= 1000
+        raise StorageError("cannot read state.json: it does not exist")
+
+    monkeypatch.setattr(checkpoint, "_write_files", removed)
+    with lease_lib.acquire(str(tmp_path), keeps_record=True) as lease:
+        checkpoints = Checkpoints(
+            str(tmp_path), CheckpointConfig(), {"number": tf.Variable(1.5)}, lease=lease
+        )
+        checkpoints.save(3, {"kimg": 0.0})
+        with pytest.raises(LeaseLostError, match="this job ends"):
+            checkpoints.wait()

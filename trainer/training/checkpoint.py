@@ -472,6 +472,7 @@ class Checkpoints:
         except LeaseLostError:
             raise  # and nothing of this counts
         except (tf.errors.OpError, OSError, StorageError) as error:
+            self._check_lost()  # whoever has the lease now removes what this job had begun
             with contextlib.suppress(StorageError):
                 self._withdraw(step)
             raise CheckpointError(
@@ -484,6 +485,16 @@ class Checkpoints:
         inventory.add(step, names.token, files, whole=True, kimg=info.get("kimg"))
         self._discard(inventory.dispensable(step, self._settings))
         inventory.discard(inventory.left_over(), self._fence)
+
+    def _check_lost(self) -> None:
+        """Raises a LeaseLostError if another job is known to write the workdir now."""
+        try:
+            if self._lease:
+                self._lease.check()
+        except LeaseLostError:
+            raise
+        except StorageError:
+            return  # it isn't known
 
     def _discard(self, marks: Collection[Mark]) -> None:
         """Removes checkpoints that count, once it is recorded that they don't any more."""
