@@ -95,7 +95,8 @@ def damage(workdir: str, kind: str, life: int, rng: random.Random) -> Damage | N
                 and token in name
                 and _CHECKPOINT[each] in name
             )
-            # A marker can be changed so that it says the same.
+            # A marker can be changed so that it says the same; and a job's only one that is gone looks
+            # as if its first save had been cut off.
             certain = len(hit) == len(whole) and each == "marker"
             after[name] = _damaged(files[name], rng, certain=certain)
         left = [one for one in whole if one not in hit]
@@ -121,9 +122,8 @@ def damage(workdir: str, kind: str, life: int, rng: random.Random) -> Damage | N
 
 def _damaged(content: bytes, rng: random.Random, *, certain: bool = False) -> bytes | None:
     """Something else than it was; None if it is to be removed."""
-    how = rng.choice(
-        ["cut", "empty", "remove"] if certain else ["add", "flip", "flip", "cut", "empty", "remove"]
-    )
+    hows = ["cut", "empty"] if certain else ["add", "flip", "flip", "cut", "empty", "remove"]
+    how = rng.choice(hows)
     at = rng.randrange(len(content)) if content else 0
     if how == "remove":
         return None
