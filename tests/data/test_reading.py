@@ -196,7 +196,9 @@ def test_a_missing_bucket_is_named(gcs):
 def test_a_half_uploaded_manifest_is_told(stored, gcs):
     content = gcs.emulator.get(gcs.bucket, "set/dataset.json")
     gcs.emulator.put(gcs.bucket, "set/dataset.json", content[: len(content) // 2])
-    with pytest.raises(DataError, match="dataset.json is not what the converter wrote, or only a part of it"):
+    with pytest.raises(
+        DataError, match="dataset.json is not what the converter wrote, or only a part of it"
+    ):
         manifest.load(stored[1].directory)
 
 
