@@ -19,6 +19,8 @@ PROGRAM = """
 import sys
 from trainer.distribution import compilation
 compilation.keep(sys.argv[1])
+from trainer.distribution import host
+host.quieten_tensorflow()
 import tensorflow as tf
 
 @tf.function(jit_compile=True, autograph=False)

@@ -576,7 +576,7 @@ def test_starting_over_moves_everything_aside(
     with_strangers(finished)
     damage(finished, "a byte too many", "state-*.json")
     before = files(finished)
-    config = deterministic(squares)
+    config = labelled(squares, telemetry={**TINY["telemetry"], "tensorboard": True})
     loop.train(config, str(finished), start_over=True)
     assert "starting over: what the run had written is in" in capsys.readouterr().out
     (moved,) = finished.glob("before-*")
