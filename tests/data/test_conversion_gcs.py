@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import io
 import json
 import os
 import re
 import tempfile
 import zipfile
+from typing import IO
 
 import numpy as np
 import pytest
@@ -180,12 +180,15 @@ def test_labels_from_cloud_storage(gcs: Gcs, pictures) -> None:
     assert conversion.convert(chosen, lambda *_: None)[0].label_counts == [14, 13, 13]
 
 
+def _full(dir: str) -> IO[bytes]:  # noqa: A002
+    return open("/dev/full", "wb")
+
+
 def test_full_disk_for_temporary_files(gcs: Gcs, pictures, monkeypatch: pytest.MonkeyPatch) -> None:
     if not os.path.exists("/dev/full"):
         pytest.skip("no device that is always full")
     source = put_folder(gcs, pictures)
-    full = functools.partial(open, "/dev/full", "wb")
-    monkeypatch.setattr(tempfile, "NamedTemporaryFile", full)
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", _full)
     with pytest.raises(StorageError, match="disk of temporary files .* is full"):
         convert(source, f"{gcs.url}/small")
     assert not any(name.endswith(".tfrecord") for name in made(gcs))

@@ -197,13 +197,13 @@ def environments(workers: int) -> list[dict[str, str]]:
 def _read(folder: pathlib.Path) -> Outcome:
     found, _ = checkpoint.newest(str(folder / "run"))
     assert found is not None and found.step == STEPS
-    reader = tf.train.load_checkpoint(f"{found.path}/state")
     suffix = "/.ATTRIBUTES/VARIABLE_VALUE"
-    values = {
-        key[: -len(suffix)].replace(".S", "/").replace("..", "."): reader.get_tensor(key)
-        for key in reader.get_variable_to_shape_map()
-        if key.endswith(suffix) and not key.startswith("save_counter")
-    }
+    with checkpoint._reader(found) as reader:
+        values = {
+            key[: -len(suffix)].replace(".S", "/").replace("..", "."): reader.get_tensor(key)
+            for key in reader.get_variable_to_shape_map()
+            if key.endswith(suffix) and not key.startswith("save_counter")
+        }
     lines = (folder / "run" / "stats.jsonl").read_text().splitlines()
     passing = ("Timing/", "Resources/", "timestamp")
     stats = [
