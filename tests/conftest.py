@@ -20,6 +20,16 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 host.tune_cloud_storage()  # these two as the commands do
 host.choose_emitters()
 
+# A shell starts what is to run in the background with ctrl-C switched off, and the processes that
+# tests start and stop would inherit that.
+for number, handler in {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGTERM: signal.SIG_DFL,
+    signal.SIGHUP: signal.SIG_DFL,
+}.items():
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
+
 VIRTUAL_CPUS = 4
 
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
