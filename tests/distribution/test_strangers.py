@@ -324,7 +324,7 @@ def test_workers_meet_before_the_servers_start(monkeypatch: pytest.MonkeyPatch) 
 
 def test_who_has_left_is_not_asked_for_the_last_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker may be done, and gone, before the chief or a third one wants to stop."""
-    with member(0, monkeypatch) as (chief, theirs):
+    with member(0, monkeypatch, silence=2.0) as (chief, theirs):
         theirs.sendall(b'{"done": 8}\n')
         theirs.shutdown(socket.SHUT_WR)
         ends = time.monotonic() + LONG

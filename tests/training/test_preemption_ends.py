@@ -302,7 +302,7 @@ def test_a_real_run_loses_tee_then_its_machine_and_is_whole(tmp_path: pathlib.Pa
         wait_for("tick 1 ", process)
         os.killpg(process.pid, signal.SIGINT)
     assert codes.read_text() == "75\n"
-    first = {path.parent.name for path in workdir.glob("checkpoints/*/COMMITTED")}
+    first = {path.parent.name for path in workdir.glob("checkpoints/*/COMMITTED-*")}
     assert len(first) == 1
 
     # In a job it saves, gives the lease back, and waits; the next one goes on at once.
@@ -322,7 +322,7 @@ def test_a_real_run_loses_tee_then_its_machine_and_is_whole(tmp_path: pathlib.Pa
         wait_for("job 7: waiting to be ended with the machine", process)
         assert "resuming from" in log.read_text()
         with lease.acquire(str(workdir)):  # or it is held
-            second = {path.parent.name for path in workdir.glob("checkpoints/*/COMMITTED")}
+            second = {path.parent.name for path in workdir.glob("checkpoints/*/COMMITTED-*")}
             assert second > first
         assert process.poll() is None
         process.kill()
