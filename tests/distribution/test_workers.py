@@ -43,6 +43,12 @@ def start(flags: list[str], environment: dict[str, str]) -> subprocess.Popen[str
     )
 
 
+def has_ticked(workdir: pathlib.Path) -> bool:
+    """Whether a run has written statistics; the file itself begins empty."""
+    stats = workdir / "stats.jsonl"
+    return stats.exists() and stats.stat().st_size > 0
+
+
 def tf_config(task: Any, workers: Any = ADDRESSES, **jobs: Any) -> dict[str, str]:
     return {"TF_CONFIG": json.dumps({"cluster": {"worker": workers, **jobs}, "task": task})}
 
@@ -187,7 +193,7 @@ def test_a_worker_that_hangs_is_found_by_our_limit(
     more = [f"--workdir={workdir}", *(f"--set={setting}" for setting in settings)]
     chief, other = (start([*flags, *more], environment) for environment in environments(2))
     try:
-        while not (workdir / "stats.jsonl").exists():
+        while not has_ticked(workdir):
             assert chief.poll() is None, chief.communicate()
             time.sleep(0.2)
         other.send_signal(signal.SIGSTOP)
@@ -218,7 +224,7 @@ def test_a_worker_that_is_preempted_has_all_saved(
     more = [f"--workdir={workdir}", *(f"--set={setting}" for setting in settings)]
     processes = [start([*flags, *more], environment) for environment in environments(2)]
     try:
-        while not (workdir / "stats.jsonl").exists():
+        while not has_ticked(workdir):
             assert processes[0].poll() is None, processes[0].communicate()
             time.sleep(0.2)
         processes[told].send_signal(signal.SIGTERM)
