@@ -109,16 +109,16 @@ class RunningJob:
         self._thread.join(seconds)
         return self.state
 
-    def preempt(self) -> None:
+    def preempt(self, grace_sec: float = GRACE_SEC) -> None:
         """Takes all machines away, as Spot VMs are: SIGTERM, and 30 seconds."""
         with self.lock:
-            self._gone_at = time.monotonic() + GRACE_SEC
+            self._gone_at = time.monotonic() + grace_sec
             for replica in self.replicas:
                 if replica.process and replica.process.poll() is None:
                     replica.process.send_signal(signal.SIGTERM)
 
     def take_away(self) -> None:
-        """The rest of `preempt`, without waiting for the 30 seconds."""
+        """The rest of `preempt`, without waiting for the time of grace to end."""
         with self.lock:
             self._gone_at = time.monotonic()
 

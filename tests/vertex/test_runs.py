@@ -16,6 +16,7 @@ from trainer.core import storage
 from trainer.training import checkpoint
 
 STEPS, EVERY, BATCH = 12, 2, 16
+LIMIT = 1200.0
 SETTINGS = [
     "run.jit=off",
     "run.deterministic=true",
@@ -23,9 +24,9 @@ SETTINGS = [
     f"training.total_kimg={STEPS * BATCH / 1000}",
     f"checkpoint.every_steps={EVERY}",
     "telemetry.tick_kimg=0.064",
+    f"run.grace_time={LIMIT}",
 ]
 IMAGE = f"us-docker.pkg.dev/project/repo/gpu@sha256:{'0' * 64}"
-LIMIT = 1200.0
 
 
 @pytest.fixture
@@ -95,7 +96,7 @@ def test_a_preempted_job_ends_like_an_undisturbed_one(submitted: object, gcs: Gc
     preempted, undisturbed = f"{gcs.url}/runs/preempted", f"{gcs.url}/runs/undisturbed"
     job = submitted(preempted)
     wait_for_checkpoint(job, preempted)
-    job.preempt()
+    job.preempt(LIMIT)  # a busy machine may need more than 30 seconds
     wait_until_saved(job)
     job.take_away()
     assert job.wait(LIMIT) == "JOB_STATE_SUCCEEDED", logs(job)
