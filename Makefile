@@ -66,7 +66,7 @@ test-slow: $(STAMP) ## run the slow tests
 # TensorFlow turns oneDNN on by itself on CPUs with AVX-512 alone, and then rounds otherwise.
 ONEDNN ?= 0
 NUMERIC := tests/conformance tests/networks $(addprefix tests/training/test_,$(addsuffix .py, \
-	augment loss_scale losses optimizer phases placement precision step step_trace))
+	augment loss_scale losses optimizer phases precision step step_trace))
 
 test-numeric: $(STAMP) ## run the tests of numbers, without the slow ones: ONEDNN=0 or 1
 	TF_ENABLE_ONEDNN_OPTS=$(ONEDNN) $(BIN)/python -m pytest $(PARALLEL) \

@@ -260,7 +260,7 @@ def stop_everywhere(root: str, folder: pathlib.Path, jobs: list[Stopped], stride
     return count
 
 
-@pytest.mark.parametrize("stride", [7, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [7, pytest.param(1, marks=pytest.mark.proof)])
 def test_stopped_before_any_use_of_the_disk(
     tmp_path: pathlib.Path, jobs: list[Stopped], stride: int
 ) -> None:
