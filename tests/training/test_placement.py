@@ -14,7 +14,10 @@ from tests.training import placement as placement_lib
 from tests.training.placement import PLACEMENTS, Outcome, Placement, distances, run
 from trainer.data.manifest import Manifest
 
-TOLERANCE = {"float64": 1e-9, "float32": 1e-4}
+# float64 decides. How far float32's rounding takes a small bias in eight steps differs from CPU to
+# CPU: 2.3e-4 was seen with oneDNN on one with AVX-512.
+TOLERANCE = {"float64": 1e-9, "float32": 1e-3}
+SHOWS = 0.01  # by what a mistake takes the state off, at least
 
 
 def assert_same(found: Outcome, wanted: Outcome, tolerance: float) -> None:
@@ -109,4 +112,4 @@ def test_what_is_taken_for_each_replica_shows(squares: Manifest) -> None:
     found = json.loads(done.stdout)
     assert found.pop("") < TOLERANCE["float64"]
     assert len(found) == 6
-    assert not [fault for fault, apart in found.items() if apart < 100 * TOLERANCE["float32"]]
+    assert not [fault for fault, apart in found.items() if apart < SHOWS]
