@@ -124,7 +124,8 @@ def _time_reading(
     next(iterator)
     images = total = 0
     start = time.perf_counter()
-    while (elapsed := time.perf_counter() - start) < seconds:
+    # On however busy a machine: until something has been read.
+    while (elapsed := time.perf_counter() - start) < seconds or not images:
         place, count, size = (int(each) for each in next(iterator))
         if size + count * tfrecord.OVERHEAD != lengths[place]:
             look(place)
@@ -166,7 +167,7 @@ def measure(
 def _rate(iterator: Iterator[Any], images: int, seconds: float) -> float:
     count = 0
     start = time.perf_counter()
-    while (elapsed := time.perf_counter() - start) < seconds:
+    while (elapsed := time.perf_counter() - start) < seconds or not count:
         next(iterator)
         count += images
     return count / elapsed
