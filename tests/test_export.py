@@ -445,8 +445,7 @@ def complete(dest: str) -> list[int]:
 @pytest.mark.parametrize(
     ("where", "kills"),
     [
-        pytest.param("local", 4, marks=pytest.mark.slow),
-        pytest.param("gcs", 3, marks=pytest.mark.slow),
+        pytest.param("gcs", 2, marks=pytest.mark.slow),
         pytest.param("local", 20, marks=pytest.mark.proof),
         pytest.param("gcs", 8, marks=pytest.mark.proof),
     ],

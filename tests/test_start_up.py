@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pathlib
 import subprocess
@@ -94,8 +95,7 @@ STARTS = [
     pytest.param(
         name, onednn, marks=() if (name, onednn) == ("generate", "1") else pytest.mark.slow
     )
-    for name in LIGHT
-    for onednn in ("1", "0", None)
+    for name, onednn in [*itertools.product(LIGHT, ("1", "0")), ("data", None)]
     if (name, onednn) != ("train", "1")
 ]
 

@@ -160,7 +160,8 @@ def test_graph_with_an_open_batch(name: str) -> None:
     assert deviation(graph(*inputs), pair.values(g, d, *inputs)) < 1e-5
 
 
-# A compilation takes seconds; `test_gradients_in_xla` compares the values of all pairs, too.
+# A compilation takes seconds; `test_gradients_in_xla` compares the values, too, and those of all pairs
+# among the proofs.
 COMPILED = ("skip-resnet", "resnet-skip", "orig-orig", "conditional")
 
 
@@ -172,8 +173,13 @@ def test_xla(name: str) -> None:
     assert deviation(compiled(*arguments), pair.values(*arguments)) < 1e-5
 
 
-@pytest.mark.slow
-@every_pair
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in COMPILED else pytest.mark.proof)
+        for name in PAIRS
+    ],
+)
 def test_gradients_in_xla(name: str) -> None:
     pair = PAIRS[name]()
     compiled = tf.function(pair.evaluate, jit_compile=True, autograph=False)

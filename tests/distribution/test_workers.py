@@ -129,6 +129,12 @@ def test_what_this_machine_cannot_do(flags: list[str], more: list[str], message:
 
 # ------------------------------------------------------------------------------ while it runs
 
+# What is found out here has nothing to do with what the steps do: let them do little.
+PLAIN = [
+    f"--set={setting}"
+    for setting in ("training.pl_weight=0", "training.r1_gamma=0", "augment.mode=none")
+]
+
 
 @pytest.mark.slow
 def test_shards_that_do_not_divide(flags: list[str], tmp_path: pathlib.Path) -> None:
@@ -145,7 +151,7 @@ def test_a_worker_that_dies_takes_all_along(flags: list[str], tmp_path: pathlib.
     """All end soon, in one line that says why, and the next start goes on from the checkpoint."""
     workdir = tmp_path / "run"
     settings = ("training.total_kimg=1000", "checkpoint.every_steps=1", "run.worker_timeout=30")
-    more = [f"--workdir={workdir}", *(f"--set={setting}" for setting in settings)]
+    more = [f"--workdir={workdir}", *PLAIN, *(f"--set={setting}" for setting in settings)]
     chief, other = (start([*flags, *more], environment) for environment in environments(2))
     try:
         while not list(workdir.glob("checkpoints/*/COMMITTED-*")):
@@ -190,7 +196,7 @@ def test_a_worker_that_hangs_is_found_by_our_limit(
     """Not by TensorFlow, whose own limit would come first, and which ends in a stack dump."""
     workdir = tmp_path / "run"
     settings = ("training.total_kimg=1000", "run.worker_timeout=25")
-    more = [f"--workdir={workdir}", *(f"--set={setting}" for setting in settings)]
+    more = [f"--workdir={workdir}", *PLAIN, *(f"--set={setting}" for setting in settings)]
     chief, other = (start([*flags, *more], environment) for environment in environments(2))
     try:
         while not has_ticked(workdir):
@@ -221,7 +227,7 @@ def test_a_worker_that_is_preempted_has_all_saved(
         "checkpoint.every_steps=100000",
         "run.grace_time=300",  # a machine that does other things is slow
     )
-    more = [f"--workdir={workdir}", *(f"--set={setting}" for setting in settings)]
+    more = [f"--workdir={workdir}", *PLAIN, *(f"--set={setting}" for setting in settings)]
     processes = [start([*flags, *more], environment) for environment in environments(2)]
     try:
         while not has_ticked(workdir):

@@ -13,7 +13,7 @@ from tests.training.chaos import MOMENTS, disturbed
 @pytest.mark.parametrize(
     ("kills", "steps"),
     [
-        pytest.param(len(MOMENTS), 6 * len(MOMENTS), marks=pytest.mark.slow),
+        pytest.param(2, 12, marks=pytest.mark.slow),
         pytest.param(20, 60, marks=pytest.mark.proof),
     ],
 )
@@ -52,7 +52,7 @@ def test_kills_of_one_of_two_workers(
 @pytest.mark.parametrize(
     ("on_gcs", "kills", "pauses", "corruptions", "steps"),
     [
-        pytest.param(False, 4, 2, 4, 30, marks=pytest.mark.slow, id="small"),
+        pytest.param(True, len(MOMENTS), 2, 4, 36, marks=pytest.mark.slow, id="small"),
         pytest.param(False, 40, 40, 40, 600, marks=pytest.mark.proof, id="disk"),
         pytest.param(True, 40, 40, 40, 600, marks=pytest.mark.proof, id="gcs"),
     ],

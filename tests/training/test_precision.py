@@ -124,17 +124,6 @@ def test_random_numbers_are_those_of_float32(squares: Manifest) -> None:
         assert not any(draw.dtype == tf.float32 for draw in tf.nest.flatten(draws))
 
 
-@pytest.mark.slow
-def test_float64_compiles(squares: Manifest) -> None:
-    plain = Run(squares, "float64")
-    compiled = Run(squares, "float64", jit=True, formulas=Formulas.XLA_CPU)
-    plain.steps(2)
-    compiled.steps(2)
-    found = compiled.values()
-    for name, value in plain.values().items():
-        assert distance(found[name], value) < 1e-9, name
-
-
 # ------------------------------------------------------------------------------ float16
 
 
