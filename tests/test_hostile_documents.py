@@ -227,7 +227,7 @@ def test_config(tmp_path: pathlib.Path) -> None:
         "base": "base.yaml",
         "run": {"seed": 1, "tpu": "a", "max_hours": 1.5, "jit": "on"},
         "data": {"path": "b", "mirror": True},
-        "model": {"mbstd_group_size": "auto"},
+        "training": {"group_size": "auto"},
     }
     survive(read, document, TrainerError)
 

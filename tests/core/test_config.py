@@ -138,7 +138,7 @@ def test_error_in_a_base_names_the_base(tmp_path: pathlib.Path) -> None:
         ("training: {batchsize: 8}\n", r"did you mean training\.batch_size"),
         (
             "training: {qqqqqqq: 8}\n",
-            r"unknown key training\.qqqqqqq; keys of training are batch_size, rounds",
+            r"unknown key training\.qqqqqqq; keys of training are batch_size, group_size, rounds",
         ),
         ("1: {}\n", "c.yaml line 1: this is no config; expected sections"),
         ("data: {mirror: yes}\n", r"data\.mirror = 'yes' \(str\): expected true or false"),
@@ -331,7 +331,7 @@ def test_exactly_the_free_keys_leave_the_fingerprint(key: str) -> None:
 
 def test_fingerprint_is_the_same_in_every_process() -> None:
     # A literal on purpose: stored in checkpoints, it may only change together with the config.
-    assert config_lib.fingerprint(Config()) == "f23cbe128aa4279d"
+    assert config_lib.fingerprint(Config()) == "6cc463b9712b5004"
 
 
 # ---------------------------------------------------------------- resolution
@@ -391,8 +391,10 @@ def test_base_grid_or_neighbours_that_work(height: int, width: int) -> None:
 
 
 AUTO = {
-    "training": dict.fromkeys(["batch_size", "g_lr", "d_lr", "r1_gamma", "ema_kimg"], "auto"),
-    "model": {"channel_base": "auto", "mbstd_group_size": "auto"},
+    "training": dict.fromkeys(
+        ["batch_size", "group_size", "g_lr", "d_lr", "r1_gamma", "ema_kimg"], "auto"
+    ),
+    "model": {"channel_base": "auto"},
 }
 
 
@@ -401,9 +403,9 @@ def test_resolve_follows_a_given_batch() -> None:
     resolved = config_lib.resolve(config, resolution=(128, 64))
     assert resolved.training.r1_gamma == pytest.approx(0.0002 * 128**2 / 16)
     assert resolved.training.ema_kimg == 5
-    assert resolved.model.mbstd_group_size == 4
+    assert resolved.training.group_size == 4
     small = dataclasses.replace(config, training=dataclasses.replace(config.training, batch_size=2))
-    assert config_lib.resolve(small, resolution=(32, 32)).model.mbstd_group_size == 2
+    assert config_lib.resolve(small, resolution=(32, 32)).training.group_size == 2
 
 
 def test_resolve_leaves_given_values_and_the_machine_keys_alone() -> None:
@@ -421,8 +423,12 @@ def test_resolve_refuses_an_impossible_resolution() -> None:
 def _batch(size: int, group: int, rounds: int, **training: Any) -> Config:
     return config_lib.from_dict(
         {
-            "training": {"batch_size": size, "rounds": rounds, **training},
-            "model": {"mbstd_group_size": group},
+            "training": {
+                "batch_size": size,
+                "group_size": group,
+                "rounds": rounds,
+                **training,
+            },
         }
     )
 

@@ -43,7 +43,7 @@ def spec(config: config_lib.Config) -> tuple[Any, ...]:
     return (
         training.total_kimg,
         training.batch_size,
-        model.mbstd_group_size,
+        training.group_size,
         float(model.channel_base) / 32768,
         training.g_lr,
         training.r1_gamma,

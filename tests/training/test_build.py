@@ -30,7 +30,6 @@ MODEL: dict[str, Any] = {
     "d_architecture": "skip",
     "num_fp16_res": 1,
     "conv_clamp": 100.0,
-    "mbstd_group_size": 2,
 }
 
 
@@ -86,6 +85,7 @@ def test_phases_are_those_of_the_config() -> None:
         "pl_weight": 1.5,
         "pl_decay": 0.05,
         "pl_batch_shrink": 2,
+        "group_size": 2,
         "g_reg_interval": 5,
         "d_reg_interval": 7,
         "freeze_d": 3,
@@ -103,6 +103,7 @@ def test_phases_are_those_of_the_config() -> None:
     ):
         assert getattr(phases, name) == training[name]
     assert (phases.group_size, draw.group_size, draw.pl_group_size) == (2, 2, 1)
+    assert phases.discriminator.mbstd_group_size == 2
     assert (phases.noise_mode, draw.noise_mode) == ("const", "const")
     assert (draw.seed, draw.style_mixing_prob, draw.label_counts) == (11, 0.25, (5, 3))
 

@@ -74,9 +74,7 @@ SOME = (
     [
         pytest.param("float64", SOME, marks=pytest.mark.slow),
         pytest.param("float64", PLACEMENTS, marks=pytest.mark.proof),
-        pytest.param(
-            "float32", (Placement(replicas=2, rounds=2),), marks=pytest.mark.slow
-        ),
+        pytest.param("float32", (Placement(replicas=2, rounds=2),), marks=pytest.mark.slow),
     ],
 )
 def test_every_placement_gives_the_same(

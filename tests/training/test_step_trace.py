@@ -78,9 +78,9 @@ class Trace:
         self.d = Discriminator(mbstd_group_size=4, mapping_layers=2, **sizes)
         config = config_lib.from_dict(
             {
-                "model": {"mbstd_group_size": 4},
                 "training": {
                     "batch_size": 8,
+                    "group_size": 4,
                     "rounds": rounds,
                     "g_lr": 0.0025,
                     "d_lr": 0.0025,

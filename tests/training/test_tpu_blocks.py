@@ -25,7 +25,6 @@ MODEL: dict[str, Any] = {
     "channel_max": 16,
     "num_fp16_res": "all",
     "conv_clamp": 256,
-    "mbstd_group_size": 4,
 }
 
 

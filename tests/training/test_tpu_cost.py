@@ -27,9 +27,8 @@ SMALL: dict[str, Any] = {
         "channel_max": 8,
         "num_fp16_res": "all",
         "conv_clamp": 256,
-        "mbstd_group_size": 4,
     },
-    "training": {"batch_size": 32, "r1_gamma": 1.0, "rounds": 2},
+    "training": {"batch_size": 32, "group_size": 4, "r1_gamma": 1.0, "rounds": 2},
     "augment": {"mode": "ada", "pipe": "bgc"},
     "data": {"use_labels": True},
 }

@@ -265,9 +265,6 @@ class ModelConfig(_Section):
         standard deviation, logits and losses.
       conv_clamp: activations are clamped to +- this when `run.precision` is 16-bit, null for no
         clamp (NVIDIA: 256).
-      mbstd_group_size: images in a group, over which minibatch standard deviation is taken
-        (NVIDIA: `mbstd`, 4). The group is also the atom of randomness and of the batch, see
-        `batch_arithmetic`. 'auto': 4, or the batch where that is smaller.
     """
 
     family: Literal["stylegan2"] = "stylegan2"
@@ -281,7 +278,6 @@ class ModelConfig(_Section):
     d_architecture: Literal["skip", "resnet", "orig"] = "resnet"
     num_fp16_res: int | Literal["all"] = _key(4, _AT_LEAST_0)
     conv_clamp: float | None = _key(256.0, _POSITIVE)
-    mbstd_group_size: int | Auto = _key(4, _AT_LEAST_1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,6 +287,9 @@ class TrainingConfig(_Section):
     Attributes:
       batch_size: images in a step over all replicas and rounds (NVIDIA: --batch, `mb`). 'auto':
         what NVIDIA's rule gives for 8 GPUs, on any number of replicas.
+      group_size: images in a group, the atom of randomness and of the batch (see
+        `batch_arithmetic`), over which StyleGAN2's minibatch standard deviation is taken (NVIDIA:
+        `mbstd`, 4). 'auto': 4, or the batch where that is smaller.
       rounds: gradient accumulation: the batch is computed in this many parts, which changes the
         memory needed and not the result (NVIDIA: batch / (GPUs * batch_gpu)).
       total_kimg: length of the run in thousands of real images shown (NVIDIA: --kimg).
@@ -315,6 +314,7 @@ class TrainingConfig(_Section):
     """
 
     batch_size: int | Auto = _key(32, _AT_LEAST_1)
+    group_size: int | Auto = _key(4, _AT_LEAST_1)
     rounds: int = _key(1, _AT_LEAST_1)
     total_kimg: float = _key(25000.0, _POSITIVE)
     g_lr: float | Auto = _key(0.002, _POSITIVE)
@@ -695,7 +695,7 @@ _AUTO_GPUS = 8  # NVIDIA's rule scales with the GPUs; a fixed count keeps the re
 
 
 def _auto_batch(resolution: int) -> tuple[int, int]:
-    """(batch size, mbstd group size) of NVIDIA's --cfg=auto with `_AUTO_GPUS` GPUs.
+    """(batch size, group size) of NVIDIA's --cfg=auto with `_AUTO_GPUS` GPUs.
 
     Above 2048 pixels NVIDIA's group would be one image, of which path length cannot take a half.
     """
@@ -727,9 +727,10 @@ def resolve(config: Config, *, resolution: tuple[int, int]) -> Config:
         group = min(batch, 4)
     lr = 0.002 if side >= 1024 else 0.0025
     values: dict[str, dict[str, float]] = {
-        "model": {"channel_base": 32768 if side >= 512 else 16384, "mbstd_group_size": group},
+        "model": {"channel_base": 32768 if side >= 512 else 16384},
         "training": {
             "batch_size": batch,
+            "group_size": group,
             "g_lr": lr,
             "d_lr": lr,
             "r1_gamma": 0.0002 * side**2 / batch,
@@ -795,15 +796,15 @@ def batch_arithmetic(config: Config, num_replicas: int) -> BatchArithmetic:
     Raises:
       ConfigError: it does not divide; names the batch sizes that would.
     """
-    batch, group = config.training.batch_size, config.model.mbstd_group_size
+    batch, group = config.training.batch_size, config.training.group_size
     if batch == "auto" or group == "auto":
-        raise ConfigError("training.batch_size and model.mbstd_group_size must be resolved first")
+        raise ConfigError("training.batch_size and training.group_size must be resolved first")
     rounds = config.training.rounds
     shrink = config.training.pl_batch_shrink
     if config.training.pl_weight > 0 and group % shrink:
         raise ConfigError(
             f"training.pl_batch_shrink = {shrink} does not divide a group of {group} images "
-            "(model.mbstd_group_size); change one of them, or set training.pl_weight to 0"
+            "(training.group_size); change one of them, or set training.pl_weight to 0"
         )
     unit = rounds * num_replicas * group
     if batch % unit:
@@ -812,7 +813,7 @@ def batch_arithmetic(config: Config, num_replicas: int) -> BatchArithmetic:
         raise ConfigError(
             f"training.batch_size = {batch} does not divide into {rounds} rounds x {num_replicas} "
             f"replicas x groups of {group} images ({unit}); set it to {nearest}, or change "
-            "training.rounds, model.mbstd_group_size or the number of replicas"
+            "training.rounds, training.group_size or the number of replicas"
         )
     return BatchArithmetic(
         global_batch=batch,

@@ -1,6 +1,6 @@
 """Seeds: every random draw of a run is a pure function of (seed, purpose, group index).
 
-A group (`mbstd_group_size` consecutive images) is the atom of randomness. Because its number is
+A group (`training.group_size` consecutive images) is the atom of randomness. Because its number is
 counted from the start of the run, a draw does not depend on which replica, host or accumulation
 round it is made for, nor on where a run was interrupted.
 """

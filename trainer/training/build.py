@@ -58,7 +58,8 @@ def networks(
     """
     model = config.model
     half = half_dtype(config.run.precision)
-    assert isinstance(model.channel_base, int) and isinstance(model.mbstd_group_size, int)
+    group_size = config.training.group_size
+    assert isinstance(model.channel_base, int) and isinstance(group_size, int)
     clamp = model.conv_clamp if half is not None else None
     generator = Generator(
         z_dim=model.z_dim,
@@ -83,7 +84,7 @@ def networks(
         channel_max=model.channel_max,
         architecture=model.d_architecture,
         mapping_layers=model.d_mapping_layers,
-        mbstd_group_size=model.mbstd_group_size,
+        mbstd_group_size=group_size,
         num_fp16_res=model.num_fp16_res,
         conv_clamp=clamp,
         half_dtype=half if rounded else None,
@@ -113,8 +114,8 @@ def phases_and_draws(
     static_shapes: bool,
 ) -> tuple[Phases, Sampler]:
     """What a step computes, and what it draws at random."""
-    model, training = config.model, config.training
-    group_size, gamma = model.mbstd_group_size, training.r1_gamma
+    training = config.training
+    group_size, gamma = training.group_size, training.r1_gamma
     assert isinstance(group_size, int) and not isinstance(gamma, str)
     pipe = None if config.augment.mode == "none" else AugmentPipe.preset(config.augment.pipe)
     phases = Phases(

@@ -97,7 +97,7 @@ def _arithmetic(config: Config, target: Target) -> BatchArithmetic:
     try:
         return config_lib.batch_arithmetic(config, target.devices)
     except ConfigError:
-        batch, group = config.training.batch_size, config.model.mbstd_group_size
+        batch, group = config.training.batch_size, config.training.group_size
         shrink = config.training.pl_batch_shrink
         if config.training.pl_weight > 0 and int(group) % shrink:
             raise
@@ -170,7 +170,7 @@ def _remedy(config: Config, shape: Shape, target: Target) -> dict[str, Any]:
     run, batch = config.run, int(config.training.batch_size)
     precisions = [run.precision, "bfloat16", "float16", "float32"]
     strategy = run.strategy if run.strategy == target.strategy else "auto"
-    share, rest = divmod(batch, int(config.model.mbstd_group_size) * target.devices)
+    share, rest = divmod(batch, int(config.training.group_size) * target.devices)
     divisors = [] if rest else [n for n in range(1, share + 1) if share % n == 0]
     for precision in dict.fromkeys(precisions):
         for rounds in dict.fromkeys([config.training.rounds, *divisors]):
@@ -191,7 +191,7 @@ def _remedy(config: Config, shape: Shape, target: Target) -> dict[str, Any]:
 
 def _fitting_batch(config: Config, shape: Shape, target: Target) -> str:
     """The nearest batch size that the target takes; it changes the result."""
-    group, batch = int(config.model.mbstd_group_size), int(config.training.batch_size)
+    group, batch = int(config.training.group_size), int(config.training.batch_size)
     unit = group * target.devices * config.training.rounds
     for size in sorted(range(unit, 2 * batch + unit, unit), key=lambda size: abs(size - batch)):
         training = dataclasses.replace(config.training, batch_size=size)
