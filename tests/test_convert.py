@@ -22,8 +22,8 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from trainer import convert
-from trainer.core import config, lease, storage
+from trainer import config, convert
+from trainer.core import lease, storage
 from trainer.core.errors import DataError, StorageError, TrainerError, UsageError
 from trainer.data import conversion, images, manifest, shards
 

@@ -19,13 +19,14 @@ import tensorflow as tf
 from absl import flags as absl_flags
 
 from tests.gcs.fixture import Gcs
+from trainer import config as config_lib
 from trainer import export as command
 from trainer import generate
-from trainer.core import config as config_lib
+from trainer.config import CheckpointConfig
 from trainer.core import storage
-from trainer.core.config import CheckpointConfig
 from trainer.core.errors import CheckpointError, DivergedError, UsageError
-from trainer.networks.ops import Formulas
+from trainer.families.protocol import DataShape
+from trainer.layers.ops import Formulas
 from trainer.training import build, export
 from trainer.training.checkpoint import Checkpoints, load_generator
 from trainer.training.export import ExportError
@@ -57,7 +58,7 @@ def make_run(
         "model": MODEL,
         "data": {"use_labels": bool(classes), "path": "gs://bucket/cats"},
     }
-    data = build.DataShape(resolution, channels, (5,) * classes)
+    data = DataShape(resolution, channels, (5,) * classes)
     config = config_lib.resolve(config_lib.from_dict(document), resolution=data.resolution)
     variables = {}
     for name, value in build.networks(config, data)[0].init(seed=1).items():
@@ -286,7 +287,7 @@ def test_the_clamp_is_that_of_training(trained: str) -> None:
     """A network that was trained in float32 has none, and bfloat16 needs none."""
     document = {"run": {"precision": trained}, "model": {**MODEL, "conv_clamp": 64.0}}
     config = config_lib.from_dict(document)
-    data = build.DataShape((16, 32), 3, ())
+    data = DataShape((16, 32), 3, ())
     for precision in ("float32", "bfloat16"):
         network = export._network(config, data, precision, "off")
         assert network.conv_clamp == (64.0 if trained == "bfloat16" else None)
@@ -489,7 +490,7 @@ def test_killed_at_any_moment(where: str, kills: int, tmp_path: pathlib.Path, re
 def test_config_f_at_1024_loads_in_seconds(tmp_path: pathlib.Path) -> None:
     """A fresh process, TensorFlow's own start included; under 15 s on a machine that is idle."""
     config = config_lib.from_dict({})
-    data = build.DataShape((1024, 1024), 3, ())
+    data = DataShape((1024, 1024), 3, ())
     network = export._network(config, data, "float32", "off")
     served = Served(network, network.init(seed=1))
     export._save(served, str(tmp_path / "model"))

@@ -17,8 +17,8 @@ from PIL import Image
 from trainer import generate
 from trainer.core import storage
 from trainer.core.errors import UsageError
+from trainer.families.stylegan2.networks import Generator
 from trainer.generate import Painter, choose_classes, parse_seeds
-from trainer.networks.stylegan2 import Generator
 from trainer.telemetry import images as grids
 
 Network = tuple[Generator, dict[str, tf.Tensor]]

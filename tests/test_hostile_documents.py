@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from trainer import config as config_lib
 from trainer import submit
-from trainer.core import config as config_lib
 from trainer.core import documents
 from trainer.core.errors import ConfigError, DataError, TrainerError
 from trainer.core.lease import Owner

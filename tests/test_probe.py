@@ -12,11 +12,12 @@ import pytest
 from absl import flags as absl_flags
 from absl.testing import flagsaver
 
+from trainer import config as config_lib
 from trainer import probe
-from trainer.core import config as config_lib
-from trainer.core.config import Config
+from trainer.config import Config
 from trainer.core.errors import ConfigError, UsageError
 from trainer.data.speed import Reading
+from trainer.families.protocol import DataShape
 from trainer.training import speed, tpu_compiler, tpu_estimate
 from trainer.training.speed import Convolution, Row, Timing
 from trainer.training.tpu_cost import LargestBatch, Phase
@@ -149,9 +150,8 @@ def test_step_prints_a_table_that_adds_up(tiny: str, capsys: pytest.CaptureFixtu
 
 def test_the_share_is_of_operations_per_second() -> None:
     """A step of 10 GFLOP per image at 0.5 s/image runs at 20 GFLOP/s."""
-    from trainer.training import build
 
-    run = speed.Run.create(config(batch_size=8), build.DataShape((8, 8), 3, ()))
+    run = speed.Run.create(config(batch_size=8), DataShape((8, 8), 3, ()))
     gflop = run.cost().gflop_per_image
     convolution = Convolution((1, 8, 8, 128), "XLA", Timing(1e-3, 1e-3))
     per_kimg = Timing(2 * 1000 * gflop / convolution.gflops.median, 1.0)
@@ -221,10 +221,9 @@ def test_checkpoint_leaves_nothing_behind(
 
 def test_the_stall_is_a_share_of_a_tick() -> None:
     """A tick of 4 kimg at 100 images/s is 40 s; a step of 8 images 80 ms."""
-    from trainer.training import build
     from trainer.training.checkpoint_speed import CheckpointSpeed
 
-    run = speed.Run.create(config(batch_size=8), build.DataShape((8, 8), 3, ()))
+    run = speed.Run.create(config(batch_size=8), DataShape((8, 8), 3, ()))
     found = CheckpointSpeed(5, 400_000_000, Timing(2.0, 1.0), Timing(38.0, 30.0), Timing(4.0, 2.0))
     lines = dict(probe.checkpoint_lines(run, found, 100.0, "given"))
     assert lines["checkpoint"] == "400.0 MB, 5 variables"

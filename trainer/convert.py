@@ -16,12 +16,13 @@ from absl import flags
 from tqdm import tqdm
 
 from trainer import data
-from trainer.core import config, storage
 from trainer.core import flags as command
-from trainer.core.errors import ConfigError, UsageError
+from trainer.core import storage
+from trainer.core.errors import UsageError
 from trainer.core.text import printable
 from trainer.data import beam, conversion, images, manifest
 from trainer.distribution import host
+from trainer.families import registry
 
 USAGE = """Convert a folder or zip archive of images into sharded TFRecords with a manifest.
 
@@ -119,15 +120,12 @@ def check_resolution(text: str, resolution: tuple[int, int]) -> None:
     Raises:
       UsageError: names the nearest sizes that work.
     """
-    try:
-        config.base_grid(resolution)
-    except ConfigError:
-        sizes = config.nearest_resolutions(*resolution)
+    sizes = registry.nearest_resolutions(*resolution)
+    if resolution not in sizes:
         nearest = ", ".join(f"{width}x{height}" for height, width in sizes)
         raise UsageError(
-            f"--resolution={text}: no network can be trained on it: the sides must be a grid of 4 to "
-            f"7 (the longer one up to 32) doubled one or more times; the nearest are {nearest}"
-        ) from None
+            f"--resolution={text}: no network can be trained on it; the nearest are {nearest}"
+        )
 
 
 def parse_resolution(text: str) -> tuple[int, int]:

@@ -30,7 +30,7 @@ from trainer.core import flags, storage
 from trainer.core.errors import UsageError
 from trainer.core.seeds import Purpose, generator
 from trainer.core.text import printable, quoted, shorten
-from trainer.networks.stylegan2 import Generator, Params
+from trainer.families.network import Params, StyleGenerator
 from trainer.telemetry import images as grids
 from trainer.telemetry import video
 from trainer.training.checkpoint import load_generator
@@ -108,7 +108,7 @@ class Painter:
 
     def __init__(
         self,
-        network: Generator,
+        network: StyleGenerator,
         params: Params,
         *,
         truncation_psi: float = 1.0,

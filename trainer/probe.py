@@ -39,18 +39,18 @@ from typing import TYPE_CHECKING
 
 from absl import flags as absl_flags
 
-from trainer.core import config as config_lib
+from trainer import config as config_lib
+from trainer.config import BatchArithmetic, Config
 from trainer.core import flags, storage
-from trainer.core.config import BatchArithmetic, Config
 from trainer.core.errors import ConfigError, UsageError
 from trainer.core.text import printable
 from trainer.distribution import cluster, membership
+from trainer.families.protocol import DataShape
 
 # TensorFlow takes seconds to import; mistakes in the call are told before.
 if TYPE_CHECKING:
     from trainer.data.manifest import Manifest
     from trainer.data.speed import Reading
-    from trainer.training.build import DataShape
     from trainer.training.checkpoint_speed import CheckpointSpeed
     from trainer.training.speed import Row, Run, StepSpeed
     from trainer.training.tpu_cost import LargestBatch, Phase
@@ -140,12 +140,11 @@ def _data_shape(config: Config) -> DataShape:
         raise UsageError("no data set: give --data, or --resolution to do without one")
     if size and config.data.use_labels and not FLAGS.num_classes:
         raise ConfigError("data.use_labels is on: give --num_classes, or the data set by --data")
-    from trainer.training import build
 
     if size is None:
         return _shape(_manifest(config), config)
     counts = (1,) * FLAGS.num_classes
-    return build.DataShape(size, FLAGS.channels, counts if config.data.use_labels else ())
+    return DataShape(size, FLAGS.channels, counts if config.data.use_labels else ())
 
 
 def _batch_text(a: BatchArithmetic, data: DataShape) -> str:
@@ -440,7 +439,6 @@ def _manifest(config: Config) -> Manifest:
 
 
 def _shape(manifest: Manifest, config: Config) -> DataShape:
-    from trainer.training.build import DataShape
 
     counts = manifest.condition_counts(config.data.use_labels)
     return DataShape(manifest.resolution, manifest.channels, counts)

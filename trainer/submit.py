@@ -21,9 +21,9 @@ from typing import Any
 
 from absl import flags as absl_flags
 
-from trainer.core import config as config_lib
+from trainer import config as config_lib
+from trainer.config import Config
 from trainer.core import documents, flags, storage
-from trainer.core.config import Config
 from trainer.core.errors import DataError, StorageError, UsageError
 from trainer.core.text import printable, shorten
 from trainer.data import manifest as manifest_lib

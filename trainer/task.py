@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 from absl import flags as absl_flags
 
-from trainer.core import config as config_lib
+from trainer import config as config_lib
+from trainer.config import Config
 from trainer.core import flags, output, storage
-from trainer.core.config import Config
 from trainer.core.errors import StorageError, UsageError
 from trainer.core.text import printable
 from trainer.distribution import cluster, compilation, membership

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.networks import ops
-from trainer.networks.stylegan2 import Discriminator, Generator, Network
+from trainer.families.network import Network
+from trainer.families.stylegan2.networks import Discriminator, Generator
+from trainer.layers import ops
 
 GROUP = 2
 BATCH = 4

@@ -17,7 +17,8 @@ import pytest
 
 from tests.gcs.emulator import ROOT
 from tests.gcs.fixture import Gcs
-from trainer.core import cloud_storage, config, storage
+from trainer import config
+from trainer.core import cloud_storage, storage
 from trainer.core.errors import StorageError
 
 

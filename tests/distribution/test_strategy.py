@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import tensorflow as tf
 
-from trainer.core.config import RunConfig
+from trainer.config import RunConfig
 from trainer.core.errors import ConfigError
 from trainer.distribution.cluster import Cluster, PeerError
 from trainer.distribution.strategy import choose
@@ -277,7 +277,7 @@ def test_no_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 _SILENT_TPU = """
 import socket
-from trainer.core.config import RunConfig
+from trainer.config import RunConfig
 from trainer.core.errors import TrainerError
 from trainer.distribution.strategy import choose
 
@@ -302,7 +302,7 @@ def test_a_tpu_that_does_not_answer_ends_the_wait() -> None:
 
 _TWO_CPUS = """
 import tensorflow as tf
-from trainer.core.config import RunConfig
+from trainer.config import RunConfig
 from trainer.distribution.strategy import choose
 from trainer.training.step import agree
 

@@ -32,7 +32,7 @@ from tests.training import conftest
 from trainer import task
 from trainer.core import flags as flags_lib
 from trainer.data.pipeline import ImageStream
-from trainer.networks.ops import Formulas
+from trainer.layers.ops import Formulas
 from trainer.training import build, checkpoint
 from trainer.training.step import TrainStep
 

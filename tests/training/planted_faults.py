@@ -20,11 +20,12 @@ import tensorflow as tf
 import yaml
 
 from tests.training.placement import CONFIG, GROUP, distance
-from trainer.core import config as config_lib
+from trainer import config as config_lib
 from trainer.data import manifest as manifest_lib
 from trainer.data.manifest import Manifest
 from trainer.data.pipeline import ImageStream
-from trainer.networks.stylegan2 import Discriminator
+from trainer.families.protocol import DataShape
+from trainer.families.stylegan2.networks import Discriminator
 from trainer.training import build, step
 from trainer.training.phases import Sampler
 from trainer.training.state import TrainState
@@ -114,7 +115,7 @@ def state_after(manifest: Manifest, strategy: tf.distribute.Strategy) -> dict[st
     settings["augment"]["adjust_kimg"] = 10 * BATCH / 1000
     config = config_lib.resolve(config_lib.from_dict(settings), resolution=manifest.resolution)
     arithmetic = config_lib.batch_arithmetic(config, strategy.num_replicas_in_sync)
-    shape = build.DataShape(manifest.resolution, manifest.channels, tuple(manifest.label_counts))
+    shape = DataShape(manifest.resolution, manifest.channels, tuple(manifest.label_counts))
     networks = build.networks(config, shape)
     seed = config.run.seed
     with strategy.scope():

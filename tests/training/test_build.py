@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 import tensorflow as tf
 
-from trainer.core import config as config_lib
-from trainer.networks.ops import Formulas
+from trainer import config as config_lib
+from trainer.families.protocol import DataShape
+from trainer.families.stylegan2.networks import Discriminator, Generator
+from trainer.layers.ops import Formulas
 from trainer.training import build
 from trainer.training.augment import AugmentPipe
 
-SHAPE = build.DataShape((16, 32), 4, (5, 3))
+SHAPE = DataShape((16, 32), 4, (5, 3))
 
 
 def make(**sections: dict[str, Any]) -> config_lib.Config:
@@ -50,7 +52,7 @@ def test_networks_are_those_of_the_config() -> None:
 
 
 def test_no_classes_without_label_counts() -> None:
-    g, d = build.networks(make(model=MODEL), build.DataShape((16, 32), 3, ()))
+    g, d = build.networks(make(model=MODEL), DataShape((16, 32), 3, ()))
     assert (g.c_dim, d.c_dim) == (0, 0)
     assert not any("embed" in name for name in [*g.specs, *d.specs])
 
@@ -60,7 +62,9 @@ def test_no_classes_without_label_counts() -> None:
     [("float32", None), ("float64", None), ("bfloat16", tf.bfloat16), ("float16", tf.float16)],
 )
 def test_full_precision_turns_the_clamp_off(precision: str, half: tf.DType | None) -> None:
-    for network in build.networks(make(model=MODEL, run={"precision": precision}), SHAPE):
+    config = make(model=MODEL, run={"precision": precision})
+    for network in build.networks(config, SHAPE):
+        assert isinstance(network, Generator | Discriminator)
         assert network.conv_clamp == (None if half is None else 100.0)
         assert {block.dtype for block in network.blocks} == {half, None}
 
@@ -68,6 +72,7 @@ def test_full_precision_turns_the_clamp_off(precision: str, half: tf.DType | Non
 def test_unrounded_networks_keep_the_clamp() -> None:
     config = make(model=MODEL, run={"precision": "bfloat16"})
     for network in build.networks(config, SHAPE, rounded=False):
+        assert isinstance(network, Generator | Discriminator)
         assert network.conv_clamp == 100.0
         assert {block.dtype for block in network.blocks} == {None}
 

@@ -18,19 +18,20 @@ import pytest
 import tensorflow as tf
 
 from tests.training.conftest import TINY_MODEL
-from trainer.core import config as config_lib
+from trainer import config as config_lib
+from trainer.config import CheckpointConfig
 from trainer.core import lease as lease_lib
 from trainer.core import storage
-from trainer.core.config import CheckpointConfig
 from trainer.core.errors import CheckpointError, StorageError
 from trainer.core.fencing import Record
 from trainer.core.lease import Owner
+from trainer.families.protocol import DataShape
 from trainer.training import build, checkpoint
 from trainer.training.checkpoint import Checkpoints, Inventory
 from trainer.training.state import TrainState
 
 ROOT = pathlib.Path(__file__).parents[2]
-SHAPE = build.DataShape((8, 8), 3, (5, 3))
+SHAPE = DataShape((8, 8), 3, (5, 3))
 
 
 def make_config(**model: int) -> config_lib.Config:
@@ -485,7 +486,7 @@ def test_a_failed_save_leaves_nothing_of_itself(
 LIMITED = """
 import resource, sys
 import tensorflow as tf
-from trainer.core.config import CheckpointConfig
+from trainer.config import CheckpointConfig
 from trainer.core.errors import CheckpointError
 from trainer.core import lease as lease_lib
 from trainer.core.fencing import Record

@@ -22,9 +22,9 @@ import tensorflow as tf
 
 from tests.gcs.fixture import Gcs
 from tests.training.test_checkpoint import SHAPE, file_of, info, make_config, names, save, small
+from trainer.config import CheckpointConfig
 from trainer.core import lease as lease_lib
 from trainer.core import storage
-from trainer.core.config import CheckpointConfig
 from trainer.core.errors import CheckpointError, StorageError
 from trainer.core.fencing import Record
 from trainer.core.lease import LeaseLostError, Owner
@@ -215,7 +215,7 @@ KILLED = """
 import re, sys, time
 import tensorflow as tf
 from trainer.core import lease as lease_lib, storage
-from trainer.core.config import CheckpointConfig
+from trainer.config import CheckpointConfig
 from trainer.training import checkpoint
 
 workdir, name, pattern = sys.argv[1:]
@@ -298,7 +298,7 @@ def test_killed_while_saving(tmp_path: pathlib.Path) -> None:
 BUSY = """
 import sys
 import tensorflow as tf
-from trainer.core.config import CheckpointConfig
+from trainer.config import CheckpointConfig
 from trainer.training.checkpoint import Checkpoints
 
 first = int(sys.argv[2])
@@ -519,7 +519,7 @@ def test_what_killed_saves_left_on_the_disk_goes(
 FULL = """
 import resource, sys
 import tensorflow as tf
-from trainer.core.config import CheckpointConfig
+from trainer.config import CheckpointConfig
 from trainer.core.errors import CheckpointError
 from trainer.training.checkpoint import Checkpoints, find
 

@@ -20,9 +20,9 @@ import yaml
 from PIL import Image
 
 from tests.training.conftest import TINY_MODEL
-from trainer.core import config as config_lib
+from trainer import config as config_lib
+from trainer.config import Config
 from trainer.core import lease
-from trainer.core.config import Config
 from trainer.core.errors import (
     CheckpointError,
     ConfigError,
@@ -96,7 +96,8 @@ def files(workdir: pathlib.Path) -> dict[str, bytes]:
 PROGRAM = """
 import os, re, signal, sys, time
 import tensorflow as tf
-from trainer.core import config, errors, storage
+from trainer import config
+from trainer.core import errors, storage
 from trainer.training import loop, preemption
 
 path, workdir, pattern, count, number = sys.argv[1:]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from trainer.core import config as config_lib
+from trainer import config as config_lib
 from trainer.training import model_card
 
 

@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 from trainer.core.seeds import Purpose
-from trainer.networks.stylegan2 import Generator
+from trainer.families.stylegan2.networks import Generator
 from trainer.training.phases import Draws, Latents, Sampler, moments
 
 PHASES = ("Gmain", "Greg", "Dmain", "Dreg")

@@ -11,13 +11,14 @@ import pytest
 import tensorflow as tf
 
 from tests.training.conftest import TINY_MODEL
-from trainer.core import config as config_lib
+from trainer import config as config_lib
 from trainer.core.errors import ConfigError, DivergedError
 from trainer.data.manifest import Manifest
 from trainer.data.pipeline import ImageStream
 from trainer.distribution import precision as precision_lib
 from trainer.distribution.precision import full_dtype
-from trainer.networks.ops import Formulas
+from trainer.families.protocol import DataShape
+from trainer.layers.ops import Formulas
 from trainer.training import build, loop, loss_scale
 from trainer.training.checkpoint import Checkpoints
 from trainer.training.state import PHASES, TrainState
@@ -55,7 +56,7 @@ class Run:
             }
         )
         self.config = config = config_lib.resolve(config, resolution=manifest.resolution)
-        shape = build.DataShape(manifest.resolution, 3, tuple(manifest.label_counts))
+        shape = DataShape(manifest.resolution, 3, tuple(manifest.label_counts))
         networks = build.networks(config, shape, formulas)
         self.state = TrainState(
             *networks, seed=0, augment_p=config.augment.p, dtype=full_dtype(precision)

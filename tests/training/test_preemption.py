@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from trainer.core.config import RunConfig
+from trainer.config import RunConfig
 from trainer.training import preemption
 from trainer.training.preemption import Preemption
 
@@ -77,7 +77,7 @@ def test_other_workers_decide_about_the_step() -> None:
 # Hangs as a step does: no Python runs in the main thread until it ends.
 _PROGRAM = """
 import hashlib, sys, time
-from trainer.core.config import RunConfig
+from trainer.config import RunConfig
 from trainer.training.preemption import Preemption
 
 hang, grace = float(sys.argv[1]), float(sys.argv[2])

@@ -24,7 +24,7 @@ PROGRAM = """
 import pathlib, sys, time
 from absl import flags as absl_flags
 from trainer.core import errors, flags, output
-from trainer.core.config import RunConfig
+from trainer.config import RunConfig
 from trainer.training import preemption
 
 absl_flags.DEFINE_float("grace", 28, "run.grace_time")

@@ -9,8 +9,8 @@ import pytest
 
 from tests.gcs.fixture import Gcs
 from tests.training.conftest import TINY_MODEL
-from trainer.core import config as config_lib
-from trainer.core.config import Config
+from trainer import config as config_lib
+from trainer.config import Config
 from trainer.data.manifest import Manifest
 from trainer.training import loop
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.test_generate import Network, assert_same_pixels, make_network
 from trainer.generate import Painter
-from trainer.networks.ops import Formulas
+from trainer.layers.ops import Formulas
 from trainer.training.serving import Served
 
 

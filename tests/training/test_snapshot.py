@@ -13,7 +13,7 @@ import tensorflow as tf
 from trainer.core.errors import DataError
 from trainer.data import manifest, shards
 from trainer.data.manifest import Manifest
-from trainer.networks.stylegan2 import Generator
+from trainer.families.stylegan2.networks import Generator
 from trainer.telemetry import images
 from trainer.telemetry.images import GridLayout
 from trainer.training import snapshot

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.networks.stylegan2 import Discriminator, Generator
+from trainer.families.stylegan2.networks import Discriminator, Generator
 from trainer.training import loss_scale
 from trainer.training.state import PHASES, QUANTITIES, STATS, TrainState
 from trainer.training.step import _PHASE_REPORTS

@@ -11,10 +11,11 @@ import pytest
 import tensorflow as tf
 
 from tests.training.conftest import TINY_MODEL
-from trainer.core import config as config_lib
+from trainer import config as config_lib
 from trainer.data.manifest import Manifest
 from trainer.data.pipeline import ImageStream
-from trainer.networks.ops import Formulas
+from trainer.families.protocol import DataShape
+from trainer.layers.ops import Formulas
 from trainer.training import build
 from trainer.training.state import STATS, TrainState
 from trainer.training.step import TrainStep
@@ -67,7 +68,7 @@ class Run:
             strategy = tf.distribute.MirroredStrategy(names)
         arithmetic = config_lib.batch_arithmetic(self.config, max(replicas, 1))
         counts = manifest.condition_counts(self.config.data.use_labels)
-        shape = build.DataShape(manifest.resolution, manifest.channels, counts)
+        shape = DataShape(manifest.resolution, manifest.channels, counts)
         formulas = Formulas.XLA_CPU if jit else Formulas.GENERIC
         generator, discriminator = build.networks(self.config, shape, formulas)
         exact = self.config.run.precision == "float64"

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.core import config as config_lib
-from trainer.networks.stylegan2 import Discriminator, Generator
+from trainer import config as config_lib
+from trainer.families.stylegan2.networks import Discriminator, Generator
 from trainer.training.phases import Draws, Latents, Phases
 from trainer.training.state import TrainState
 from trainer.training.step import TrainStep

@@ -19,9 +19,9 @@ import pytest
 import tensorflow as tf
 
 from tests.gcs.fixture import Gcs
+from trainer.config import CheckpointConfig
 from trainer.core import cloud_storage, storage, tfrecord
 from trainer.core import lease as lease_lib
-from trainer.core.config import CheckpointConfig
 from trainer.core.errors import StorageError
 from trainer.core.lease import Lease
 from trainer.telemetry.statsfile import constant

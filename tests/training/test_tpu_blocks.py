@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.training.test_cost import traced_flop
-from trainer.core import config as config_lib
+from tests.config.test_cost import traced_flop
+from trainer import config as config_lib
 from trainer.distribution import tpu
-from trainer.training import build, tpu_blocks, tpu_compiler, tpu_estimate
+from trainer.families.protocol import DataShape
+from trainer.training import tpu_blocks, tpu_compiler, tpu_estimate
 from trainer.training.tpu_blocks import Stage
 from trainer.training.tpu_cost import TpuRun
 from trainer.training.tpu_estimate import Estimate
@@ -45,7 +46,7 @@ def run(replicas: int = 1, rounds: int = 1, **model: Any) -> TpuRun:
             "augment": {"mode": "ada", "pipe": "bgc"},
         }
     )
-    return TpuRun.create(config, build.DataShape((16, 16), 3, ()), "v5e:2x2", replicas, None)
+    return TpuRun.create(config, DataShape((16, 16), 3, ()), "v5e:2x2", replicas, None)
 
 
 def flop_by_phase(of: TpuRun) -> dict[str, float]:

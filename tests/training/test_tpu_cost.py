@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import tensorflow as tf
 
-from trainer.core import config as config_lib
+from trainer import config as config_lib
 from trainer.core.errors import ConfigError
 from trainer.data.manifest import Manifest
 from trainer.data.pipeline import ImageStream
 from trainer.distribution import tpu
-from trainer.training import build, tpu_compiler, tpu_estimate
+from trainer.families.protocol import DataShape
+from trainer.training import tpu_compiler, tpu_estimate
 from trainer.training.tpu_cost import LargestBatch, Phase, TpuRun
 from trainer.training.tpu_estimate import Estimate
 
@@ -36,7 +37,7 @@ SMALL: dict[str, Any] = {
 
 def small(replicas: int | None = None, batch: int | None = None, **sections: Any) -> TpuRun:
     merged = {name: {**SMALL.get(name, {}), **sections.get(name, {})} for name in SMALL}
-    data = build.DataShape((16, 16), 3, (5, 7, 9))
+    data = DataShape((16, 16), 3, (5, 7, 9))
     return TpuRun.create(config_lib.from_dict(merged), data, "v5e:2x2", replicas, batch)
 
 
@@ -92,7 +93,7 @@ def test_the_state_has_no_counter_on_the_host() -> None:
 def test_a_program_is_fed_what_the_pipeline_gives(squares: Manifest) -> None:
     """Bytes, with their groups and channels as they come."""
     a = small(replicas=1).arithmetic
-    data = build.DataShape(squares.resolution, squares.channels, tuple(squares.label_counts))
+    data = DataShape(squares.resolution, squares.channels, tuple(squares.label_counts))
     run = TpuRun.create(config_lib.from_dict(SMALL), data, "v5e:2x2", 1, None)
     stream = ImageStream(
         squares,

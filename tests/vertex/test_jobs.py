@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from tests.vertex import discovery
-from trainer.core import config as config_lib
-from trainer.core.config import Config
+from trainer import config as config_lib
+from trainer.config import Config
 from trainer.core.errors import ConfigError
 from trainer.vertex import facts, fit, jobs, targets
 from trainer.vertex.fit import Shape

@@ -23,9 +23,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import trainer
-from trainer.core import config as config_lib
+from trainer import config as config_lib
+from trainer.config import Config
 from trainer.core import documents, flags
-from trainer.core.config import Config
 from trainer.core.errors import ConfigError, TrainerError, UsageError
 from trainer.core.text import shorten
 from trainer.distribution.cluster import Cluster, PeerError

@@ -30,8 +30,8 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
+from trainer.config import Config
 from trainer.core import flags
-from trainer.core.config import Config
 from trainer.core.errors import PreemptedError, TrainerError
 from trainer.core.text import shorten
 from trainer.distribution import meeting

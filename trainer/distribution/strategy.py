@@ -24,8 +24,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from trainer.config import RunConfig
 from trainer.core import flags
-from trainer.core.config import RunConfig
 from trainer.core.errors import ConfigError
 from trainer.distribution.cluster import Cluster, PeerError, find
 from trainer.distribution.membership import heartbeat_timeout, lost_peer, start_timeout

@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from trainer.core.config import Config
+from trainer.config import Config
 from trainer.distribution.precision import full_dtype, half_dtype
-from trainer.networks.ops import Formulas
-from trainer.networks.stylegan2 import Discriminator, Generator
+from trainer.families import registry
+from trainer.families.network import Discriminator, StyleGenerator
+from trainer.families.protocol import DataShape
+from trainer.layers.ops import Formulas
 from trainer.training.augment import AugmentPipe
 from trainer.training.phases import Phases, Sampler
 from trainer.training.state import TrainState
-
-
-@dataclass(frozen=True)
-class DataShape:
-    """What the networks must know of the data set.
-
-    Attributes:
-      resolution: (height, width).
-      channels: 1 to 4.
-      label_counts: images of each class; empty for unconditional training.
-    """
-
-    resolution: tuple[int, int]
-    channels: int
-    label_counts: tuple[int, ...]
 
 
 def formulas(platform: str, jit: bool) -> Formulas:
@@ -46,7 +31,8 @@ def networks(
     formulas: Formulas = Formulas.GENERIC,
     *,
     rounded: bool = True,
-) -> tuple[Generator, Discriminator]:
+    clamped: bool | None = None,
+) -> tuple[StyleGenerator, Discriminator]:
     """Both networks.
 
     Args:
@@ -55,45 +41,23 @@ def networks(
       formulas: how layers are computed.
       rounded: whether 16-bit blocks are; without, they keep their clamp. Pictures are drawn so:
         uncompiled, CPUs take 16 bits an order of magnitude slower than 32.
+      clamped: whether activations are clamped; by default where `run.precision` is in 16 bits.
     """
-    model = config.model
-    half = half_dtype(config.run.precision)
-    group_size = config.training.group_size
-    assert isinstance(model.channel_base, int) and isinstance(group_size, int)
-    clamp = model.conv_clamp if half is not None else None
-    generator = Generator(
-        z_dim=model.z_dim,
-        c_dim=len(data.label_counts),
-        w_dim=model.w_dim,
-        resolution=data.resolution,
-        img_channels=data.channels,
-        mapping_layers=model.mapping_layers,
-        channel_base=model.channel_base,
-        channel_max=model.channel_max,
-        architecture=model.g_architecture,
-        num_fp16_res=model.num_fp16_res,
-        conv_clamp=clamp,
+    half, group_size = half_dtype(config.run.precision), config.training.group_size
+    assert isinstance(group_size, int)
+    build = registry.networks(config.model.family).build
+    made: tuple[StyleGenerator, Discriminator] = build(
+        config.model,
+        data,
+        group_size=group_size,
+        clamped=half is not None if clamped is None else clamped,
         half_dtype=half if rounded else None,
         formulas=formulas,
     )
-    discriminator = Discriminator(
-        c_dim=len(data.label_counts),
-        resolution=data.resolution,
-        img_channels=data.channels,
-        channel_base=model.channel_base,
-        channel_max=model.channel_max,
-        architecture=model.d_architecture,
-        mapping_layers=model.d_mapping_layers,
-        mbstd_group_size=group_size,
-        num_fp16_res=model.num_fp16_res,
-        conv_clamp=clamp,
-        half_dtype=half if rounded else None,
-        formulas=formulas,
-    )
-    return generator, discriminator
+    return made
 
 
-def state(config: Config, generator: Generator, discriminator: Discriminator) -> TrainState:
+def state(config: Config, generator: StyleGenerator, discriminator: Discriminator) -> TrainState:
     """The variables of a run at its start; to be called in its strategy's scope."""
     return TrainState(
         generator,
@@ -108,7 +72,7 @@ def state(config: Config, generator: Generator, discriminator: Discriminator) ->
 def phases_and_draws(
     config: Config,
     data: DataShape,
-    generator: Generator,
+    generator: StyleGenerator,
     discriminator: Discriminator,
     *,
     static_shapes: bool,

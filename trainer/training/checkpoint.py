@@ -37,15 +37,16 @@ import numpy as np
 import psutil
 import tensorflow as tf
 
-from trainer.core import config as config_lib
+from trainer import config as config_lib
+from trainer.config import CheckpointConfig, Config
 from trainer.core import documents, storage
 from trainer.core import lease as lease_lib
-from trainer.core.config import CheckpointConfig, Config
 from trainer.core.errors import CheckpointError, StorageError
 from trainer.core.fencing import Mark, Record
 from trainer.core.lease import Lease, LeaseLostError
 from trainer.core.storage import Digest
-from trainer.networks.stylegan2 import Generator
+from trainer.families.network import StyleGenerator
+from trainer.families.protocol import DataShape
 from trainer.training import build, run_info
 
 FORMAT = 2
@@ -658,7 +659,7 @@ def read_parameters(found: Found, prefix: str) -> dict[str, np.ndarray]:
 
 def load_generator(
     path: str,
-) -> tuple[Generator, dict[str, np.ndarray], Config, dict[str, Any]]:
+) -> tuple[StyleGenerator, dict[str, np.ndarray], Config, dict[str, Any]]:
     """The moving-average generator of a run or a checkpoint.
 
     Args:
@@ -674,7 +675,7 @@ def load_generator(
     found = find(path)
     run_info.check_network(found.info, found.path)
     config = config_lib.from_dict(found.info["config"], where=found.path)
-    data = build.DataShape(
+    data = DataShape(
         tuple(found.info["resolution"]), found.info["channels"], tuple(found.info["label_counts"])
     )
     generator, _ = build.networks(config, data, rounded=False)

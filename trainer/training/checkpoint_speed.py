@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import tensorflow as tf
 
-from trainer.core import config as config_lib
+from trainer import config as config_lib
+from trainer.config import CheckpointConfig
 from trainer.core import storage
-from trainer.core.config import CheckpointConfig
 from trainer.training import build
 from trainer.training.checkpoint import Checkpoints, Inventory
 from trainer.training.speed import Run, Timing

@@ -19,12 +19,13 @@ import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
 
 import trainer
-from trainer.core import config as config_lib
+from trainer import config as config_lib
+from trainer.config import Config
 from trainer.core import documents, storage, tensorflow_log
-from trainer.core.config import Config
 from trainer.core.errors import DivergedError, StorageError, TrainerError
 from trainer.distribution import host
-from trainer.networks.stylegan2 import Generator
+from trainer.families.network import StyleGenerator
+from trainer.families.protocol import DataShape
 from trainer.telemetry import images as grids
 from trainer.training import build, checkpoint, model_card, versions
 from trainer.training.serving import Served
@@ -109,7 +110,7 @@ def publish(
             ) from error
         check = _check(draft.folder, latents, pixels, precision)
         export = {
-            "network": _facts(network, params),
+            "network": _facts(config.model.family, network, params),
             "signatures": _specs(served),
             "metrics": model_card.metrics(workdir, info.get("step", 0)),
             "data_licence": data_licence,
@@ -141,27 +142,22 @@ def is_published(dest: str, info: Mapping[str, Any]) -> bool:
     return card is not None and all(made_from.get(key) == info[key] for key in keys)
 
 
-def _origin(info: Mapping[str, Any]) -> tuple[Config, build.DataShape]:
+def _origin(info: Mapping[str, Any]) -> tuple[Config, DataShape]:
     """What the networks of a checkpoint were built from."""
     config = config_lib.from_dict(info["config"], where="state.json")
     height, width = info["resolution"]
-    return config, build.DataShape((height, width), info["channels"], tuple(info["label_counts"]))
+    return config, DataShape((height, width), info["channels"], tuple(info["label_counts"]))
 
 
-def _network(config: Config, data: build.DataShape, precision: Precision, jit: Jit) -> Generator:
+def _network(config: Config, data: DataShape, precision: Precision, jit: Jit) -> StyleGenerator:
     """The generator as it is to be served."""
     formulas = build.formulas(jit.upper(), jit != "off")
     if precision == "float32":
         return build.networks(config, data, formulas, rounded=False)[0]
     # bfloat16 has float32's range: a network that was trained without a clamp needs none.
     trained_with_clamp = config.run.precision in ("bfloat16", "float16")
-    clamp = config.model.conv_clamp if trained_with_clamp else None
-    config = dataclasses.replace(
-        config,
-        run=dataclasses.replace(config.run, precision=precision),
-        model=dataclasses.replace(config.model, conv_clamp=clamp),
-    )
-    return build.networks(config, data, formulas)[0]
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, precision=precision))
+    return build.networks(config, data, formulas, clamped=trained_with_clamp)[0]
 
 
 def _save(served: Served, folder: str) -> None:
@@ -185,7 +181,7 @@ def _save(served: Served, folder: str) -> None:
 # ---------------------------------------------------------------------------- the check
 
 
-def _latents(network: Generator) -> dict[str, np.ndarray]:
+def _latents(network: StyleGenerator) -> dict[str, np.ndarray]:
     """What the check draws: two images, of the first and the last class."""
     z = [np.random.RandomState(seed).randn(network.z_dim) for seed in range(2)]
     inputs = {"z": np.asarray(z, np.float32), "psi": np.asarray([_CHECK_PSI], np.float32)}
@@ -195,7 +191,7 @@ def _latents(network: Generator) -> dict[str, np.ndarray]:
 
 
 def _draw(
-    network: Generator, params: Mapping[str, np.ndarray], inputs: Mapping[str, np.ndarray]
+    network: StyleGenerator, params: Mapping[str, np.ndarray], inputs: Mapping[str, np.ndarray]
 ) -> np.ndarray:
     """The images of latents, [N, H, W, C] uint8, as `trainer.generate` makes them."""
     with tf.device("/CPU:0"):  # GPUs may round convolutions to ten bits
@@ -268,9 +264,11 @@ def _check(
 # ---------------------------------------------------------------------------- the card
 
 
-def _facts(network: Generator, params: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def _facts(
+    family: str, network: StyleGenerator, params: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
     return {
-        "family": "stylegan2",
+        "family": family,
         "resolution": list(network.resolution),
         "channels": network.img_channels,
         "z_dim": network.z_dim,

@@ -12,10 +12,10 @@ import numpy as np
 import tensorflow as tf
 
 import trainer
-from trainer.core import config as config_lib
+from trainer import config as config_lib
+from trainer.config import Config, Cost
 from trainer.core import lease as lease_lib
 from trainer.core import storage
-from trainer.core.config import Config
 from trainer.core.errors import (
     CheckpointError,
     ConfigError,
@@ -32,6 +32,7 @@ from trainer.data.shards import BadRecords
 from trainer.distribution import precision
 from trainer.distribution.cluster import Cluster
 from trainer.distribution.strategy import Placement, choose
+from trainer.families.protocol import DataShape
 from trainer.telemetry import images as telemetry_images
 from trainer.telemetry.statsfile import Stat, constant
 from trainer.telemetry.writers import Telemetry
@@ -39,7 +40,6 @@ from trainer.training import (
     aside,
     build,
     checkpoint,
-    cost,
     export,
     loss_scale,
     preemption,
@@ -99,14 +99,14 @@ def train(
     arithmetic = config_lib.batch_arithmetic(config, strategy.num_replicas_in_sync)
     if config.run.deterministic:
         tf.config.experimental.enable_op_determinism()
-    data = build.DataShape(
+    data = DataShape(
         manifest.resolution,
         manifest.channels,
         manifest.condition_counts(config.data.use_labels),
     )
     formulas = build.formulas(placement.platform, jit)
     generator, discriminator = build.networks(config, data, formulas)
-    costs = cost.estimate(config, arithmetic, generator, discriminator)
+    costs = config_lib.estimate_cost(config, arithmetic, data)
     for line in _description(config, manifest, arithmetic, placement, jit, costs):
         if is_chief or line.startswith("devices"):
             print(printable(line), flush=True)
@@ -351,7 +351,7 @@ def _description(
     arithmetic: config_lib.BatchArithmetic,
     placement: Placement,
     jit: bool,
-    costs: cost.Cost,
+    costs: Cost,
 ) -> list[str]:
     """What a run is, for the console."""
     height, width = manifest.resolution

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trainer.core import config as config_lib
+from trainer import config as config_lib
 from trainer.core import documents, storage
 from trainer.core.errors import StorageError
 from trainer.core.text import code, code_block, markdown

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from trainer.core.seeds import Purpose, fold_in_groups
-from trainer.networks.ops import Formulas
-from trainer.networks.stylegan2 import Discriminator, Generator, Params
+from trainer.families.network import Discriminator, Params, StyleGenerator
+from trainer.layers.ops import Formulas
 from trainer.training import losses
 from trainer.training.augment import AugmentPipe
 from trainer.training.augment import Draws as AugmentDraws
@@ -81,7 +81,7 @@ class Sampler:
     """
 
     seed: int
-    generator: Generator
+    generator: StyleGenerator
     group_size: int
     pl_group_size: int
     style_mixing_prob: float
@@ -191,7 +191,7 @@ class Phases:
       static_shapes: whether all shapes must be known while tracing (XLA, TPU).
     """
 
-    generator: Generator
+    generator: StyleGenerator
     discriminator: Discriminator
     noise_mode: str
     pipe: AugmentPipe | None

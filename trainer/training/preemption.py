@@ -29,8 +29,8 @@ import threading
 import time
 import types
 
+from trainer.config import RunConfig
 from trainer.core import flags, output
-from trainer.core.config import RunConfig
 from trainer.core.errors import PreemptedError
 from trainer.distribution.membership import Membership
 

@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from trainer.networks.stylegan2 import Generator
+from trainer.families.network import StyleGenerator
 
 _LATENT, _NOISE = 0, 1  # what a seed is used for
 NOISE_MODES = ("const", "random", "none")
@@ -55,7 +55,7 @@ class Served(tf.Module):
     """
 
     def __init__(
-        self, generator: Generator, params: Mapping[str, np.ndarray], *, jit: bool = False
+        self, generator: StyleGenerator, params: Mapping[str, np.ndarray], *, jit: bool = False
     ) -> None:
         super().__init__()
         self._generator = generator

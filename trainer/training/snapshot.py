@@ -10,7 +10,7 @@ from trainer.core.seeds import generator as random_generator
 from trainer.data import shards
 from trainer.data.manifest import Manifest
 from trainer.data.shards import BadRecords
-from trainer.networks.stylegan2 import Generator
+from trainer.families.network import StyleGenerator
 from trainer.telemetry import images
 from trainer.telemetry.images import GridLayout
 
@@ -33,7 +33,7 @@ class Snapshots:
 
     def __init__(
         self,
-        generator: Generator,
+        generator: StyleGenerator,
         manifest: Manifest,
         *,
         use_labels: bool,

@@ -21,15 +21,15 @@ from typing import Any, TypeVar
 import numpy as np
 import tensorflow as tf
 
-from trainer.core import config as config_lib
-from trainer.core.config import BatchArithmetic, Config
+from trainer import config as config_lib
+from trainer.config import BatchArithmetic, Config, Cost
 from trainer.distribution.cluster import Cluster
 from trainer.distribution.precision import full_dtype, half_dtype, prepare
 from trainer.distribution.strategy import Placement, choose
-from trainer.networks.stylegan2 import Discriminator, Generator
+from trainer.families.network import Discriminator, StyleGenerator
+from trainer.families.protocol import DataShape
 from trainer.telemetry import resources
-from trainer.training import build, cost
-from trainer.training.cost import Cost
+from trainer.training import build
 from trainer.training.phases import Phases, Sampler
 from trainer.training.state import TrainState
 from trainer.training.step import TrainStep
@@ -125,15 +125,15 @@ class Run:
     """What `training.loop` trains with, from a config and the shape of the data."""
 
     config: Config
-    data: build.DataShape
+    data: DataShape
     placement: Placement
     jit: bool
     arithmetic: BatchArithmetic
-    generator: Generator
+    generator: StyleGenerator
     discriminator: Discriminator
 
     @classmethod
-    def create(cls, config: Config, data: build.DataShape, cluster: Cluster | None = None) -> Run:
+    def create(cls, config: Config, data: DataShape, cluster: Cluster | None = None) -> Run:
         """Takes the decisions of a run.
 
         Args:
@@ -156,7 +156,7 @@ class Run:
 
     def cost(self) -> Cost:
         """What can be told without running anything."""
-        return cost.estimate(self.config, self.arithmetic, self.generator, self.discriminator)
+        return config_lib.estimate_cost(self.config, self.arithmetic, self.data)
 
     @property
     def devices(self) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 import tensorflow as tf
 
-from trainer.networks.stylegan2 import Discriminator, Generator
+from trainer.families.network import Discriminator, StyleGenerator
 from trainer.training import loss_scale
 
 Variables = dict[str, tf.Variable]
@@ -75,7 +75,7 @@ class TrainState:
 
     def __init__(
         self,
-        generator: Generator,
+        generator: StyleGenerator,
         discriminator: Discriminator,
         *,
         seed: int,

@@ -14,7 +14,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from trainer.core.config import BatchArithmetic, Config
+from trainer.config import BatchArithmetic, Config
 from trainer.training import augment, loss_scale
 from trainer.training.optimizer import Adam, ema_beta
 from trainer.training.phases import Draw, Grads, Phases, Report

@@ -23,7 +23,8 @@ from typing import Any, Literal
 
 import tensorflow as tf
 
-from trainer.networks.stylegan2 import Network
+from trainer.families.network import Network
+from trainer.families.stylegan2.networks import Discriminator, Generator
 from trainer.training import tpu_compiler, tpu_estimate
 from trainer.training.optimizer import Adam
 from trainer.training.tpu_cost import Phase, TpuRun
@@ -128,6 +129,7 @@ def _params_of(network: Network, prefix: str) -> dict[str, tf.TensorSpec]:
 def generator_stages(run: TpuRun, images: int) -> list[Stage]:
     """The mapping network and each block, for a number of images."""
     generator, w_dim = run.phases.generator, run.phases.generator.w_dim
+    assert isinstance(generator, Generator)
 
     latents = [tf.TensorSpec([images, generator.z_dim]), tf.TensorSpec([images, generator.c_dim])]
     stages = [
@@ -168,7 +170,7 @@ def generator_stages(run: TpuRun, images: int) -> list[Stage]:
 def discriminator_stages(run: TpuRun, images: int) -> list[Stage]:
     """Each block and the epilogue, for a number of images."""
     discriminator = run.phases.discriminator
-
+    assert isinstance(discriminator, Discriminator)
     skips = discriminator.architecture == "skip"
     stages = []
     handed_on = [tf.TensorSpec([images, *run.data.resolution, run.data.channels])]

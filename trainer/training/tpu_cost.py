@@ -10,10 +10,11 @@ from typing import Any
 
 import tensorflow as tf
 
-from trainer.core import config as config_lib
-from trainer.core.config import BatchArithmetic, Config
+from trainer import config as config_lib
+from trainer.config import BatchArithmetic, Config
 from trainer.core.errors import ConfigError
 from trainer.distribution import precision, tpu
+from trainer.families.protocol import DataShape
 from trainer.training import build, tpu_compiler, tpu_estimate
 from trainer.training.phases import Phases, Sampler
 from trainer.training.state import TrainState
@@ -63,7 +64,7 @@ class TpuRun:
     """A run on a slice that isn't there."""
 
     config: Config
-    data: build.DataShape
+    data: DataShape
     topology: Topology
     arithmetic: BatchArithmetic
     state: TrainState
@@ -74,7 +75,7 @@ class TpuRun:
     def create(
         cls,
         config: Config,
-        data: build.DataShape,
+        data: DataShape,
         topology_name: str,
         replicas: int | None,
         per_replica_batch: int | None,

@@ -22,7 +22,7 @@ def facts(request: Request, found: Plan, sec_per_kimg: float | None) -> list[tup
         ),
         (
             "memory",
-            f"about {found.sizes.total_mib / GIB:.1f} GiB of {target.memory_mib / GIB:.0f} on "
+            f"about {found.cost.total_mib / GIB:.1f} GiB of {target.memory_mib / GIB:.0f} on "
             f"each {target.unit}, by estimate",
         ),
         *_cost(request, found, sec_per_kimg),

@@ -6,11 +6,11 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.core import config as config_lib
-from trainer.core.config import BatchArithmetic, Config
+from trainer import config as config_lib
+from trainer.config import BatchArithmetic, Config, Cost
 from trainer.core.errors import ConfigError
-from trainer.vertex import sizes, targets
-from trainer.vertex.sizes import Sizes
+from trainer.families.protocol import DataShape
+from trainer.vertex import targets
 from trainer.vertex.targets import GIB, GPUS, Target
 
 _TIGHT = 0.75  # share of the memory from which an estimate is worth a warning
@@ -40,13 +40,13 @@ class Plan:
     Attributes:
       config: resolved.
       arithmetic: its batch.
-      sizes: its memory.
+      cost: what it takes.
       warnings: what isn't wrong, but should be known.
     """
 
     config: Config
     arithmetic: BatchArithmetic
-    sizes: Sizes
+    cost: Cost
     warnings: tuple[str, ...]
 
 
@@ -74,7 +74,9 @@ def _try_plan(config: Config, shape: Shape, target: Target) -> Plan:
             "makes another number with --shards)"
         )
     arithmetic = _arithmetic(config, target)
-    found = _sizes(config, arithmetic, shape)
+    classes = shape.num_classes if config.data.use_labels else 0
+    data = DataShape(shape.resolution, shape.channels, (1,) * classes)
+    found = config_lib.estimate_cost(config, arithmetic, data)
     share = found.total_mib / target.memory_mib
     if share > 1:
         raise ConfigError(
@@ -83,13 +85,6 @@ def _try_plan(config: Config, shape: Shape, target: Target) -> Plan:
             f"{target.memory_mib / GIB:.0f}"
         )
     return Plan(config, arithmetic, found, tuple(_warnings(share, target)))
-
-
-def _sizes(config: Config, arithmetic: BatchArithmetic, shape: Shape) -> Sizes:
-    classes = shape.num_classes if config.data.use_labels else 0
-    return sizes.estimate(
-        config, arithmetic, shape.resolution, channels=shape.channels, num_classes=classes
-    )
 
 
 def _arithmetic(config: Config, target: Target) -> BatchArithmetic:

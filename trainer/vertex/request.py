@@ -13,9 +13,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from trainer.core import config as config_lib
+from trainer import config as config_lib
+from trainer.config import Config
 from trainer.core import storage
-from trainer.core.config import Config
 from trainer.core.errors import UsageError
 from trainer.vertex.fit import Shape
 from trainer.vertex.targets import Target

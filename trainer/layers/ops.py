@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
-from trainer.networks import packing
+from trainer.layers import packing
 
 
 class Formulas(enum.Enum):

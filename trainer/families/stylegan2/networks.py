@@ -1,146 +1,87 @@
 """StyleGAN2's generator and discriminator (Karras et al. 2020), value for value NVIDIA's.
 
-A network is a description: it knows the names and shapes of its parameters and how to apply them,
-and holds none. Parameters come as a mapping from name to tensor, so the same network serves the
-weights in training, their moving average and a loaded checkpoint. Names are NVIDIA's; a `b16`
-block is the third above the base grid, also where that grid isn't 4x4.
+Names are NVIDIA's; a `b16` block is the third above the base grid, also where that grid isn't 4x4.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import tensorflow as tf
 
-from trainer.core import seeds
-from trainer.core.config import base_grid
-from trainer.networks import ops, packing
+from trainer.families import network
+from trainer.families.network import Params
+from trainer.families.protocol import DataShape
+from trainer.families.stylegan2.keys import (
+    MAPPING_LR,
+    Keys,
+    base_grid,
+    channels,
+    discriminator_table,
+    generator_table,
+)
+from trainer.layers import ops, packing
 
-Params = Mapping[str, tf.Tensor]
 NumHalf = int | Literal["all"]
 
 _SQRT_HALF = math.sqrt(0.5)
 
 
-@dataclass(frozen=True)
-class Spec:
-    """One parameter: its shape in our layout and how it starts.
+def build(
+    keys: Keys,
+    data: DataShape,
+    *,
+    group_size: int,
+    clamped: bool,
+    half_dtype: tf.DType | None,
+    formulas: ops.Formulas,
+) -> tuple[Generator, Discriminator]:
+    """Both networks.
 
-    Attributes:
-      shape: [kh, kw, in, out], [in, out], [C], [H, W, C] (`const`), [H, W] (`noise_const`) or [].
-      init: standard deviation of a normal start if `random`, else the constant it starts from.
-      random: whether it starts from normal noise.
-      trainable: whether the optimizer changes it; NVIDIA's buffers aren't.
-      grid: for a layer that flattens feature maps, the (H, W, C) it flattens.
+    Args:
+      keys: resolved.
+      data: what they make and judge.
+      group_size: images over which minibatch standard deviation is taken.
+      clamped: whether activations are clamped, as they are where blocks are in 16 bits.
+      half_dtype: of the blocks that are; None for full precision throughout.
+      formulas: how layers are computed.
     """
-
-    shape: tuple[int, ...]
-    init: float
-    random: bool
-    trainable: bool = True
-    grid: tuple[int, int, int] | None = None
-
-
-class Network:
-    """What generator and discriminator share: named parameters and their layouts."""
-
-    def __init__(self) -> None:
-        self.specs: dict[str, Spec] = {}
-
-    def init(self, seed: int) -> dict[str, np.ndarray]:
-        """Fresh float32 parameters; a parameter's start depends on the seed and its name only."""
-        values = {}
-        for name, spec in self.specs.items():
-            if spec.random:
-                rng = seeds.generator(seed, seeds.Purpose.INIT, *name.encode())
-                value = rng.standard_normal(spec.shape) * spec.init
-            else:
-                value = np.full(spec.shape, spec.init)
-            values[name] = value.astype(np.float32)
-        return values
-
-    def trainable_names(self) -> list[str]:
-        """The parameters an optimizer changes, in the order of creation."""
-        return [name for name, spec in self.specs.items() if spec.trainable]
-
-    def from_nvidia(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Takes parameters over from NVIDIA's layouts (OIHW, [out, in], CHW).
-
-        Args:
-          arrays: NVIDIA's parameters and buffers by name; filters among them are passed over.
-
-        Raises:
-          ValueError: naming parameters that are missing or have another shape.
-        """
-        values = {}
-        for name, spec in self.specs.items():
-            if name not in arrays:
-                raise ValueError(f"parameter {name!r} is missing")
-            value = _from_nvidia_layout(np.asarray(arrays[name]), spec)
-            if value.shape != spec.shape:
-                raise ValueError(f"parameter {name!r} has shape {value.shape}, not {spec.shape}")
-            values[name] = value
-        return values
-
-    def to_nvidia(self, params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The inverse of `from_nvidia`."""
-        return {
-            name: _to_nvidia_layout(np.asarray(params[name]), spec)
-            for name, spec in self.specs.items()
-        }
-
-    def _dense(
-        self, name: str, inputs: int, outputs: int, *, bias: float = 0.0, lr_multiplier: float = 1.0
-    ) -> None:
-        self.specs[f"{name}.weight"] = Spec((inputs, outputs), 1 / lr_multiplier, True)
-        self.specs[f"{name}.bias"] = Spec((outputs,), bias, False)
-
-    def _conv(self, name: str, inputs: int, outputs: int, kernel: int, *, bias: bool) -> None:
-        self.specs[f"{name}.weight"] = Spec((kernel, kernel, inputs, outputs), 1.0, True)
-        if bias:
-            self.specs[f"{name}.bias"] = Spec((outputs,), 0.0, False)
-
-    def _mapping(self, z_dim: int, c_dim: int, w_dim: int, layers: int) -> None:
-        """Declares a mapping network (`mapping.*`)."""
-        if c_dim:
-            self._dense("mapping.embed", c_dim, w_dim)
-        features = z_dim + (w_dim if c_dim else 0)
-        for layer in range(layers):
-            self._dense(f"mapping.fc{layer}", features, w_dim, lr_multiplier=_MAPPING_LR)
-            features = w_dim
-
-
-def _from_nvidia_layout(value: np.ndarray, spec: Spec) -> np.ndarray:
-    if spec.grid is not None:
-        height, width, channels = spec.grid
-        value = value.reshape(-1, channels, height, width).transpose(2, 3, 1, 0)
-        return np.ascontiguousarray(value.reshape(height * width * channels, -1))
-    if value.ndim == 4:
-        return np.ascontiguousarray(value.transpose(2, 3, 1, 0))
-    if value.ndim == 3:
-        return np.ascontiguousarray(value.transpose(1, 2, 0))
-    # The noise of a layer is an image in both layouts.
-    return np.ascontiguousarray(value.T) if value.ndim == 2 and spec.trainable else value
-
-
-def _to_nvidia_layout(value: np.ndarray, spec: Spec) -> np.ndarray:
-    if spec.grid is not None:
-        height, width, channels = spec.grid
-        value = value.reshape(height, width, channels, -1).transpose(3, 2, 0, 1)
-        return np.ascontiguousarray(value.reshape(-1, channels * height * width))
-    if value.ndim == 4:
-        return np.ascontiguousarray(value.transpose(3, 2, 0, 1))
-    if value.ndim == 3:
-        return np.ascontiguousarray(value.transpose(2, 0, 1))
-    return np.ascontiguousarray(value.T) if value.ndim == 2 and spec.trainable else value
-
-
-# The learning rate of the mapping network relative to the rest (StyleGAN, appendix C).
-_MAPPING_LR = 0.01
+    assert isinstance(keys.channel_base, int)
+    clamp = keys.conv_clamp if clamped else None
+    generator = Generator(
+        z_dim=keys.z_dim,
+        c_dim=len(data.label_counts),
+        w_dim=keys.w_dim,
+        resolution=data.resolution,
+        img_channels=data.channels,
+        mapping_layers=keys.mapping_layers,
+        channel_base=keys.channel_base,
+        channel_max=keys.channel_max,
+        architecture=keys.g_architecture,
+        num_fp16_res=keys.num_fp16_res,
+        conv_clamp=clamp,
+        half_dtype=half_dtype,
+        formulas=formulas,
+    )
+    discriminator = Discriminator(
+        c_dim=len(data.label_counts),
+        resolution=data.resolution,
+        img_channels=data.channels,
+        channel_base=keys.channel_base,
+        channel_max=keys.channel_max,
+        architecture=keys.d_architecture,
+        mapping_layers=keys.d_mapping_layers,
+        mbstd_group_size=group_size,
+        num_fp16_res=keys.num_fp16_res,
+        conv_clamp=clamp,
+        half_dtype=half_dtype,
+        formulas=formulas,
+    )
+    return generator, discriminator
 
 
 def _dense(
@@ -202,7 +143,7 @@ def _mapping_layers(params: Params, z: tf.Tensor | None, c: tf.Tensor, layers: i
         inputs.append(ops.normalize_2nd_moment(_dense(params, "mapping.embed", c)))
     x = tf.concat(inputs, 1)
     for layer in range(layers):
-        x = _dense(params, f"mapping.fc{layer}", x, activation="lrelu", lr_multiplier=_MAPPING_LR)
+        x = _dense(params, f"mapping.fc{layer}", x, activation="lrelu", lr_multiplier=MAPPING_LR)
     return x
 
 
@@ -228,10 +169,6 @@ class Block:
     side: int
 
 
-def _channels(level: int, channel_base: int, channel_max: int) -> int:
-    return min(channel_base // (4 << level), channel_max)
-
-
 def _side(level: int, channels: int, formulas: ops.Formulas) -> int:
     """Of a block `level` doublings above the base grid, which a block of pixels must divide."""
     return min(packing.pack_side(channels), 1 << level) if formulas is ops.Formulas.TPU else 1
@@ -246,7 +183,7 @@ def _level_dtype(
     return half_dtype if level > max(doublings - num_fp16_res, 0) else None
 
 
-class Generator(Network):
+class Generator(network.StyleGenerator):
     """z, c -> ws -> images.
 
     Args:
@@ -283,7 +220,19 @@ class Generator(Network):
         half_dtype: tf.DType | None = None,
         formulas: ops.Formulas = ops.Formulas.GENERIC,
     ) -> None:
-        super().__init__()
+        super().__init__(
+            generator_table(
+                z_dim=z_dim,
+                c_dim=c_dim,
+                w_dim=w_dim,
+                resolution=resolution,
+                img_channels=img_channels,
+                mapping_layers=mapping_layers,
+                channel_base=channel_base,
+                channel_max=channel_max,
+                architecture=architecture,
+            )
+        )
         self.z_dim, self.c_dim, self.w_dim = z_dim, c_dim, w_dim
         self.resolution, self.img_channels = resolution, img_channels
         self.mapping_layers, self.architecture = mapping_layers, architecture
@@ -292,16 +241,12 @@ class Generator(Network):
         self.blocks: list[Block] = []
         inputs = 0
         for level in range(doublings + 1):
-            outputs = _channels(level, channel_base, channel_max)
+            outputs = channels(level, channel_base, channel_max)
             dtype = _level_dtype(level, doublings, num_fp16_res, half_dtype)
             size = f"b{4 << level}", height << level, width << level
             side = _side(level, outputs, formulas)
             self.blocks.append(Block(*size, inputs, outputs, dtype, side))
             inputs = outputs
-        for block in self.blocks:
-            self._declare(block)
-        self._mapping(z_dim, c_dim, w_dim, mapping_layers)
-        self.specs["mapping.w_avg"] = Spec((w_dim,), 0.0, False, trainable=False)
         # Every convolution takes one w, and so does the last conversion to RGB.
         self.num_ws = sum(self._num_convs(block) for block in self.blocks) + 1
         self.noise_shapes = [
@@ -317,27 +262,6 @@ class Generator(Network):
     def _has_torgb(self, block: Block) -> bool:
         return self.architecture == "skip" or block is self.blocks[-1]
 
-    def _declare(self, block: Block) -> None:
-        name, outputs = f"synthesis.{block.name}", block.outputs
-        if not block.inputs:
-            self.specs[f"{name}.const"] = Spec((block.height, block.width, outputs), 1.0, True)
-        else:
-            self._declare_layer(f"{name}.conv0", block, block.inputs)
-        self._declare_layer(f"{name}.conv1", block, outputs)
-        if self._has_torgb(block):
-            self._conv(f"{name}.torgb", outputs, self.img_channels, 1, bias=True)
-            self._dense(f"{name}.torgb.affine", self.w_dim, outputs, bias=1.0)
-        if block.inputs and self.architecture == "resnet":
-            self._conv(f"{name}.skip", block.inputs, outputs, 1, bias=False)
-
-    def _declare_layer(self, name: str, block: Block, inputs: int) -> None:
-        self._conv(name, inputs, block.outputs, 3, bias=True)
-        self.specs[f"{name}.noise_strength"] = Spec((), 0.0, False)
-        self.specs[f"{name}.noise_const"] = Spec(
-            (block.height, block.width), 1.0, True, trainable=False
-        )
-        self._dense(f"{name}.affine", self.w_dim, inputs, bias=1.0)
-
     # ----------------------------------------------------------------------------------
 
     def map(self, params: Params, z: tf.Tensor, c: tf.Tensor) -> tf.Tensor:
@@ -352,37 +276,6 @@ class Generator(Network):
           w: [N, w_dim].
         """
         return _mapping_layers(params, z, c, self.mapping_layers)
-
-    def broadcast(self, w: tf.Tensor) -> tf.Tensor:
-        """One w for every layer: [N, w_dim] -> [N, num_ws, w_dim]."""
-        return tf.tile(w[:, tf.newaxis], [1, self.num_ws, 1])
-
-    def mapping(
-        self,
-        params: Params,
-        z: tf.Tensor,
-        c: tf.Tensor,
-        truncation_psi: float | tf.Tensor = 1.0,
-        truncation_cutoff: int | None = None,
-    ) -> tf.Tensor:
-        """Latents to the ws of all layers, with truncation (StyleGAN, appendix B).
-
-        Args:
-          params: the parameters by name.
-          z: [N, z_dim].
-          c: [N, c_dim].
-          truncation_psi: 1 leaves w, 0 gives the average w.
-          truncation_cutoff: only this many of the first layers are truncated; None is all.
-
-        Returns:
-          ws: [N, num_ws, w_dim].
-        """
-        ws = self.broadcast(self.map(params, z, c))
-        cutoff = self.num_ws if truncation_cutoff is None else truncation_cutoff
-        average = params["mapping.w_avg"]
-        truncated = average + (ws - average) * tf.convert_to_tensor(truncation_psi, ws.dtype)
-        layer = tf.range(self.num_ws)[tf.newaxis, :, tf.newaxis]
-        return tf.where(layer < cutoff, truncated, ws)
 
     def noise(self, params: Params, mode: str, random: tf.Tensor | None = None) -> list[tf.Tensor]:
         """The noise image of every layer, before its strength.
@@ -569,7 +462,7 @@ def _chain(first: tf.Tensor, rest: Iterator[tf.Tensor]) -> Iterator[tf.Tensor]:
     yield from rest
 
 
-class Discriminator(Network):
+class Discriminator(network.Discriminator):
     """Images, c -> logits.
 
     Args:
@@ -599,7 +492,17 @@ class Discriminator(Network):
         half_dtype: tf.DType | None = None,
         formulas: ops.Formulas = ops.Formulas.GENERIC,
     ) -> None:
-        super().__init__()
+        super().__init__(
+            discriminator_table(
+                c_dim=c_dim,
+                resolution=resolution,
+                img_channels=img_channels,
+                mapping_layers=mapping_layers,
+                channel_base=channel_base,
+                channel_max=channel_max,
+                architecture=architecture,
+            )
+        )
         self.c_dim, self.resolution, self.img_channels = c_dim, resolution, img_channels
         self.architecture, self.mapping_layers = architecture, mapping_layers
         self.mbstd_group_size, self.conv_clamp, self.formulas = (
@@ -610,52 +513,19 @@ class Discriminator(Network):
         height, width, doublings = base_grid(resolution)
         self.blocks: list[Block] = []
         for level in range(doublings, 0, -1):
-            inputs = _channels(level, channel_base, channel_max)
-            outputs = _channels(level - 1, channel_base, channel_max)
+            inputs = channels(level, channel_base, channel_max)
+            outputs = channels(level - 1, channel_base, channel_max)
             dtype = _level_dtype(level, doublings, num_fp16_res, half_dtype)
             size = f"b{4 << level}", height << level, width << level
             side = _side(level, inputs, formulas)
             self.blocks.append(Block(*size, inputs, outputs, dtype, side))
-        # NVIDIA counts layers from the image inwards when it freezes the first of them.
-        self._layers: list[str] = []
-        for block in self.blocks:
-            self._declare(block)
         self._epilogue_dtype = _level_dtype(0, doublings, num_fp16_res, half_dtype)
-        channels = _channels(0, channel_base, channel_max)
-        self.cmap_dim = channels if c_dim else 0
-        if architecture == "skip":
-            self._conv("b4.fromrgb", img_channels, channels, 1, bias=True)
-        self._conv("b4.conv", channels + 1, channels, 3, bias=True)
-        self.specs["b4.fc.weight"] = Spec(
-            (height * width * channels, channels), 1.0, True, grid=(height, width, channels)
-        )
-        self.specs["b4.fc.bias"] = Spec((channels,), 0.0, False)
-        self._dense("b4.out", channels, self.cmap_dim or 1)
-        if c_dim:
-            self._mapping(0, c_dim, self.cmap_dim, mapping_layers)
-
-    def _declare(self, block: Block) -> None:
-        if block is self.blocks[0] or self.architecture == "skip":
-            self._conv(f"{block.name}.fromrgb", self.img_channels, block.inputs, 1, bias=True)
-            self._layers.append(f"{block.name}.fromrgb")
-        self._conv(f"{block.name}.conv0", block.inputs, block.inputs, 3, bias=True)
-        self._conv(f"{block.name}.conv1", block.inputs, block.outputs, 3, bias=True)
-        self._layers += [f"{block.name}.conv0", f"{block.name}.conv1"]
-        if self.architecture == "resnet":
-            self._conv(f"{block.name}.skip", block.inputs, block.outputs, 1, bias=False)
-            self._layers.append(f"{block.name}.skip")
-
-    def trainable_names(self, freeze_layers: int = 0) -> list[str]:
-        """The parameters an optimizer changes, without the first `freeze_layers` layers (Freeze-D).
-
-        Mo et al. 2020, "Freeze the discriminator"; layers count from the image inwards.
-        """
-        frozen = {
-            f"{layer}.{kind}"
-            for layer in self._layers[:freeze_layers]
-            for kind in ("weight", "bias")
-        }
-        return [name for name in super().trainable_names() if name not in frozen]
+        # From the image inwards, as NVIDIA counts them; without the epilogue.
+        names = (name.rpartition(".")[0] for name in self.specs)
+        self.freezable_layers = [
+            *dict.fromkeys(name for name in names if not name.startswith(("b4.", "mapping.")))
+        ]
+        self.cmap_dim = channels(0, channel_base, channel_max) if c_dim else 0
 
     def __call__(self, params: Params, images: tf.Tensor, c: tf.Tensor) -> tf.Tensor:
         """Scores images.

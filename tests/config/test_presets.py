@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from trainer.core import config as config_lib
+from trainer import config as config_lib
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 PRESETS = sorted(path.stem for path in CONFIGS.glob("*.yaml"))

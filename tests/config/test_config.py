@@ -11,18 +11,20 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from trainer.core import config as config_lib
-from trainer.core import errors, storage
-from trainer.core.config import Config
+from trainer import config as config_lib
+from trainer.config import Config, loading, schema
+from trainer.core import errors, sections, storage
 from trainer.core.errors import ConfigError
+from trainer.families import registry
 
+KEYS = config_lib.known_keys(registry.DEFAULT)
 NUMBERS = st.floats(min_value=1e-12, max_value=0.999, allow_subnormal=False)
 
 
 def _values(key: str, hint: Any) -> st.SearchStrategy[Any]:
     """Values that every limit in the config allows."""
     choices = []
-    for option in config_lib._options(hint):
+    for option in sections._options(hint):
         if typing.get_origin(option) is Literal:
             choices.append(st.sampled_from(typing.get_args(option)))
         elif option is type(None):
@@ -43,7 +45,7 @@ def _values(key: str, hint: Any) -> st.SearchStrategy[Any]:
 @st.composite
 def configs(draw: st.DrawFn) -> Config:
     document: dict[str, dict[str, Any]] = {}
-    for key, hint in config_lib._HINTS.items():
+    for key, (hint, _) in KEYS.items():
         section, _, name = key.partition(".")
         if draw(st.booleans()):
             document.setdefault(section, {})[name] = draw(_values(key, hint))
@@ -84,9 +86,10 @@ def test_empty_file_is_the_defaults(tmp_path: pathlib.Path) -> None:
 
 
 def test_every_key_is_documented() -> None:
-    for name, section in config_lib._SECTIONS.items():
-        for field in dataclasses.fields(section):
-            assert f"\n      {field.name}: " in (section.__doc__ or ""), f"{name}.{field.name}"
+    families = [registry.keys(name) for name in registry.NAMES]
+    for section in [*schema.SECTIONS.values(), *families]:
+        for name in sections.keys(section):
+            assert f"\n      {name}: " in (section.__doc__ or ""), f"{section.NAME}.{name}"
 
 
 # ---------------------------------------------------------------- files
@@ -299,7 +302,7 @@ FREE = {
 }
 
 
-@pytest.mark.parametrize("key", sorted(config_lib._HINTS))
+@pytest.mark.parametrize("key", sorted(KEYS))
 def test_exactly_the_free_keys_leave_the_fingerprint(key: str) -> None:
     default: Any = getattr(getattr(Config(), key.partition(".")[0]), key.partition(".")[2])
     free = {text.partition("=")[0]: text for text in FREE}
@@ -316,7 +319,7 @@ def test_exactly_the_free_keys_leave_the_fingerprint(key: str) -> None:
     if key == "model.family":
         pytest.skip("there is one family")
     if key in free:
-        changed = config_lib._build(dict([config_lib._read_override(free[key])]))
+        changed = loading._build(dict([loading._read_override(free[key])]))
         assert changed != Config()
         assert config_lib.diff(Config(), changed) == []
         return
@@ -334,60 +337,7 @@ def test_fingerprint_is_the_same_in_every_process() -> None:
     assert config_lib.fingerprint(Config()) == "6cc463b9712b5004"
 
 
-# ---------------------------------------------------------------- resolution
-
-
-@pytest.mark.parametrize(
-    ("resolution", "expected"),
-    [
-        ((32, 32), (4, 4, 3)),
-        ((64, 64), (4, 4, 4)),
-        ((1024, 1024), (4, 4, 8)),
-        ((256, 128), (8, 4, 5)),
-        ((128, 256), (4, 8, 5)),
-        ((96, 96), (6, 6, 4)),
-        ((8, 8), (4, 4, 1)),
-        ((14, 10), (7, 5, 1)),
-        ((512, 64), (32, 4, 4)),
-    ],
-)
-def test_base_grid(resolution: tuple[int, int], expected: tuple[int, int, int]) -> None:
-    assert config_lib.base_grid(resolution) == expected
-
-
-@pytest.mark.parametrize(
-    ("resolution", "nearest"),
-    [
-        ((100, 100), "96x96, 112x112"),
-        ((4, 4), "8x8"),
-        ((1, 1), "8x8"),
-        ((257, 129), "256x128"),
-        ((1080, 1920), "1024x1792"),
-        ((1024, 64), "1024x128"),
-        ((30, 30), "28x28|32x32"),
-    ],
-)
-def test_impossible_resolution_names_possible_ones(
-    resolution: tuple[int, int], nearest: str
-) -> None:
-    with pytest.raises(ConfigError, match=nearest):
-        config_lib.base_grid(resolution)
-
-
-@hypothesis.given(st.integers(1, 2100), st.integers(1, 2100))
-@hypothesis.settings(deadline=None)
-def test_base_grid_or_neighbours_that_work(height: int, width: int) -> None:
-    try:
-        h0, w0, n = config_lib.base_grid((height, width))
-    except ConfigError:
-        nearest = config_lib.nearest_resolutions(height, width)
-        assert nearest
-        assert all(config_lib.base_grid(size) for size in nearest)
-        return
-    assert (h0 * 2**n, w0 * 2**n) == (height, width)
-    assert 4 <= min(h0, w0) <= 7
-    assert max(h0, w0) <= 32
-    assert n >= 1
+# ---------------------------------------------------------------- auto
 
 
 AUTO = {

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.core import config as config_lib
-from trainer.core.config import Config
-from trainer.networks.ops import Formulas
-from trainer.networks.stylegan2 import Discriminator, Generator
-from trainer.training import build, cost
+from trainer import config as config_lib
+from trainer.config import Config
+from trainer.families.network import Discriminator, StyleGenerator
+from trainer.families.protocol import DataShape
+from trainer.layers.ops import Formulas
+from trainer.training import build
 
 OPS = ("Conv2D", "Conv2DBackpropInput", "Conv2DBackpropFilter")
 
@@ -32,15 +33,14 @@ def make_config(*, resolution: tuple[int, int], model: dict[str, Any], **trainin
 
 def networks(
     config: Config, resolution: tuple[int, int]
-) -> tuple[build.DataShape, Generator, Discriminator]:
-    data = build.DataShape(resolution, 3, ())
+) -> tuple[DataShape, StyleGenerator, Discriminator]:
+    data = DataShape(resolution, 3, ())
     return (data, *build.networks(config, data, Formulas.GENERIC))
 
 
-def estimate(config: Config, resolution: tuple[int, int]) -> cost.Cost:
-    _, generator, discriminator = networks(config, resolution)
+def estimate(config: Config, resolution: tuple[int, int]) -> config_lib.Cost:
     arithmetic = config_lib.batch_arithmetic(config, 1)
-    return cost.estimate(config, arithmetic, generator, discriminator)
+    return config_lib.estimate_cost(config, arithmetic, DataShape(resolution, 3, ()))
 
 
 def flop_of(operation: tf.Operation) -> float:

@@ -12,10 +12,11 @@ import pytest
 import tensorflow as tf
 
 from trainer.core.errors import ConfigError
-from trainer.networks import ops, packing
-from trainer.networks.stylegan2 import Discriminator, Generator, Network
+from trainer.families.network import Network
+from trainer.families.stylegan2.networks import Discriminator, Generator
+from trainer.layers import ops, packing
 
-GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
+GOLDENS = pathlib.Path(__file__).parents[2] / "goldens"
 SMALL: dict[str, Any] = {"channel_base": 256, "channel_max": 16}
 # The goldens' own rounding: 3e-6 for images and logits, 5e-5 for gradients.
 VALUES, GRADIENTS = 1e-5, 2e-4

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.networks.test_ops import derivatives, error
-from trainer.networks import ops, packing
+from tests.layers.test_ops import derivatives, error
+from trainer.layers import ops, packing
 
 
 @pytest.fixture(scope="module")

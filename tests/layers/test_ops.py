@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.networks import ops
+from trainer.layers import ops
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
 FORMULAS = pytest.mark.parametrize("formulas", list(ops.Formulas))

@@ -1,0 +1,45 @@
+"""The config: typed sections, YAML presets with `base:`, overrides, and the rules between keys.
+
+    config = load("configs/auto.yaml", ["data.mirror=true", "training.batch_size=64"])
+    config = resolve(config, resolution=(256, 256))     # no 'auto' is left
+    batch = batch_arithmetic(config, num_replicas=8)
+
+Nothing here needs TensorFlow.
+"""
+
+from trainer.config.auto import resolve
+from trainer.config.batch import BatchArithmetic, batch_arithmetic
+from trainer.config.cost import Cost, estimate_cost
+from trainer.config.identity import diff, fingerprint
+from trainer.config.loading import from_dict, known_keys, load, to_dict, to_yaml
+from trainer.config.schema import (
+    AugmentConfig,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    RunConfig,
+    TelemetryConfig,
+    TrainingConfig,
+)
+
+__all__ = [
+    "AugmentConfig",
+    "BatchArithmetic",
+    "CheckpointConfig",
+    "Config",
+    "Cost",
+    "DataConfig",
+    "RunConfig",
+    "TelemetryConfig",
+    "TrainingConfig",
+    "batch_arithmetic",
+    "diff",
+    "estimate_cost",
+    "fingerprint",
+    "from_dict",
+    "known_keys",
+    "load",
+    "resolve",
+    "to_dict",
+    "to_yaml",
+]

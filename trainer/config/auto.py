@@ -1,0 +1,37 @@
+"""What the keys that are 'auto' stand for."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from trainer.config.schema import Config
+from trainer.core.errors import ConfigError
+from trainer.core.sections import fill
+
+
+def resolve(config: Config, *, resolution: tuple[int, int]) -> Config:
+    """The config with every 'auto' replaced by what the rules of its family give.
+
+    `run.strategy` and `run.jit` keep their 'auto': they are about the machine, not about the run.
+
+    Args:
+      config: as loaded.
+      resolution: (height, width) of the data set.
+
+    Raises:
+      ConfigError: the networks cannot make this resolution, or keys don't fit each other.
+    """
+    given = config.training.batch_size
+    values = config.model.training_values(resolution, None if given == "auto" else given)
+    resolved = dataclasses.replace(
+        config,
+        model=config.model.resolved(resolution),
+        training=fill(config.training, values),
+    )
+    every, in_a_row = config.checkpoint.every_steps, config.run.steps_per_loop
+    if every % in_a_row:
+        raise ConfigError(
+            f"checkpoint.every_steps = {every} is no multiple of run.steps_per_loop = {in_a_row}; "
+            f"set it to {-(-every // in_a_row) * in_a_row}"
+        )
+    return resolved

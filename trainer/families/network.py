@@ -1,0 +1,231 @@
+"""What training, drawing and serving know of a family's networks.
+
+A network is a description: it knows the names and shapes of its parameters and how to apply them,
+and holds none. Parameters come as a mapping from name to tensor, so the same network serves the
+weights in training, their moving average and a loaded checkpoint.
+
+`networks.py` of a family has a function `build` that makes both networks from the family's keys.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+
+import numpy as np
+import tensorflow as tf
+
+from trainer.core import seeds
+from trainer.families.protocol import Spec, Table
+from trainer.layers.ops import Formulas
+
+Params = Mapping[str, tf.Tensor]
+
+
+class Network(abc.ABC):
+    """What generator and discriminator share: named parameters and their layouts.
+
+    Attributes:
+      specs: the parameters by name.
+      c_dim: number of classes, 0 if unconditional.
+      resolution: (height, width) of the images.
+      img_channels: 1 to 4.
+      formulas: how layers are computed.
+    """
+
+    c_dim: int
+    resolution: tuple[int, int]
+    img_channels: int
+    formulas: Formulas
+
+    def __init__(self, specs: Table) -> None:
+        self.specs = specs
+
+    def init(self, seed: int) -> dict[str, np.ndarray]:
+        """Fresh float32 parameters; a parameter's start depends on the seed and its name only."""
+        values = {}
+        for name, spec in self.specs.items():
+            if spec.random:
+                rng = seeds.generator(seed, seeds.Purpose.INIT, *name.encode())
+                value = rng.standard_normal(spec.shape) * spec.init
+            else:
+                value = np.full(spec.shape, spec.init)
+            values[name] = value.astype(np.float32)
+        return values
+
+    def trainable_names(self) -> list[str]:
+        """The parameters an optimizer changes, in the order of creation."""
+        return [name for name, spec in self.specs.items() if spec.trainable]
+
+    def from_nvidia(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Takes parameters over from NVIDIA's layouts (OIHW, [out, in], CHW).
+
+        Args:
+          arrays: NVIDIA's parameters and buffers by name; filters among them are passed over.
+
+        Raises:
+          ValueError: naming parameters that are missing or have another shape.
+        """
+        values = {}
+        for name, spec in self.specs.items():
+            if name not in arrays:
+                raise ValueError(f"parameter {name!r} is missing")
+            value = _from_nvidia_layout(np.asarray(arrays[name]), spec)
+            if value.shape != spec.shape:
+                raise ValueError(f"parameter {name!r} has shape {value.shape}, not {spec.shape}")
+            values[name] = value
+        return values
+
+    def to_nvidia(self, params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The inverse of `from_nvidia`."""
+        return {
+            name: _to_nvidia_layout(np.asarray(params[name]), spec)
+            for name, spec in self.specs.items()
+        }
+
+
+class StyleGenerator(Network):
+    """z, c -> ws -> images: a mapping network, and a synthesis network that takes a w per layer.
+
+    Attributes:
+      z_dim, w_dim: lengths of the latents z and w.
+      num_ws: how many w the synthesis network takes.
+      noise_shapes: (height, width) of each layer's noise image.
+    """
+
+    z_dim: int
+    w_dim: int
+    num_ws: int
+    noise_shapes: list[tuple[int, int]]
+
+    @abc.abstractmethod
+    def map(self, params: Params, z: tf.Tensor, c: tf.Tensor) -> tf.Tensor:
+        """The mapping network alone.
+
+        Args:
+          params: the parameters by name.
+          z: [N, z_dim], standard normal.
+          c: [N, c_dim], one-hot labels; c_dim may be 0.
+
+        Returns:
+          w: [N, w_dim].
+        """
+
+    @abc.abstractmethod
+    def noise(self, params: Params, mode: str, random: tf.Tensor | None = None) -> list[tf.Tensor]:
+        """The noise image of every layer, before its strength.
+
+        Args:
+          params: the parameters by name.
+          mode: "const" (the network's own), "random" or "none".
+          random: [N, sum of height * width over the layers], standard normal, for "random".
+
+        Returns:
+          One [H, W] or [N, H, W] for each layer; empty for "none".
+        """
+
+    @abc.abstractmethod
+    def synthesis(
+        self, params: Params, ws: tf.Tensor, noise: list[tf.Tensor] | None = None
+    ) -> tf.Tensor:
+        """Renders images.
+
+        Args:
+          params: the parameters by name.
+          ws: [N, num_ws, w_dim].
+          noise: from `noise`; None is the network's own constant noise.
+
+        Returns:
+          [N, H, W, img_channels] in about [-1, 1], in the dtype of `ws`.
+        """
+
+    def broadcast(self, w: tf.Tensor) -> tf.Tensor:
+        """One w for every layer: [N, w_dim] -> [N, num_ws, w_dim]."""
+        return tf.tile(w[:, tf.newaxis], [1, self.num_ws, 1])
+
+    def mapping(
+        self,
+        params: Params,
+        z: tf.Tensor,
+        c: tf.Tensor,
+        truncation_psi: float | tf.Tensor = 1.0,
+        truncation_cutoff: int | None = None,
+    ) -> tf.Tensor:
+        """Latents to the ws of all layers, with truncation (StyleGAN, appendix B).
+
+        Args:
+          params: the parameters by name.
+          z: [N, z_dim].
+          c: [N, c_dim].
+          truncation_psi: 1 leaves w, 0 gives the average w.
+          truncation_cutoff: only this many of the first layers are truncated; None is all.
+
+        Returns:
+          ws: [N, num_ws, w_dim].
+        """
+        ws = self.broadcast(self.map(params, z, c))
+        cutoff = self.num_ws if truncation_cutoff is None else truncation_cutoff
+        average = params["mapping.w_avg"]
+        truncated = average + (ws - average) * tf.convert_to_tensor(truncation_psi, ws.dtype)
+        layer = tf.range(self.num_ws)[tf.newaxis, :, tf.newaxis]
+        return tf.where(layer < cutoff, truncated, ws)
+
+
+class Discriminator(Network):
+    """Images, c -> logits.
+
+    Attributes:
+      freezable_layers: layers that Freeze-D can leave as they are, from the image inwards.
+    """
+
+    freezable_layers: list[str]
+
+    def trainable_names(self, freeze_layers: int = 0) -> list[str]:
+        """The parameters an optimizer changes, without the first `freeze_layers` layers (Freeze-D).
+
+        Mo et al. 2020, "Freeze the discriminator".
+        """
+        frozen = {
+            f"{layer}.{kind}"
+            for layer in self.freezable_layers[:freeze_layers]
+            for kind in ("weight", "bias")
+        }
+        return [name for name in super().trainable_names() if name not in frozen]
+
+    @abc.abstractmethod
+    def __call__(self, params: Params, images: tf.Tensor, c: tf.Tensor) -> tf.Tensor:
+        """Scores images.
+
+        Args:
+          params: the parameters by name.
+          images: [N, H, W, img_channels] in [-1, 1].
+          c: [N, c_dim], one-hot labels; c_dim may be 0.
+
+        Returns:
+          logits: [N, 1], positive for real, in the dtype of the parameters.
+        """
+
+
+def _from_nvidia_layout(value: np.ndarray, spec: Spec) -> np.ndarray:
+    if spec.grid is not None:
+        height, width, channels = spec.grid
+        value = value.reshape(-1, channels, height, width).transpose(2, 3, 1, 0)
+        return np.ascontiguousarray(value.reshape(height * width * channels, -1))
+    if value.ndim == 4:
+        return np.ascontiguousarray(value.transpose(2, 3, 1, 0))
+    if value.ndim == 3:
+        return np.ascontiguousarray(value.transpose(1, 2, 0))
+    # The noise of a layer is an image in both layouts.
+    return np.ascontiguousarray(value.T) if value.ndim == 2 and spec.trainable else value
+
+
+def _to_nvidia_layout(value: np.ndarray, spec: Spec) -> np.ndarray:
+    if spec.grid is not None:
+        height, width, channels = spec.grid
+        value = value.reshape(height, width, channels, -1).transpose(3, 2, 0, 1)
+        return np.ascontiguousarray(value.reshape(-1, channels * height * width))
+    if value.ndim == 4:
+        return np.ascontiguousarray(value.transpose(3, 2, 0, 1))
+    if value.ndim == 3:
+        return np.ascontiguousarray(value.transpose(2, 0, 1))
+    return np.ascontiguousarray(value.T) if value.ndim == 2 and spec.trainable else value
