@@ -24,8 +24,7 @@ long a restore takes. What was written a moment ago is read back, on a local dis
 `tpu` compiles each phase of the training step for a slice of TPUs, with the real compiler and with
 no TPU (extra `tpu-probe`), and prints what each needs and about how long it will take: a raw time
 from the compiler's estimates, and one adjusted by what its estimates of bfloat16 are known to
-exceed. Large networks take minutes for each phase; above 512x512 take --blocks, which compiles each
-block of the networks alone and adds up. Nothing is trained and no data set is needed.
+exceed. Large networks take minutes for each phase. Nothing is trained and no data set is needed.
 
 Stop other programs first: what is timed in turns gives a fair share, but no fair seconds.
 """
@@ -62,7 +61,6 @@ def define_flags() -> None:
     """The command's flags."""
     text, several = absl_flags.DEFINE_string, absl_flags.DEFINE_multi_string
     whole, real = absl_flags.DEFINE_integer, absl_flags.DEFINE_float
-    yes = absl_flags.DEFINE_boolean
     text("config", None, "YAML preset or config, local or gs://.")
     text("data", None, "Directory of the converted data set; overrides data.path.")
     several("set", [], "section.key=value, overrides the config; may be repeated.")
@@ -73,7 +71,6 @@ def define_flags() -> None:
     whole("num_classes", 0, "With --resolution: of the images.", lower_bound=0)
     text("topology", "v5e:2x2", "tpu: generation and shape of the slice.")
     whole("replicas", None, "tpu: devices that take part; all by default.", lower_bound=1)
-    yes("blocks", False, "tpu: compile block by block and add up, for very large networks.")
     whole("batch", None, "tpu: images per replica; else the config's batch is divided.", 1)
     whole("steps", 8, "step, checkpoint: how often everything is timed.", lower_bound=1)
     real("seconds", 10.0, "data: how long to measure.", lower_bound=0.1)
@@ -351,7 +348,6 @@ def probe_tpu(config: Config) -> None:
       UsageError: a phase doesn't compile, or the compiler is missing.
     """
     data = _data_shape(config)
-    from trainer.training import tpu_blocks
     from trainer.training.tpu_cost import TpuRun
 
     run = TpuRun.create(config, data, FLAGS.topology, FLAGS.replicas, FLAGS.batch)
@@ -365,23 +361,16 @@ def probe_tpu(config: Config) -> None:
     )
     print(f"\n{TPU_TITLES}", flush=True)
     phases = []
-    for phase in tpu_blocks.compile_parts(run) if FLAGS.blocks else run.compile_phases():
+    for phase in run.compile_phases():
         phases.append(phase)
         print(tpu_line(phase, run.topology.chip.hbm), flush=True)
     print()
-    if FLAGS.blocks:
-        phases = tpu_blocks.total(phases)
-        for phase in phases:
-            print(tpu_line(phase, run.topology.chip.hbm), flush=True)
-        print()
     if not all(phase.estimate for phase in phases):
         raise UsageError("not every phase compiles for a TPU; the errors are in the table")
     _print_rows(unestimated_lines(phases))
     raw, adjusted = run.seconds_per_kimg(phases)
     speed = f"{raw:.3f} raw, {adjusted:.3f} adjusted, of {a.num_replicas} replicas together"
     _print_rows([("s/kimg", speed)])
-    if FLAGS.blocks:
-        return  # memory is that of whole phases
     _print_rows([("fits", fits_text(run.largest_batch(phases), a.per_replica_batch))])
 
 

@@ -118,11 +118,7 @@ class TpuRun:
     def compile_phases(self) -> Iterator[Phase]:
         """Compiles one program after the other: minutes each, for large networks."""
         for name in self._step(self.arithmetic).programs:
-            yield self.compile_phase(name)
-
-    def compile_phase(self, name: str) -> Phase:
-        """Compiles one of the programs, by its name in `TrainStep.programs`."""
-        return self._compile(name, self.arithmetic, self.share(name))
+            yield self._compile(name, self.arithmetic, self.share(name))
 
     def share(self, phase: str) -> float:
         """In which share of all steps a phase runs."""
