@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,8 @@ import tensorflow as tf
 
 from trainer import config as config_lib
 from trainer.config import Config
-from trainer.families.network import Discriminator, StyleGenerator
+from trainer.families.network import Network
 from trainer.families.protocol import DataShape
-from trainer.layers.ops import Formulas
 from trainer.training import build
 
 OPS = ("Conv2D", "Conv2DBackpropInput", "Conv2DBackpropFilter")
@@ -29,13 +29,6 @@ def make_config(*, resolution: tuple[int, int], model: dict[str, Any], **trainin
         }
     )
     return config_lib.resolve(config, resolution=resolution)
-
-
-def networks(
-    config: Config, resolution: tuple[int, int]
-) -> tuple[DataShape, StyleGenerator, Discriminator]:
-    data = DataShape(resolution, 3, ())
-    return (data, *build.networks(config, data, Formulas.GENERIC))
 
 
 def estimate(config: Config, resolution: tuple[int, int]) -> config_lib.Cost:
@@ -90,21 +83,28 @@ def traced_flop(function: Any, *args: Any) -> float:
 )
 def test_counts_what_the_phases_compute(resolution: tuple[int, int], model: dict[str, Any]) -> None:
     config = make_config(resolution=resolution, model=model)
-    data, generator, discriminator = networks(config, resolution)
-    phases, draw = build.phases_and_draws(
-        config, data, generator, discriminator, static_shapes=True
+    networks, objective, sampler = build.recipe(
+        config, DataShape(resolution, 3, ()), static_shapes=True
     )
-    g = {name: tf.constant(value) for name, value in generator.init(1).items()}
-    d = {name: tf.constant(value) for name, value in discriminator.init(1).items()}
-    images, c = tf.zeros([4, *resolution, 3]), tf.zeros([4, 0])
-    one, p = tf.constant([0], tf.int64), tf.constant(0.0)
-    traced = {
-        "Gmain": traced_flop(phases.gmain, g, d, draw("Gmain", one), p, 4),
-        "Greg": traced_flop(phases.greg, g, draw("Greg", one), None, p, 2),
-        "Dmain": traced_flop(phases.dmain, g, d, images, c, draw("Dmain", one), p, 4),
-        "Dreg": traced_flop(phases.dreg, d, images, c, draw("Dreg", one), p, 4),
+
+    def params(network: Network) -> dict[str, tf.Tensor]:
+        return {name: tf.constant(value) for name, value in network.init(1).items()}
+
+    inputs: dict[str, Any] = {
+        "g": params(networks.generator),
+        "d": params(networks.discriminator),
+        "reals": tf.zeros([4, *resolution, 3]),
+        "c": tf.zeros([4, 0]),
+        "p": tf.constant(0.0),
+        "buffers": {"pl_mean": tf.constant(0.0)},
+        "mean": None,
+        "scale": None,
     }
-    by_graph = traced["Gmain"] + traced["Greg"] / 4 + traced["Dmain"] + traced["Dreg"] / 16
+    by_graph = 0.0
+    for phase in objective.phases:
+        function = functools.partial(phase.gradients, networks, 4 // phase.shrink)
+        draws = sampler(phase, tf.constant([0], tf.int64))
+        by_graph += traced_flop(function, {**inputs, "draws": draws}) / phase.interval
     # Resampling convolutions compute one more line at the border, and nobody needs the gradient
     # in the reals.
     assert estimate(config, resolution).gflop_per_image == pytest.approx(by_graph / 4e9, rel=0.02)
@@ -134,7 +134,7 @@ def test_regularisers_cost_as_often_as_they_are_due() -> None:
 
 def test_counts_parameters() -> None:
     config = make_config(resolution=(8, 8), model={"channel_base": 64, "channel_max": 8})
-    _, generator, discriminator = networks(config, (8, 8))
+    generator, discriminator = build.networks(config, DataShape((8, 8), 3, ()))
     costs = estimate(config, (8, 8))
     buffers = ("w_avg", "noise_const")
     assert costs.g_params == sum(

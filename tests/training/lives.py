@@ -209,7 +209,8 @@ def _light_step(self: Any, images: Any, labels: Any, group_index: Any) -> dict[s
         variable = next(reversed(table.values()))
         variable.assign(variable * 0.75 + change / 8)
     state.augment_p.assign(change)
-    state.stats.assign_add([[1.0, change, change**2]] * state.stats.shape[0])
+    for total in state.stats.values():
+        total.assign_add([1.0, change, change**2])
     state.images.assign_add(BATCH)
     state.step.assign_add(1)
     return {}

@@ -302,7 +302,7 @@ TABLES = {
     "G_ema": "G_ema/",
     "Adam": ("G_opt/", "D_opt/"),
     "w_avg": "G/mapping.w_avg",
-    "pl_mean": "pl_mean",
+    "pl_mean": "objective/pl_mean",
     "p": "augment/p",
 }
 

@@ -26,8 +26,8 @@ from trainer.data.manifest import Manifest
 from trainer.data.pipeline import ImageStream
 from trainer.families.protocol import DataShape
 from trainer.families.stylegan2.networks import Discriminator
+from trainer.objectives.sampler import Sampler
 from trainer.training import build, step
-from trainer.training.phases import Sampler
 from trainer.training.state import TrainState
 from trainer.training.step import TrainStep
 
@@ -38,7 +38,7 @@ Patch = tuple[Any, str, Callable[..., Any]]
 
 
 def _seeds(original: Callable[..., Any]) -> Callable[..., Any]:
-    def drawn(self: Any, phase: str, group_index: tf.Tensor) -> Any:
+    def drawn(self: Any, phase: Any, group_index: tf.Tensor) -> Any:
         groups = BATCH // GROUP
         local = tf.range(group_index.shape[0], dtype=group_index.dtype)
         return original(self, phase, group_index // groups * groups + local)
@@ -92,12 +92,12 @@ FAULTS: dict[str, Patch] = {
     "path length mean": (
         TrainStep,
         "_sum_over_replicas",
-        _local(lambda name, value: value.shape.rank == 0),
+        _local(lambda name, value: name in ("", "pl_mean")),
     ),
     "w mean": (
         TrainStep,
         "_sum_over_replicas",
-        _local(lambda name, value: not name and value.shape.rank == 1),
+        _local(lambda name, value: name == "mapping.w_avg"),
     ),
     "ADA statistic": (
         TrainStep,
@@ -116,12 +116,11 @@ def state_after(manifest: Manifest, strategy: tf.distribute.Strategy) -> dict[st
     config = config_lib.resolve(config_lib.from_dict(settings), resolution=manifest.resolution)
     arithmetic = config_lib.batch_arithmetic(config, strategy.num_replicas_in_sync)
     shape = DataShape(manifest.resolution, manifest.channels, tuple(manifest.label_counts))
-    networks = build.networks(config, shape)
+    recipe = build.recipe(config, shape)
     seed = config.run.seed
     with strategy.scope():
-        state = TrainState(*networks, seed=seed, augment_p=config.augment.p, dtype=tf.float64)
-    phases, draw = build.phases_and_draws(config, shape, *networks, static_shapes=False)
-    train_step = TrainStep(config, arithmetic, strategy, state, phases, draw, jit=False)
+        state = TrainState(*recipe[:2], seed=seed, augment_p=config.augment.p, dtype=tf.float64)
+    train_step = TrainStep(config, arithmetic, strategy, state, *recipe, jit=False)
     stream = ImageStream(
         manifest,
         group_size=GROUP,

@@ -8,11 +8,10 @@ import pytest
 import tensorflow as tf
 
 from trainer import config as config_lib
+from trainer.augment.pipe import AugmentPipe
 from trainer.families.protocol import DataShape
 from trainer.families.stylegan2.networks import Discriminator, Generator
-from trainer.layers.ops import Formulas
 from trainer.training import build
-from trainer.training.augment import AugmentPipe
 
 SHAPE = DataShape((16, 32), 4, (5, 3))
 
@@ -77,18 +76,13 @@ def test_unrounded_networks_keep_the_clamp() -> None:
         assert {block.dtype for block in network.blocks} == {None}
 
 
-def phases_and_draws(**sections: dict[str, Any]) -> Any:
-    config = make(model=MODEL, **sections)
-    return build.phases_and_draws(
-        config, SHAPE, *build.networks(config, SHAPE), static_shapes=False
-    )
+def recipe(**sections: dict[str, Any]) -> build.Recipe:
+    return build.recipe(make(model=MODEL, **sections), SHAPE)
 
 
 def test_phases_are_those_of_the_config() -> None:
     training: dict[str, Any] = {
         "r1_gamma": 3.0,
-        "pl_weight": 1.5,
-        "pl_decay": 0.05,
         "pl_batch_shrink": 2,
         "group_size": 2,
         "g_reg_interval": 5,
@@ -97,43 +91,20 @@ def test_phases_are_those_of_the_config() -> None:
         "style_mixing_prob": 0.25,
         "noise_mode": "const",
     }
-    phases, draw = phases_and_draws(training=training, run={"seed": 11})
-    for name in (
-        "r1_gamma",
-        "pl_weight",
-        "pl_decay",
-        "g_reg_interval",
-        "d_reg_interval",
-        "freeze_d",
-    ):
-        assert getattr(phases, name) == training[name]
-    assert (phases.group_size, draw.group_size, draw.pl_group_size) == (2, 2, 1)
-    assert phases.discriminator.mbstd_group_size == 2
-    assert (phases.noise_mode, draw.noise_mode) == ("const", "const")
-    assert (draw.seed, draw.style_mixing_prob, draw.label_counts) == (11, 0.25, (5, 3))
-
-
-def test_the_auto_gamma_reaches_the_phases() -> None:
-    phases, _ = phases_and_draws(training={"r1_gamma": "auto", "batch_size": 16})
-    assert phases.r1_gamma == pytest.approx(0.0002 * 32**2 / 16)
+    networks, objective, sampler = recipe(training=training, run={"seed": 11})
+    intervals = {phase.name: (phase.interval, phase.shrink) for phase in objective.phases}
+    assert intervals == {"Gmain": (1, 1), "Greg": (5, 2), "Dmain": (1, 1), "Dreg": (7, 1)}
+    assert objective.lazy == {"G": 5, "D": 7}
+    assert (networks.group_size, sampler.group_size, networks.freeze_d) == (2, 2, 3)
+    assert isinstance(networks.discriminator, Discriminator)
+    assert networks.discriminator.mbstd_group_size == 2
+    assert (networks.noise_mode, sampler.noise_mode) == ("const", "const")
+    assert (sampler.seed, sampler.style_mixing_prob, sampler.label_counts) == (11, 0.25, (5, 3))
 
 
 def test_augmentation_is_one_for_both() -> None:
-    phases, draw = phases_and_draws(augment={"mode": "fixed", "p": 0.5, "pipe": "bg"})
-    assert phases.pipe == draw.pipe == AugmentPipe.preset("bg")
-    phases, draw = phases_and_draws(augment={"mode": "none"})
-    assert phases.pipe is None
-    assert draw.pipe is None
-
-
-@pytest.mark.parametrize(
-    ("platform", "jit", "expected"),
-    [
-        ("CPU", True, Formulas.XLA_CPU),
-        ("CPU", False, Formulas.GENERIC),
-        ("GPU", True, Formulas.GENERIC),
-        ("TPU", True, Formulas.TPU),
-    ],
-)
-def test_formulas_follow_the_platform(platform: str, jit: bool, expected: Formulas) -> None:
-    assert build.formulas(platform, jit) is expected
+    networks, _, sampler = recipe(augment={"mode": "fixed", "p": 0.5, "pipe": "bg"})
+    assert networks.pipe == sampler.pipe == AugmentPipe.preset("bg")
+    networks, _, sampler = recipe(augment={"mode": "none"})
+    assert networks.pipe is None
+    assert sampler.pipe is None

@@ -40,7 +40,8 @@ def make_config(**model: int) -> config_lib.Config:
 
 
 def make_state(seed: int = 0, **model: int) -> TrainState:
-    return TrainState(*build.networks(make_config(**model), SHAPE), seed=seed)
+    networks, objective, _ = build.recipe(make_config(**model), SHAPE)
+    return TrainState(networks, objective, seed=seed)
 
 
 def scrambled(seed: int = 7) -> TrainState:

@@ -349,7 +349,7 @@ def make_state(precision: str = "float32", replicas: int = 1, seed: int = 0) -> 
     if replicas > 1:
         strategy = tf.distribute.MirroredStrategy([f"CPU:{n}" for n in range(replicas)])
     with strategy.scope():
-        return build.state(config, *build.networks(config, SHAPE))
+        return build.state(config, build.recipe(config, SHAPE))
 
 
 @pytest.mark.parametrize(

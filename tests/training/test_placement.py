@@ -59,7 +59,7 @@ def test_the_comparison_is_one(in_one_piece: Outcome) -> None:
     assert min(np.diff(strengths)) < 0 < max(np.diff(strengths))
     for phase in ("Loss/pl_penalty", "Loss/r1_penalty"):
         assert sum(line[phase]["num"] for line in in_one_piece.stats if phase in line) > 0
-    assert in_one_piece.values["pl_mean"] > 0
+    assert in_one_piece.values["objective/pl_mean"] > 0
 
 
 # Workers, replicas, rounds and steps in a row together; and the formulas of TPUs.

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
-import pytest
 import tensorflow as tf
 
-from trainer.families.stylegan2.networks import Discriminator, Generator
-from trainer.training import loss_scale
-from trainer.training.state import PHASES, QUANTITIES, STATS, TrainState
-from trainer.training.step import _PHASE_REPORTS
+from tests.training.conftest import TINY_MODEL
+from trainer import config as config_lib
+from trainer.families.protocol import DataShape
+from trainer.training import build, loss_scale
+from trainer.training.build import Recipe
+from trainer.training.state import TrainState
 
 
-def networks() -> tuple[Generator, Discriminator]:
-    sizes = {"c_dim": 0, "resolution": (8, 8), "channel_base": 64, "channel_max": 8}
-    return Generator(z_dim=8, w_dim=8, mapping_layers=1, **sizes), Discriminator(**sizes)
+def make(*, freeze_d: int = 0, **options: Any) -> tuple[TrainState, Recipe]:
+    training = {"batch_size": 4, "r1_gamma": 1.0, "freeze_d": freeze_d}
+    config = config_lib.from_dict({"model": TINY_MODEL, "training": training})
+    recipe = build.recipe(config, DataShape((8, 8), 3, ()))
+    state = TrainState(recipe.networks, recipe.objective, **{"seed": 0, **options})
+    return state, recipe
 
 
 def test_names_are_nvidias_and_all_different() -> None:
-    g, d = networks()
-    state = TrainState(g, d, seed=0)
+    state, recipe = make()
+    g, d = recipe.networks.generator, recipe.networks.discriminator
     variables = state.variables()
     for prefix, specs in (("G", g.specs), ("D", d.specs), ("G_ema", g.specs)):
         for name, spec in specs.items():
@@ -33,8 +39,8 @@ def test_names_are_nvidias_and_all_different() -> None:
 
 
 def test_moments_are_of_what_trains() -> None:
-    g, d = networks()
-    state = TrainState(g, d, seed=0, freeze_d=3)
+    state, recipe = make(freeze_d=3)
+    g, d = recipe.networks.generator, recipe.networks.discriminator
     assert set(state.g_first) == set(state.g_second) == set(g.trainable_names())
     assert "mapping.w_avg" not in state.g_first
     assert set(state.d_first) == set(state.d_second) == set(d.trainable_names(3))
@@ -44,8 +50,7 @@ def test_moments_are_of_what_trains() -> None:
 
 
 def test_where_a_run_starts() -> None:
-    g, d = networks()
-    state, again, other = (TrainState(g, d, seed=s, augment_p=0.25) for s in (4, 4, 5))
+    state, again, other = (make(seed=s, augment_p=0.25)[0] for s in (4, 4, 5))
     for name, variable in state.g.items():
         np.testing.assert_array_equal(variable.numpy(), state.g_ema[name].numpy())
         np.testing.assert_array_equal(variable.numpy(), again.g[name].numpy())
@@ -58,38 +63,25 @@ def test_where_a_run_starts() -> None:
 
 
 def test_a_state_can_be_of_double_precision() -> None:
-    state = TrainState(*networks(), seed=0, dtype=tf.float64)
+    state = make(dtype=tf.float64)[0]
     floats = {v.dtype for n, v in state.variables().items() if not v.dtype.is_integer}
     assert floats == {tf.float64}
 
 
-@pytest.mark.parametrize("index", range(len(QUANTITIES)))
-def test_message_of_a_nonfinite_quantity(index: int) -> None:
-    state = TrainState(*networks(), seed=0)
-    state.nonfinite.assign([17, index])
-    phase, name = QUANTITIES[index]
-    assert state.nonfinite_message() == f"{name} of {phase} is not finite at step 17"
+def test_message_of_a_nonfinite_quantity() -> None:
+    state, recipe = make()
+    for index, (phase, name) in enumerate(recipe.objective.watched):
+        state.nonfinite.assign([17, index])
+        assert state.nonfinite_message() == f"{name} of {phase} is not finite at step 17"
 
 
 def test_message_of_a_row_of_skipped_updates() -> None:
     """It is the phase's own row that counts, and its length."""
-    state = TrainState(*networks(), seed=0)
-    state.nonfinite.assign([17, QUANTITIES.index(("Dmain", "gradients"))])
-    counts = np.zeros([len(PHASES), 3], np.int64)
-    counts[PHASES.index("Gmain"), loss_scale.IN_A_ROW] = loss_scale.MAX_SKIPPED
-    state.loss_scale_counts.assign(counts)
+    state, recipe = make()
+    state.nonfinite.assign([17, recipe.objective.watched.index(("Dmain", "gradients"))])
+    state.loss_scale_counts["Gmain"].assign([0, 0, loss_scale.MAX_SKIPPED])
     assert state.nonfinite_message() == "gradients of Dmain is not finite at step 17"
-    counts[PHASES.index("Dmain"), loss_scale.IN_A_ROW] = 25
-    state.loss_scale_counts.assign(counts)
+    state.loss_scale_counts["Dmain"].assign([0, 0, 25])
     assert state.nonfinite_message() == (
         "gradients of Dmain were not finite in float16 25 times in a row, at last at step 17"
     )
-
-
-def test_all_that_is_named_is_reported() -> None:
-    """The step looks these names up; every report has its place in the statistics."""
-    reported = {name for names in _PHASE_REPORTS.values() for name in names}
-    assert reported == set(STATS)
-    for phase, name in QUANTITIES:
-        assert name == "gradients" or name in _PHASE_REPORTS[phase]
-    assert {phase for phase, _ in QUANTITIES} == set(_PHASE_REPORTS)

@@ -11,8 +11,11 @@ import pytest
 import tensorflow as tf
 
 from trainer import config as config_lib
+from trainer.families.network import Latents
 from trainer.families.stylegan2.networks import Discriminator, Generator
-from trainer.training.phases import Draws, Latents, Phases
+from trainer.objectives import stylegan
+from trainer.objectives.phase import Networks, Phase
+from trainer.objectives.sampler import Draws
 from trainer.training.state import TrainState
 from trainer.training.step import TrainStep
 
@@ -51,20 +54,20 @@ class RecordedDraws:
         noise[:4] = self._golden[f"it{iteration}/Greg/pl_randn"].transpose(0, 2, 3, 1)
         self._values["pl_randn"].assign(noise[ORDER])
 
-    def __call__(self, phase: str, group_index: tf.Tensor) -> Draws:
-        count = 2 if phase == "Greg" else 4
+    def __call__(self, phase: Phase, group_index: tf.Tensor) -> Draws:
+        count = 2 if phase.name == "Greg" else 4
         rows = tf.reshape(
             4 * (group_index[:, tf.newaxis] % 2) + tf.range(count, dtype=tf.int64), [-1]
         )
         rows = tf.ensure_shape(rows, [group_index.shape[0] * count])
-        if phase == "Dreg":
+        if phase.name == "Dreg":
             return Draws()
-        z = tf.gather(tf.convert_to_tensor(self._values[phase]), rows)
+        z = tf.gather(tf.convert_to_tensor(self._values[phase.name]), rows)
         size = z.shape[0]
         latents = Latents(z, tf.zeros([size, 0]), z, tf.fill([size], 100), tf.zeros([size, 0]))
-        if phase == "Greg":
+        if phase.name == "Greg":
             noise = tf.gather(tf.convert_to_tensor(self._values["pl_randn"]), rows)
-            return Draws(latents, pl_noise=noise)
+            return Draws(latents, image_noise=noise)
         return Draws(latents)
 
 
@@ -91,7 +94,17 @@ class Trace:
                 "augment": {"mode": "none"},
             }
         )
-        self.state = TrainState(self.g, self.d, seed=0)
+        networks = Networks(
+            generator=self.g,
+            discriminator=self.d,
+            noise_mode="const",
+            pipe=None,
+            group_size=4,
+            freeze_d=0,
+            static_shapes=jit,
+        )
+        objective = stylegan.objective(config.training, 4)
+        self.state = TrainState(networks, objective, seed=0)
         for prefix, network, table in (
             ("G0/", self.g, self.state.g),
             ("D0/", self.d, self.state.d),
@@ -102,26 +115,13 @@ class Trace:
         for name, variable in self.state.g_ema.items():
             variable.assign(self.state.g[name])
         self.draws = RecordedDraws(golden)
-        phases = Phases(
-            generator=self.g,
-            discriminator=self.d,
-            noise_mode="const",
-            pipe=None,
-            group_size=4,
-            r1_gamma=config.training.r1_gamma,
-            pl_weight=config.training.pl_weight,
-            pl_decay=config.training.pl_decay,
-            g_reg_interval=4,
-            d_reg_interval=16,
-            freeze_d=0,
-            static_shapes=jit,
-        )
         self.step = TrainStep(
             config,
             config_lib.batch_arithmetic(config, 1),
             tf.distribute.get_strategy(),
             self.state,
-            phases,
+            networks,
+            objective,
             self.draws,
             jit=jit,
         )
@@ -189,7 +189,7 @@ def test_three_iterations(golden: dict[str, np.ndarray], rounds: int, jit: bool)
                 phase,
             )
         state = trace.state
-        assert relative(state.pl_mean, golden[f"it{iteration}/pl_mean"]) < 1e-5
+        assert relative(state.buffers["pl_mean"], golden[f"it{iteration}/pl_mean"]) < 1e-5
         assert relative(state.g["mapping.w_avg"], golden[f"it{iteration}/w_avg"]) < 1e-5
         for key, table in (("G", state.g), ("D", state.d), ("Gema", state.g_ema)):
             prefix = f"it{iteration}/{key}_sumsq/"

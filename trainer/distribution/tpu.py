@@ -28,7 +28,7 @@ that holds it.
 * Products of float32 are computed from operands rounded to bfloat16 unless XLA is told otherwise,
   which is done in runs in float32 (distribution/test_precision.py).
 * Nothing looks up single numbers: the code for that copies 4 KiB for each. The augmentation
-  fetches blocks of images and multiplies (training/augment_windows.py; training/test_tpu_cost.py).
+  fetches blocks of images and multiplies (augment/windows.py; training/test_tpu_cost.py).
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -20,6 +21,41 @@ from trainer.families.protocol import Spec, Table
 from trainer.layers.ops import Formulas
 
 Params = Mapping[str, tf.Tensor]
+# What a network's buffers follow: sums over the samples of a forward pass, by the buffers' names.
+Sums = dict[str, tf.Tensor]
+
+# NVIDIA's decay of the moving average of w.
+_W_AVG_BETA = 0.995
+
+
+class Output(NamedTuple):
+    """What a forward pass returns: a network never moves state.
+
+    Attributes:
+      images: [N, H, W, img_channels] in about [-1, 1].
+      sums: what buffers follow.
+    """
+
+    images: tf.Tensor
+    sums: Sums
+
+
+class Latents(NamedTuple):
+    """What a batch of fakes is made from.
+
+    Attributes:
+      z: [N, z_dim], standard normal.
+      c: [N, c_dim], one-hot labels.
+      mix_z: [N, z_dim], the second latent of style mixing.
+      mix_cutoff: [N] int32, the first layer that takes the second latent; num_ws mixes none.
+      noise: [N, sum of layers' H * W] standard normal, or [N, 0] where noise isn't random.
+    """
+
+    z: tf.Tensor
+    c: tf.Tensor
+    mix_z: tf.Tensor
+    mix_cutoff: tf.Tensor
+    noise: tf.Tensor
 
 
 class Network(abc.ABC):
@@ -138,6 +174,34 @@ class StyleGenerator(Network):
         Returns:
           [N, H, W, img_channels] in about [-1, 1], in the dtype of `ws`.
         """
+
+    def apply(self, params: Params, latents: Latents, noise_mode: str) -> Output:
+        """The images of latents in training.
+
+        Args:
+          params: the parameters by name.
+          latents: of the images.
+          noise_mode: see `noise`.
+        """
+        ws, sums = self.ws(params, latents)
+        return Output(self.render(params, ws, latents, noise_mode), sums)
+
+    def follow(self, buffers: Mapping[str, tf.Tensor], means: Sums) -> Sums:
+        """The buffers after a step, from means over its batch of what they follow."""
+        return {name: mean + _W_AVG_BETA * (buffers[name] - mean) for name, mean in means.items()}
+
+    def ws(self, params: Params, latents: Latents) -> tuple[tf.Tensor, Sums]:
+        """[N, num_ws, w_dim] with style mixing (StyleGAN, section 3.1), and what w_avg follows."""
+        w = self.map(params, latents.z, latents.c)
+        mixed = self.map(params, latents.mix_z, latents.c)
+        layer = tf.range(self.num_ws)[tf.newaxis, :, tf.newaxis]
+        first = layer < latents.mix_cutoff[:, tf.newaxis, tf.newaxis]
+        ws = tf.where(first, self.broadcast(w), self.broadcast(mixed))
+        return ws, {"mapping.w_avg": tf.reduce_sum(w, 0)}
+
+    def render(self, params: Params, ws: tf.Tensor, latents: Latents, noise_mode: str) -> tf.Tensor:
+        """The images of ws, with the noise that the latents hold; see `synthesis`."""
+        return self.synthesis(params, ws, self.noise(params, noise_mode, latents.noise))
 
     def broadcast(self, w: tf.Tensor) -> tf.Tensor:
         """One w for every layer: [N, w_dim] -> [N, num_ws, w_dim]."""

@@ -1,15 +1,19 @@
-"""From a resolved config to networks, phases and draws."""
+"""From a resolved config to networks, their objective and the state of a run."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+from trainer.augment.pipe import AugmentPipe
 from trainer.config import Config
 from trainer.distribution.precision import full_dtype, half_dtype
 from trainer.families import registry
 from trainer.families.network import Discriminator, StyleGenerator
 from trainer.families.protocol import DataShape
 from trainer.layers.ops import Formulas
-from trainer.training.augment import AugmentPipe
-from trainer.training.phases import Phases, Sampler
+from trainer.objectives import stylegan
+from trainer.objectives.phase import Networks, Objective
+from trainer.objectives.sampler import Sampler
 from trainer.training.state import TrainState
 
 
@@ -57,42 +61,45 @@ def networks(
     return made
 
 
-def state(config: Config, generator: StyleGenerator, discriminator: Discriminator) -> TrainState:
-    """The variables of a run at its start; to be called in its strategy's scope."""
-    return TrainState(
-        generator,
-        discriminator,
-        seed=config.run.seed,
-        freeze_d=config.training.freeze_d,
-        augment_p=config.augment.p if config.augment.mode != "none" else 0.0,
-        dtype=full_dtype(config.run.precision),
-    )
+class Recipe(NamedTuple):
+    """What a step trains.
+
+    Attributes:
+      networks: as they are trained.
+      objective: what they are trained to do.
+      sampler: of all random numbers that takes.
+    """
+
+    networks: Networks
+    objective: Objective
+    sampler: Sampler
 
 
-def phases_and_draws(
+def recipe(
     config: Config,
     data: DataShape,
-    generator: StyleGenerator,
-    discriminator: Discriminator,
+    formulas: Formulas = Formulas.GENERIC,
     *,
-    static_shapes: bool,
-) -> tuple[Phases, Sampler]:
-    """What a step computes, and what it draws at random."""
-    training = config.training
-    group_size, gamma = training.group_size, training.r1_gamma
-    assert isinstance(group_size, int) and not isinstance(gamma, str)
+    static_shapes: bool = False,
+) -> Recipe:
+    """What the step of a run trains.
+
+    Args:
+      config: resolved.
+      data: what is trained on.
+      formulas: how layers are computed.
+      static_shapes: whether all shapes must be known while tracing (XLA, TPU).
+    """
+    generator, discriminator = networks(config, data, formulas)
+    training, group_size = config.training, config.training.group_size
+    assert isinstance(group_size, int)
     pipe = None if config.augment.mode == "none" else AugmentPipe.preset(config.augment.pipe)
-    phases = Phases(
+    trained = Networks(
         generator=generator,
         discriminator=discriminator,
         noise_mode=training.noise_mode,
         pipe=pipe,
         group_size=group_size,
-        r1_gamma=gamma,
-        pl_weight=training.pl_weight,
-        pl_decay=training.pl_decay,
-        g_reg_interval=training.g_reg_interval,
-        d_reg_interval=training.d_reg_interval,
         freeze_d=training.freeze_d,
         static_shapes=static_shapes,
     )
@@ -100,11 +107,21 @@ def phases_and_draws(
         seed=config.run.seed,
         generator=generator,
         group_size=group_size,
-        pl_group_size=group_size // training.pl_batch_shrink,
         style_mixing_prob=training.style_mixing_prob,
         noise_mode=training.noise_mode,
         label_counts=data.label_counts,
         pipe=pipe,
         dtype=full_dtype(config.run.precision),
     )
-    return phases, sampler
+    return Recipe(trained, stylegan.objective(training, group_size), sampler)
+
+
+def state(config: Config, recipe: Recipe) -> TrainState:
+    """The variables of a run at its start; to be called in its strategy's scope."""
+    return TrainState(
+        recipe.networks,
+        recipe.objective,
+        seed=config.run.seed,
+        augment_p=config.augment.p if config.augment.mode != "none" else 0.0,
+        dtype=full_dtype(config.run.precision),
+    )

@@ -44,7 +44,7 @@ def measure(run: Run, workdir: str, repeats: int) -> CheckpointSpeed:
       repeats: how often.
     """
     with run.placement.strategy.scope():
-        state = build.state(run.config, run.generator, run.discriminator)
+        state = build.state(run.config, run.recipe)
     variables = state.variables()
     folder = storage.join(workdir, f"probe-{secrets.token_hex(4)}")
     checkpoints = Checkpoints(folder, CheckpointConfig(keep_last=1), variables)

@@ -48,7 +48,7 @@ from trainer.training import (
 from trainer.training.checkpoint import Checkpoints, Inventory
 from trainer.training.preemption import Preemption
 from trainer.training.snapshot import Snapshots
-from trainer.training.state import PHASES, STATS, TrainState
+from trainer.training.state import TrainState
 from trainer.training.step import TrainStep, agree
 
 
@@ -105,7 +105,6 @@ def train(
         manifest.condition_counts(config.data.use_labels),
     )
     formulas = build.formulas(placement.platform, jit)
-    generator, discriminator = build.networks(config, data, formulas)
     costs = config_lib.estimate_cost(config, arithmetic, data)
     for line in _description(config, manifest, arithmetic, placement, jit, costs):
         if is_chief or line.startswith("devices"):
@@ -142,13 +141,11 @@ def train(
             print(f"starting over: what the run had written is in {moved} now")
             files = storage.walk(workdir)
             inventory = Inventory(workdir, files, lease.record)
-        with strategy.scope():
-            state = build.state(config, generator, discriminator)
         # ------------------------------------------------------------------ step function
-        phases, draw = build.phases_and_draws(
-            config, data, generator, discriminator, static_shapes=jit
-        )
-        train_step = TrainStep(config, arithmetic, strategy, state, phases, draw, jit=jit)
+        recipe = build.recipe(config, data, formulas, static_shapes=jit)
+        with strategy.scope():
+            state = build.state(config, recipe)
+        train_step = TrainStep(config, arithmetic, strategy, state, *recipe, jit=jit)
         if jit:
             train_step.trace([*data.resolution, data.channels])
 
@@ -441,35 +438,34 @@ def _start_from(path: str, state: TrainState) -> None:
 def _take_stats(state: TrainState) -> dict[str, Stat]:
     """The statistics since the last tick, which start anew."""
     stats = {}
-    for name, (number, total, squares) in zip(
-        STATS, state.stats.numpy().astype(np.float64), strict=True
-    ):
+    for name, variable in state.stats.items():
+        number, total, squares = variable.numpy().astype(np.float64)
+        variable.assign(tf.zeros_like(variable))
         if number > 0:
             mean = total / number
             variance = max(squares / number - mean**2, 0.0)
             stats[name] = Stat(int(number), float(mean), float(np.sqrt(variance)))
-    state.stats.assign(tf.zeros_like(state.stats))
     return stats
 
 
 def _take_loss_scales(state: TrainState) -> dict[str, Stat]:
     """The loss scale of each phase, and how many of its updates were skipped since the last tick."""
-    counts = state.loss_scale_counts.numpy()
     stats = {}
-    for phase, scale, count in zip(PHASES, state.loss_scale.numpy(), counts, strict=True):
-        stats[f"Precision/loss_scale/{phase}"] = constant(scale)
-        stats[f"Precision/skipped/{phase}"] = constant(count[loss_scale.SKIPPED])
-    counts[:, loss_scale.SKIPPED] = 0
-    state.loss_scale_counts.assign(counts)
+    for phase, variable in state.loss_scale_counts.items():
+        counts = variable.numpy()
+        stats[f"Precision/loss_scale/{phase}"] = constant(state.loss_scale[phase].numpy())
+        stats[f"Precision/skipped/{phase}"] = constant(counts[loss_scale.SKIPPED])
+        counts[loss_scale.SKIPPED] = 0
+        variable.assign(counts)
     return stats
 
 
 def _skipped(stats: Mapping[str, Stat]) -> str | None:
     """A line on the updates that were skipped in a tick, if any."""
     parts = []
-    for phase in PHASES:
-        number = stats.get(f"Precision/skipped/{phase}")
-        if number is not None and number.mean:
+    for name, number in stats.items():
+        phase = name.removeprefix("Precision/skipped/")
+        if phase != name and number.mean:
             scale = stats[f"Precision/loss_scale/{phase}"].mean
             parts.append(f"{phase} {number.mean:.0f} (loss scale now {scale:g})")
     return f"float16: updates skipped as not finite: {', '.join(parts)}" if parts else None

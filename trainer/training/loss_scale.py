@@ -26,31 +26,25 @@ GOOD, SKIPPED, IN_A_ROW = range(3)
 
 
 def update(
-    scale: tf.Tensor, counts: tf.Tensor, phase: int, finite: tf.Tensor
+    scale: tf.Tensor, counts: tf.Tensor, finite: tf.Tensor
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """The scales after one update of one phase.
+    """The scale of a phase after an update.
 
     Args:
-      scale: [phases], in use.
-      counts: [phases, 3] int64: good updates since the scale last changed, updates skipped in this
-        tick, and updates skipped in a row.
-      phase: row of the phase.
+      scale: [], in use.
+      counts: [3] int64: good updates since the scale last changed, updates skipped in this tick, and
+        updates skipped in a row.
       finite: [] bool, whether all its gradients were.
 
     Returns:
-      The new scales and counts, and whether MAX_SKIPPED is reached: [] bool.
+      The new scale and counts, and whether MAX_SKIPPED is reached: [] bool.
     """
-    good, skipped, in_a_row = tf.unstack(counts[phase])
+    good, skipped, in_a_row = tf.unstack(counts)
     zero = tf.zeros_like(good)
     grown = tf.logical_and(finite, good + 1 >= _GROWTH_INTERVAL)
-    value = tf.where(finite, tf.where(grown, scale[phase] * 2, scale[phase]), scale[phase] / 2)
-    value = tf.clip_by_value(value, _SMALLEST, _LARGEST)
+    scale = tf.where(finite, tf.where(grown, scale * 2, scale), scale / 2)
+    scale = tf.clip_by_value(scale, _SMALLEST, _LARGEST)
     good = tf.where(tf.logical_and(finite, tf.logical_not(grown)), good + 1, zero)
     skipped = tf.where(finite, skipped, skipped + 1)
     in_a_row = tf.where(finite, zero, in_a_row + 1)
-    row = tf.one_hot(phase, scale.shape[0], on_value=True, off_value=False)
-    return (
-        tf.where(row, value, scale),
-        tf.where(row[:, tf.newaxis], tf.stack([good, skipped, in_a_row]), counts),
-        in_a_row >= MAX_SKIPPED,
-    )
+    return scale, tf.stack([good, skipped, in_a_row]), in_a_row >= MAX_SKIPPED

@@ -27,12 +27,15 @@ class Adam:
     eps: float = 1e-8
 
     @classmethod
-    def lazy(cls, lr: float, beta1: float, beta2: float, reg_interval: int) -> Adam:
+    def lazy(cls, lr: float, beta1: float, beta2: float, reg_interval: int | None) -> Adam:
         """The settings for lazy regularisation (StyleGAN2, appendix B).
 
         One optimizer serves the main loss at every step and the regulariser at every
         `reg_interval`-th, so it steps k + 1 times in k; rate and decay are corrected for that.
+        None: there is no regulariser.
         """
+        if reg_interval is None:
+            return cls(lr, beta1, beta2)
         ratio = reg_interval / (reg_interval + 1)
         return cls(lr * ratio, beta1**ratio, beta2**ratio)
 

@@ -26,13 +26,12 @@ from trainer.config import BatchArithmetic, Config, Cost
 from trainer.distribution.cluster import Cluster
 from trainer.distribution.precision import full_dtype, half_dtype, prepare
 from trainer.distribution.strategy import Placement, choose
-from trainer.families.network import Discriminator, StyleGenerator
 from trainer.families.protocol import DataShape
+from trainer.objectives.phase import Objective
 from trainer.telemetry import resources
 from trainer.training import build
-from trainer.training.phases import Phases, Sampler
-from trainer.training.state import TrainState
-from trainer.training.step import TrainStep
+from trainer.training.build import Recipe
+from trainer.training.step import Batch, TrainStep
 
 _CHANNELS = 128
 _MAX_SIDE, _MAX_IMAGES = 64, 16  # of the bare convolution: enough to fill a machine, not its memory
@@ -129,8 +128,7 @@ class Run:
     placement: Placement
     jit: bool
     arithmetic: BatchArithmetic
-    generator: StyleGenerator
-    discriminator: Discriminator
+    recipe: Recipe
 
     @classmethod
     def create(cls, config: Config, data: DataShape, cluster: Cluster | None = None) -> Run:
@@ -151,8 +149,8 @@ class Run:
         if config.run.deterministic:
             tf.config.experimental.enable_op_determinism()
         formulas = build.formulas(placement.platform, jit)
-        networks = build.networks(config, data, formulas)
-        return cls(config, data, placement, jit, arithmetic, *networks)
+        recipe = build.recipe(config, data, formulas, static_shapes=jit)
+        return cls(config, data, placement, jit, arithmetic, recipe)
 
     def cost(self) -> Cost:
         """What can be told without running anything."""
@@ -164,18 +162,9 @@ class Run:
         return self.arithmetic.num_replicas if self.placement.accelerated else 1
 
 
-def schedule(config: Config) -> dict[Due, tuple[int, float]]:
-    """Which regularisers are due together: the first such step, and the share of such steps.
-
-    Args:
-      config: resolved.
-    """
-    training = config.training
-    intervals = {}
-    if training.pl_weight > 0:
-        intervals["Greg"] = training.g_reg_interval
-    if training.r1_gamma != "auto" and training.r1_gamma > 0:
-        intervals["Dreg"] = training.d_reg_interval
+def schedule(objective: Objective) -> dict[Due, tuple[int, float]]:
+    """Which lazy phases are due together: the first such step, and the share of such steps."""
+    intervals = {phase.name: phase.interval for phase in objective.phases if phase.interval > 1}
     period = math.lcm(*intervals.values())
     due = [
         frozenset(name for name, interval in intervals.items() if step % interval == 0)
@@ -184,19 +173,21 @@ def schedule(config: Config) -> dict[Due, tuple[int, float]]:
     return {each: (due.index(each), count / period) for each, count in Counter(due).items()}
 
 
-def parts(plan: dict[Due, tuple[int, float]], steps: dict[Due, Timing], main: Timing) -> list[Row]:
+def parts(
+    plan: dict[Due, tuple[int, float]], steps: Mapping[Due, Timing], main: Timing
+) -> list[Row]:
     """Tells from whole steps what the parts of one take.
 
     Args:
       plan: from `schedule`.
       steps: seconds of each combination's step.
-      main: seconds of Gmain and Dmain together.
+      main: seconds of the phases of every step together.
 
     Returns:
       The rest of the step with the fewest phases (named with what is due in every step), and what
       each larger combination adds.
     """
-    ordered = sorted(plan, key=lambda due: (len(due), "Greg" not in due))
+    ordered = sorted(plan, key=len)
     least = ordered[0]
     rows = [Row(" + ".join(["rest", *sorted(least)]), steps[least] - main, 1.0)]
     for place, due in enumerate(ordered[1:], 1):
@@ -217,13 +208,11 @@ def measure(run: Run, repeats: int) -> StepSpeed:
     """
     strategy, arithmetic, config = run.placement.strategy, run.arithmetic, run.config
     with strategy.scope():
-        state = build.state(config, run.generator, run.discriminator)
-    phases, draw = build.phases_and_draws(
-        config, run.data, run.generator, run.discriminator, static_shapes=run.jit
-    )
-    train_step = TrainStep(config, arithmetic, strategy, state, phases, draw, jit=run.jit)
+        state = build.state(config, run.recipe)
+    objective = run.recipe.objective
+    train_step = TrainStep(config, arithmetic, strategy, state, *run.recipe, jit=run.jit)
     images, labels, numbers = _random_batch(run)
-    plan = schedule(config)
+    plan = schedule(objective)
     # A GPU is given several steps at a time, as in a run, where nothing waits for each of them.
     burst = 8 if run.placement.accelerated else 1
 
@@ -238,14 +227,17 @@ def measure(run: Run, repeats: int) -> StepSpeed:
     for call in whole.values():
         _seconds(call)
     host, gpu = resources.peak_host_memory_gb(), resources.peak_gpu_memory_gb()
-    main = _main_phases(run, train_step, phases, draw, state, (images, labels, numbers))
+    main = _main_phases(run, train_step, objective, Batch(images, labels, numbers))
     timings = _in_turns({**whole, **main, **_convolutions(run)}, repeats, burst)
-    g, d = (timings[name] * arithmetic.rounds for name in main)
+    alone = {name: timings[name] * arithmetic.rounds for name in main}
     steps = {due: timings[due] for due in plan}
     total = sum((steps[due] * share for due, (_, share) in plan.items()), Timing(0.0, 0.0))
     return StepSpeed(
         first_step=first_step,
-        rows=[Row("Gmain", g, 1.0), Row("Dmain", d, 1.0), *parts(plan, steps, g + d)],
+        rows=[
+            *(Row(name, seconds, 1.0) for name, seconds in alone.items()),
+            *parts(plan, steps, sum(alone.values(), Timing(0.0, 0.0))),
+        ],
         sec_per_kimg=total * (1000 / arithmetic.global_batch),
         host_gb=host,
         gpu_gb=gpu,
@@ -292,35 +284,21 @@ def _random_batch(run: Run) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
 
 
 def _main_phases(
-    run: Run,
-    train_step: TrainStep,
-    phases: Phases,
-    draw: Sampler,
-    state: TrainState,
-    batch: tuple[tf.Tensor, tf.Tensor, tf.Tensor],
+    run: Run, train_step: TrainStep, objective: Objective, batch: Batch
 ) -> dict[str, Callable[[], None]]:
-    """Gmain and Dmain of one round on one replica."""
-    groups = run.arithmetic.per_replica_batch // run.arithmetic.group_size
-    images, labels, group_index = (value[:groups] for value in batch)
-    images = tf.reshape(images, [-1, *images.shape[2:]])
-    dtype = full_dtype(run.config.run.precision)
-    images = tf.cast(images, dtype) / 127.5 - 1
-    c = tf.one_hot(tf.reshape(labels, [-1]), phases.discriminator.c_dim, dtype=dtype)
-    whole, p = run.arithmetic.global_batch, tf.convert_to_tensor(state.augment_p)
-    g, d = (
-        {name: tf.convert_to_tensor(value) for name, value in table.items()}
-        for table in (state.g, state.d)
-    )
-    g_draws, d_draws = draw("Gmain", group_index), draw("Dmain", group_index)
+    """The phases of every step, each alone: one round on one replica."""
+    count = run.arithmetic.per_replica_batch // run.arithmetic.group_size
+    groups = Batch(batch.images[:count], batch.labels[:count], batch.group_index[:count])
 
-    def again(function: Callable[..., object], *values: Any) -> Callable[[], None]:
+    def again(name: str, inputs: Any) -> Callable[[], None]:
         # Called from a graph, as the step does, the step's own function isn't compiled once more.
-        call = tf.function(lambda *values: function(*values, whole), autograph=False)
-        return lambda: call(*values)
+        call = tf.function(train_step.gradients[name], autograph=False)
+        return lambda: call(inputs)
 
     return {
-        "Gmain": again(train_step._gmain, g, d, g_draws, p),
-        "Dmain": again(train_step._dmain, g, d, images, c, d_draws, p),
+        phase.name: again(phase.name, train_step.inputs(phase, groups))
+        for phase in objective.phases
+        if phase.interval == 1
     }
 
 

@@ -11,38 +11,10 @@ from collections.abc import Mapping
 import numpy as np
 import tensorflow as tf
 
-from trainer.families.network import Discriminator, StyleGenerator
+from trainer.objectives.phase import Networks, Objective, Trained
 from trainer.training import loss_scale
 
 Variables = dict[str, tf.Variable]
-
-PHASES = ("Gmain", "Greg", "Dmain", "Dreg")
-
-# What a step reports, under NVIDIA's names.
-STATS = (
-    "Loss/scores/fake",
-    "Loss/signs/fake",
-    "Loss/G/loss",
-    "Loss/pl_penalty",
-    "Loss/G/reg",
-    "Loss/scores/real",
-    "Loss/signs/real",
-    "Loss/D/loss",
-    "Loss/r1_penalty",
-    "Loss/D/reg",
-)
-
-# What is watched for non-finite values: in each phase its losses, and all gradients together.
-QUANTITIES = (
-    ("Gmain", "Loss/G/loss"),
-    ("Gmain", "gradients"),
-    ("Greg", "Loss/pl_penalty"),
-    ("Greg", "gradients"),
-    ("Dmain", "Loss/D/loss"),
-    ("Dmain", "gradients"),
-    ("Dreg", "Loss/r1_penalty"),
-    ("Dreg", "gradients"),
-)
 
 
 class TrainState:
@@ -52,34 +24,34 @@ class TrainState:
       g, d, g_ema: parameters by NVIDIA's names.
       g_first, g_second, d_first, d_second: Adam's moments of the trainable ones.
       g_count, d_count: [] int64, Adam's steps.
-      pl_mean: [], moving mean of path lengths.
+      buffers: values that the objective carries from step to step, [] each.
       augment_p: [], probability of augmentation.
       augment_signs: [2], number and sum of the signs of real logits since p was last adjusted.
-      stats: [len(STATS), 3], number, sum and sum of squares of each statistic in this tick.
+      stats: [3], number, sum and sum of squares of each statistic in this tick, by its name.
       images: [] int64, reals shown so far.
       step: [] int64, steps made so far.
+      dtype: of all parameters and moments.
       nonfinite: [2] int64, the first step with a non-finite quantity and its place in
-        `QUANTITIES`; -1 while there is none.
-      loss_scale: [4], of each of `PHASES`; used and changed in float16 only.
-      loss_scale_counts: [4, 3] int64, see `loss_scale.update`.
+        `Objective.watched`; -1 while there is none.
+      loss_scale: [], of each phase by its name; used and changed in float16 only.
+      loss_scale_counts: [3] int64 of each phase, see `loss_scale.update`.
 
     Counters are int64 because XLA keeps int32 variables on the host.
 
     Args:
-      generator, discriminator: the networks.
+      networks: to train.
+      objective: what they are trained to do.
       seed: for the initial parameters.
-      freeze_d: layers of the discriminator that don't train.
       augment_p: where the probability of augmentation starts.
       dtype: of all parameters and moments.
     """
 
     def __init__(
         self,
-        generator: StyleGenerator,
-        discriminator: Discriminator,
+        networks: Networks,
+        objective: Objective,
         *,
         seed: int,
-        freeze_d: int = 0,
         augment_p: float = 0.0,
         dtype: tf.DType = tf.float32,
     ) -> None:
@@ -91,26 +63,35 @@ class TrainState:
         def table(prefix: str, values: Mapping[str, np.ndarray]) -> Variables:
             return {name: create(f"{prefix}.{name}", value) for name, value in values.items()}
 
-        g, d = generator.init(seed), discriminator.init(seed)
-        g_zeros = {name: np.zeros_like(g[name]) for name in generator.trainable_names()}
-        d_zeros = {name: np.zeros_like(d[name]) for name in discriminator.trainable_names(freeze_d)}
+        g, d = networks.generator.init(seed), networks.discriminator.init(seed)
+        g_zeros = {name: np.zeros_like(g[name]) for name in networks.trainable_names("G")}
+        d_zeros = {name: np.zeros_like(d[name]) for name in networks.trainable_names("D")}
         self.g, self.d, self.g_ema = table("G", g), table("D", d), table("G_ema", g)
         self.g_first, self.g_second = table("G_first", g_zeros), table("G_second", g_zeros)
         self.d_first, self.d_second = table("D_first", d_zeros), table("D_second", d_zeros)
         self.g_count = create("G_count", 0, tf.int64)
         self.d_count = create("D_count", 0, tf.int64)
-        self.pl_mean = create("pl_mean", 0.0)
+        self.buffers = {name: create(name, value) for name, value in objective.buffers.items()}
         self.augment_p = create("augment_p", augment_p)
         self.augment_signs = create("augment_signs", [0.0, 0.0])
-        self.stats = create("stats", np.zeros([len(STATS), 3]))
+        self.stats = {name: create(name, np.zeros([3])) for name in objective.reports}
         self.images = create("images", 0, tf.int64)
         self.step = create("step", 0, tf.int64)
         self.nonfinite = create("nonfinite", [-1, -1], tf.int64)
         # There in every precision, so that a run may go on in another one.
-        self.loss_scale = create("loss_scale", [loss_scale.INITIAL] * len(PHASES))
-        self.loss_scale_counts = create(
-            "loss_scale_counts", np.zeros([len(PHASES), 3], np.int64), tf.int64
-        )
+        phases = [phase.name for phase in objective.phases]
+        self.loss_scale = {name: create(f"scale.{name}", loss_scale.INITIAL) for name in phases}
+        self.loss_scale_counts = {
+            name: create(f"counts.{name}", np.zeros([3], np.int64), tf.int64) for name in phases
+        }
+        self.dtype = dtype
+        self._watched = objective.watched
+
+    def optimized(self, network: Trained) -> tuple[Variables, Variables, Variables, tf.Variable]:
+        """Parameters, first and second moments and Adam's steps of "G" or "D"."""
+        if network == "G":
+            return self.g, self.g_first, self.g_second, self.g_count
+        return self.d, self.d_first, self.d_second, self.d_count
 
     def variables(self) -> Variables:
         """All of them by the names they have in a checkpoint (`G/synthesis.b4.const`)."""
@@ -122,6 +103,10 @@ class TrainState:
             "G_opt/second": self.g_second,
             "D_opt/first": self.d_first,
             "D_opt/second": self.d_second,
+            "objective": self.buffers,
+            "stats": self.stats,
+            "loss_scale/value": self.loss_scale,
+            "loss_scale/counts": self.loss_scale_counts,
         }
         flat = {
             f"{prefix}/{name}": variable
@@ -131,15 +116,11 @@ class TrainState:
         return flat | {
             "G_opt/count": self.g_count,
             "D_opt/count": self.d_count,
-            "pl_mean": self.pl_mean,
             "augment/p": self.augment_p,
             "augment/signs": self.augment_signs,
-            "stats": self.stats,
             "counters/images": self.images,
             "counters/step": self.step,
             "nonfinite": self.nonfinite,
-            "loss_scale/value": self.loss_scale,
-            "loss_scale/counts": self.loss_scale_counts,
         }
 
     def nonfinite_variables(self) -> str | None:
@@ -157,8 +138,8 @@ class TrainState:
         step, quantity = self.nonfinite.numpy().tolist()
         if step < 0:
             return None
-        phase, name = QUANTITIES[quantity]
-        in_a_row = self.loss_scale_counts.numpy()[PHASES.index(phase), loss_scale.IN_A_ROW]
+        phase, name = self._watched[quantity]
+        in_a_row = self.loss_scale_counts[phase].numpy()[loss_scale.IN_A_ROW]
         if in_a_row >= loss_scale.MAX_SKIPPED:
             return (
                 f"{name} of {phase} were not finite in float16 {in_a_row} times in a row, at last "

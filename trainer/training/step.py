@@ -7,6 +7,7 @@ computed in one piece or in many (up to the rounding of float sums).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,14 +15,13 @@ from typing import Any
 
 import tensorflow as tf
 
+from trainer.augment import controller
 from trainer.config import BatchArithmetic, Config
-from trainer.training import augment, loss_scale
+from trainer.objectives.phase import Grads, Networks, Objective, Phase, Report, Trained
+from trainer.objectives.sampler import Draws
+from trainer.training import loss_scale
 from trainer.training.optimizer import Adam, ema_beta
-from trainer.training.phases import Draw, Grads, Phases, Report
-from trainer.training.state import PHASES, QUANTITIES, STATS, TrainState
-
-# NVIDIA's decay of the moving average of w.
-_W_AVG_BETA = 0.995
+from trainer.training.state import TrainState
 
 # For each phase what it reports: by name, [3] number, sum and sum of squares over the whole batch,
 # and "gradients", [] the sum of squares of all gradients. A phase that didn't run reports zeros.
@@ -29,23 +29,22 @@ Reports = dict[str, Report]
 
 AllReduce = Callable[[list[tf.Tensor]], list[tf.Tensor]]
 
-_PHASE_REPORTS = {
-    "Gmain": ("Loss/scores/fake", "Loss/signs/fake", "Loss/G/loss"),
-    "Greg": ("Loss/pl_penalty", "Loss/G/reg"),
-    "Dmain": (
-        "Loss/scores/fake",
-        "Loss/signs/fake",
-        "Loss/scores/real",
-        "Loss/signs/real",
-        "Loss/D/loss",
-    ),
-    "Dreg": ("Loss/scores/real", "Loss/signs/real", "Loss/r1_penalty", "Loss/D/reg"),
-}
+# (phase, group_index [groups] int64) -> the draws of these groups.
+Draw = Callable[[Phase, tf.Tensor], Draws]
+
+# The statistic by which ADA steers.
+_SIGNS = "Loss/signs/real"
 
 
 @dataclass(frozen=True)
-class _Batch:
-    """A replica's share of the reals: [groups, size, H, W, C], [groups, size] and [groups]."""
+class Batch:
+    """A replica's share of the reals.
+
+    Attributes:
+      images: [groups, size, H, W, C] uint8, or floats in [-1, 1].
+      labels: [groups, size] int64.
+      group_index: [groups] int64.
+    """
 
     images: tf.Tensor
     labels: tf.Tensor
@@ -60,8 +59,9 @@ class TrainStep:
       arithmetic: how a batch divides; its replicas are those of `strategy`.
       strategy: where to run.
       state: the variables, made in the strategy's scope.
-      phases: the gradients.
-      draw: every random number, a `phases.Sampler` except in tests.
+      networks: to train.
+      objective: what they are trained to do.
+      draw: every random number, a `Sampler` except in tests.
       jit: compile the gradients and updates with XLA.
       all_reduce: sums tensors over replicas; by default with the strategy's replica context.
     """
@@ -72,7 +72,8 @@ class TrainStep:
         arithmetic: BatchArithmetic,
         strategy: tf.distribute.Strategy,
         state: TrainState,
-        phases: Phases,
+        networks: Networks,
+        objective: Objective,
         draw: Draw,
         *,
         jit: bool,
@@ -80,28 +81,32 @@ class TrainStep:
     ) -> None:
         self._config, self._arithmetic, self._strategy = config, arithmetic, strategy
         self._all_reduce = all_reduce or _all_reduce
-        self._state, self._phases, self._draw = state, phases, draw
+        self._state, self._draw = state, draw
+        self._networks, self._objective = networks, objective
         training = config.training
-        self._r1 = training.r1_gamma != "auto" and training.r1_gamma > 0
         self._scaled = config.run.precision == "float16"
-        # The interval corrects rate and decay also where a weight of 0 leaves the phase out.
-        self._g_adam = Adam.lazy(
-            float(training.g_lr), training.beta1, training.beta2, training.g_reg_interval
-        )
-        self._d_adam = Adam.lazy(
-            float(training.d_lr), training.beta1, training.beta2, training.d_reg_interval
-        )
 
         def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
             return tf.function(function, jit_compile=jit, autograph=False)
 
-        self._gmain = compiled(phases.gmain)
-        self._greg = compiled(phases.greg)
-        self._path_lengths = compiled(phases.path_lengths)
-        self._dmain = compiled(phases.dmain)
-        self._dreg = compiled(phases.dreg)
-        self._g_update = compiled(self._g_adam.update)
-        self._d_update = compiled(self._d_adam.update)
+        # (the inputs of a phase) -> its gradients, report and sums; by the phase's name.
+        self.gradients: dict[str, Callable[..., Any]] = {}
+        self._whole_batch_sums: dict[str, Callable[..., Any]] = {}
+        for phase in objective.phases:
+            function = functools.partial(phase.gradients, networks, self._samples(phase))
+            self.gradients[phase.name] = compiled(function)
+            if phase.whole_batch:
+                function = functools.partial(phase.whole_batch_sum, networks)
+                self._whole_batch_sums[phase.name] = compiled(function)
+        rates: dict[Trained, Any] = {"G": training.g_lr, "D": training.d_lr}
+        self._updates = {
+            network: compiled(
+                Adam.lazy(
+                    float(rate), training.beta1, training.beta2, objective.lazy.get(network)
+                ).update
+            )
+            for network, rate in rates.items()
+        }
         self._lerp = compiled(_lerp)
         self._steps = tf.function(self._run, autograph=False)
 
@@ -152,17 +157,15 @@ class TrainStep:
 
         The phases take a replica's share of what a step takes, "finish" the `Reports` of them all.
         """
-        programs: dict[str, Callable[..., Any]] = {"Gmain": self._run_gmain}
-        if self._config.training.pl_weight > 0:
-            programs["Greg"] = self._run_greg
-        programs["Dmain"] = self._run_dmain
-        if self._r1:
-            programs["Dreg"] = self._run_dreg
+        programs: dict[str, Callable[..., Any]] = {
+            phase.name: functools.partial(self._run_phase, phase)
+            for phase in self._objective.phases
+        }
         return programs | {"finish": self._finish}
 
     def no_reports(self) -> Reports:
         """The `Reports` of a step in which no phase ran."""
-        return {phase: self._empty(phase) for phase in _PHASE_REPORTS}
+        return {phase.name: self._empty(phase) for phase in self._objective.phases}
 
     @property
     def _local_groups(self) -> int:
@@ -203,114 +206,71 @@ class TrainStep:
 
     def _run_one(self, values: tuple[Any, ...], index: tf.Tensor, step: tf.Tensor) -> Reports:
         """Makes the step of which the values are at `index`."""
-        training = self._config.training
 
-        def run(function: Callable[..., Report]) -> Report:
+        def run(phase: Phase) -> Report:
             def of_this_step(index: tf.Tensor, *values: tf.Tensor) -> Report:
-                return function(*(value[index] for value in values))
+                return self._run_phase(phase, *(value[index] for value in values))
 
             report = self._strategy.run(of_this_step, args=(index, *values))
             return tf.nest.map_structure(
                 lambda value: self._strategy.experimental_local_results(value)[0], report
             )
 
-        def every(interval: int, phase: str, function: Callable[..., Report]) -> Report:
+        def when_due(phase: Phase) -> Report:
+            if phase.interval == 1:
+                return run(phase)
             # A conditional around the replicas, not in them: collectives can't be conditional.
-            due = tf.equal(step % interval, 0)
-            return tf.cond(due, lambda: run(function), lambda: self._empty(phase))
+            due = tf.equal(step % phase.interval, 0)
+            return tf.cond(due, lambda: run(phase), lambda: self._empty(phase))
 
-        reports = {"Gmain": run(self._run_gmain), "Greg": self._empty("Greg")}
-        if training.pl_weight > 0:
-            reports["Greg"] = every(training.g_reg_interval, "Greg", self._run_greg)
-        reports |= {"Dmain": run(self._run_dmain), "Dreg": self._empty("Dreg")}
-        if self._r1:
-            reports["Dreg"] = every(training.d_reg_interval, "Dreg", self._run_dreg)
+        reports = {phase.name: when_due(phase) for phase in self._objective.phases}
         self._strategy.run(self._finish, args=(reports,))
         return reports
 
-    def _empty(self, phase: str) -> Report:
-        dtype = self._state.stats.dtype
-        report = {name: tf.zeros([3], dtype) for name in _PHASE_REPORTS[phase]}
-        return report | {"gradients": tf.zeros([], dtype)}
+    def _empty(self, phase: Phase) -> Report:
+        report = {name: tf.zeros([3], self._state.dtype) for name in phase.reports}
+        return report | {"gradients": tf.zeros([], self._state.dtype)}
 
-    def _arguments(self, phase: str, groups: _Batch) -> dict[str, Any]:
-        """What a phase's gradients take for a round's groups."""
+    def _samples(self, phase: Phase) -> int:
+        """Images of the whole batch that a phase takes."""
+        return self._arithmetic.global_batch // phase.shrink
+
+    def inputs(self, phase: Phase, groups: Batch, mean: tf.Tensor | None = None) -> dict[str, Any]:
+        """What a phase's loss is computed from, for a round's groups; see `phase.Batch`."""
         state = self._state
-        arguments: dict[str, Any] = {"draws": self._draw(phase, groups.group_index)}
-        arguments |= self._scale(phase)
-        batch = self._arithmetic.global_batch
-        if phase == "Greg":
-            moving_mean = tf.convert_to_tensor(state.pl_mean)
-            batch //= self._config.training.pl_batch_shrink
-            return arguments | {"g": _read(state.g), "moving_mean": moving_mean, "batch": batch}
-        arguments |= {"d": _read(state.d), "p": tf.convert_to_tensor(state.augment_p)}
-        if phase != "Dreg":
-            arguments["g"] = _read(state.g)
-        if phase != "Gmain":
-            arguments["images"], arguments["c"] = self._reals(groups)
-        return arguments | {"batch": batch}
+        reals, c = self._reals(groups) if phase.reals else (None, None)
+        return {
+            "g": _read(state.g) if "G" in phase.applies else {},
+            "d": _read(state.d) if "D" in phase.applies else {},
+            "draws": self._draw(phase, groups.group_index),
+            "p": tf.convert_to_tensor(state.augment_p),
+            "reals": reals,
+            "c": c,
+            "buffers": _read(state.buffers),
+            "mean": mean,
+            "scale": tf.convert_to_tensor(state.loss_scale[phase.name]) if self._scaled else None,
+        }
 
-    def _scale(self, phase: str) -> dict[str, tf.Tensor]:
-        """The argument `scale` of a phase in float16, nothing in other precisions."""
-        return {"scale": self._state.loss_scale[PHASES.index(phase)]} if self._scaled else {}
+    def _run_phase(self, phase: Phase, *args: tf.Tensor) -> Report:
+        batch, mean = Batch(*args), None
+        if phase.whole_batch and self._arithmetic.rounds * self._arithmetic.num_replicas > 1:
+            # One cheap pass of first derivatives for what any gradient needs of the whole batch.
+            def values(groups: Batch) -> tf.Tensor:
+                return self._whole_batch_sums[phase.name](self.inputs(phase, groups))
 
-    def _run_gmain(self, *args: tf.Tensor) -> Report:
-        def part(groups: _Batch) -> tuple[Grads, Report, tf.Tensor]:
-            return self._gmain(**self._arguments("Gmain", groups))
+            total = self._sum_over_replicas(self._sum_over_rounds(values, batch))
+            mean = total / self._samples(phase)
 
-        grads, report, w_sum = self._sum_over_replicas(self._sum_over_rounds(part, _Batch(*args)))
-        report, keep = self._judge("Gmain", grads, report)
-        self._update_g(grads, keep)
-        self._move_w_avg(w_sum / self._arithmetic.global_batch, keep)
+        def part(groups: Batch) -> tuple[Grads, Report, Any]:
+            return self.gradients[phase.name](self.inputs(phase, groups, mean))
+
+        grads, report, sums = self._sum_over_replicas(self._sum_over_rounds(part, batch))
+        report, keep = self._judge(phase, grads, report)
+        self._update(phase.trains, grads, keep)
+        self._follow(phase, sums, keep)
         return report
 
-    def _run_greg(self, *args: tf.Tensor) -> Report:
-        batch, state = _Batch(*args), self._state
-        images = self._arithmetic.global_batch // self._config.training.pl_batch_shrink
-        batch_mean, scale = None, self._scale("Greg")
-        if self._arithmetic.rounds * self._arithmetic.num_replicas > 1:
-            # The penalty needs the mean length of the whole batch before any gradient: one cheap
-            # pass of first derivatives for it.
-            def lengths(groups: _Batch) -> tf.Tensor:
-                draws = self._draw("Greg", groups.group_index)
-                return tf.reduce_sum(self._path_lengths(_read(state.g), draws, **scale))
-
-            batch_mean = self._sum_over_replicas(self._sum_over_rounds(lengths, batch)) / images
-
-        def part(groups: _Batch) -> tuple[Grads, Report, tf.Tensor, tf.Tensor]:
-            return self._greg(**self._arguments("Greg", groups), batch_mean=batch_mean)
-
-        *sums, moving_mean = self._sum_over_rounds(part, batch)
-        grads, report, w_sum = self._sum_over_replicas(sums)
-        if batch_mean is not None:
-            # Every round found the same new mean, and they were added up.
-            moving_mean /= self._arithmetic.rounds
-        report, keep = self._judge("Greg", grads, report)
-        self._update_g(grads, keep)
-        self._move_w_avg(w_sum / images, keep)
-        _assign([state.pl_mean], [moving_mean], keep)
-        return report
-
-    def _run_dmain(self, *args: tf.Tensor) -> Report:
-        def part(groups: _Batch) -> tuple[Grads, Report, tf.Tensor]:
-            return self._dmain(**self._arguments("Dmain", groups))
-
-        grads, report, w_sum = self._sum_over_replicas(self._sum_over_rounds(part, _Batch(*args)))
-        report, keep = self._judge("Dmain", grads, report)
-        self._update_d(grads, keep)
-        self._move_w_avg(w_sum / self._arithmetic.global_batch, keep)
-        return report
-
-    def _run_dreg(self, *args: tf.Tensor) -> Report:
-        def part(groups: _Batch) -> tuple[Grads, Report]:
-            return self._dreg(**self._arguments("Dreg", groups))
-
-        grads, report = self._sum_over_replicas(self._sum_over_rounds(part, _Batch(*args)))
-        report, keep = self._judge("Dreg", grads, report)
-        self._update_d(grads, keep)
-        return report
-
-    def _judge(self, phase: str, grads: Grads, report: Report) -> tuple[Report, tf.Tensor | None]:
+    def _judge(self, phase: Phase, grads: Grads, report: Report) -> tuple[Report, tf.Tensor | None]:
         """Adds the size of the gradients to a phase's report, and says whether to use them.
 
         In float16 a phase whose numbers are not all finite changes nothing and reports nothing:
@@ -323,17 +283,16 @@ class TrainStep:
         report = report | {"gradients": _sum_of_squares(grads)}
         if not self._scaled:
             return report, None
-        state = self._state
+        scale, counts = (
+            table[phase.name] for table in (self._state.loss_scale, self._state.loss_scale_counts)
+        )
         finite = tf.reduce_all(
             [tf.reduce_all(tf.math.is_finite(value)) for value in report.values()]
         )
-        scale, counts, exhausted = loss_scale.update(
-            tf.convert_to_tensor(state.loss_scale),
-            tf.convert_to_tensor(state.loss_scale_counts),
-            PHASES.index(phase),
-            finite,
+        *updated, exhausted = loss_scale.update(
+            tf.convert_to_tensor(scale), tf.convert_to_tensor(counts), finite
         )
-        _assign([state.loss_scale, state.loss_scale_counts], [scale, counts])
+        _assign([scale, counts], updated)
         report = {
             name: tf.where(finite, value, tf.zeros_like(value)) for name, value in report.items()
         }
@@ -346,8 +305,8 @@ class TrainStep:
         state, training = self._state, self._config.training
         images = tf.convert_to_tensor(state.images)
         batch = self._arithmetic.global_batch
-        dtype = state.stats.dtype
-        beta = ema_beta(batch, images, float(training.ema_kimg), training.ema_rampup, dtype)
+        half_life, rampup = float(training.ema_kimg), training.ema_rampup
+        beta = ema_beta(batch, images, half_life, rampup, state.dtype)
         trained = state.g_first  # no set: the order of names is part of a compiled program
         averages = {name: state.g_ema[name] for name in trained}
         averaged = self._lerp(_read(state.g), _read(averages), beta)
@@ -355,9 +314,11 @@ class TrainStep:
         buffers = [name for name in state.g if name not in trained]
         _assign([state.g_ema[name] for name in buffers], [state.g[name] for name in buffers])
 
-        zero = tf.zeros([3], state.stats.dtype)
-        rows = [sum((r[name] for r in reports.values() if name in r), zero) for name in STATS]
-        _assign([state.stats], [state.stats + tf.stack(rows)])
+        stats = [
+            sum((r[name] for r in reports.values() if name in r), tf.convert_to_tensor(total))
+            for name, total in state.stats.items()
+        ]
+        _assign([*state.stats.values()], stats)
         self._adjust_augmentation(reports)
         self._watch(reports)
         _assign([state.images, state.step], [images + batch, state.step + 1])
@@ -368,11 +329,11 @@ class TrainStep:
         if config.mode != "ada":
             return
         signs = state.augment_signs + sum(
-            reports[phase]["Loss/signs/real"][:2] for phase in ("Dmain", "Dreg")
+            report[_SIGNS][:2] for report in reports.values() if _SIGNS in report
         )
         # In float16 it can be that no update counted since.
         due = tf.logical_and(tf.equal((state.step + 1) % config.interval, 0), signs[0] > 0)
-        adjusted = augment.adjust(
+        adjusted = controller.adjust(
             tf.convert_to_tensor(state.augment_p),
             signs[1] / signs[0],
             self._arithmetic.global_batch * config.interval,
@@ -387,7 +348,8 @@ class TrainStep:
     def _watch(self, reports: Reports) -> None:
         """Remembers the first quantity that isn't finite."""
         state = self._state
-        sums = [tf.reshape(reports[phase][name], [-1])[:2] for phase, name in QUANTITIES]
+        watched = self._objective.watched
+        sums = [tf.reshape(reports[phase][name], [-1])[:2] for phase, name in watched]
         bad = tf.stack([tf.reduce_any(~tf.math.is_finite(value)) for value in sums])
         first = tf.stack([tf.cast(state.step, tf.int64), tf.argmax(tf.cast(bad, tf.int32))])
         found = tf.logical_and(tf.reduce_any(bad), state.nonfinite[0] < 0)
@@ -398,19 +360,19 @@ class TrainStep:
     def _sum_over_replicas(self, values: Any) -> Any:
         return tf.nest.pack_sequence_as(values, self._all_reduce(tf.nest.flatten(values)))
 
-    def _sum_over_rounds(self, part: Callable[[_Batch], Any], batch: _Batch) -> Any:
+    def _sum_over_rounds(self, part: Callable[[Batch], Any], batch: Batch) -> Any:
         """Adds what `part` returns for each round's groups; one round's memory is in use at a time."""
         rounds = self._arithmetic.rounds
         if rounds == 1:
             return part(batch)
         size = batch.group_index.shape[0] // rounds
 
-        def groups(index: tf.Tensor) -> _Batch:
+        def groups(index: tf.Tensor) -> Batch:
             values = (batch.images, batch.labels, batch.group_index)
             cut = [value[index * size : (index + 1) * size] for value in values]
             for value, whole in zip(cut, values, strict=True):
                 value.set_shape([size, *whole.shape[1:]])
-            return _Batch(*cut)
+            return Batch(*cut)
 
         total = part(groups(tf.constant(0)))
 
@@ -423,12 +385,12 @@ class TrainStep:
         )
         return tf.nest.pack_sequence_as(total, sums)
 
-    def _reals(self, groups: _Batch) -> tuple[tf.Tensor, tf.Tensor]:
+    def _reals(self, groups: Batch) -> tuple[tf.Tensor, tf.Tensor]:
         """[N, H, W, C] in [-1, 1] and [N, c_dim] of a round's groups."""
-        dtype = self._state.stats.dtype
+        dtype = self._state.dtype
         images = tf.reshape(groups.images, [-1, *groups.images.shape[2:]])
         labels = tf.reshape(groups.labels, [-1])
-        depth = self._phases.discriminator.c_dim
+        depth = self._networks.discriminator.c_dim
         from_bytes = images.dtype == tf.uint8
         images = tf.cast(images, dtype)
         if from_bytes:
@@ -436,23 +398,24 @@ class TrainStep:
         # Without classes the label is -1 and the depth 0: [N, 0].
         return images, tf.one_hot(labels, depth, dtype=dtype)
 
-    def _update_g(self, grads: Grads, keep: tf.Tensor | None) -> None:
-        state = self._state
-        count = state.g_count + 1
-        tables = (state.g, state.g_first, state.g_second)
-        _store(tables, self._g_update(count, *(_read(t, grads) for t in tables), grads), keep)
-        _assign([state.g_count], [count], keep)
+    def _update(self, network: Trained, grads: Grads, keep: tf.Tensor | None) -> None:
+        *tables, steps = self._state.optimized(network)
+        count = steps + 1
+        values = self._updates[network](count, *(_read(table, grads) for table in tables), grads)
+        _store(tables, values, keep)
+        _assign([steps], [count], keep)
 
-    def _update_d(self, grads: Grads, keep: tf.Tensor | None) -> None:
-        state = self._state
-        count = state.d_count + 1
-        tables = (state.d, state.d_first, state.d_second)
-        _store(tables, self._d_update(count, *(_read(t, grads) for t in tables), grads), keep)
-        _assign([state.d_count], [count], keep)
-
-    def _move_w_avg(self, mean: tf.Tensor, keep: tf.Tensor | None) -> None:
-        w_avg = self._state.g["mapping.w_avg"]
-        _assign([w_avg], [mean + _W_AVG_BETA * (w_avg - mean)], keep)
+    def _follow(self, phase: Phase, sums: Mapping[str, Any], keep: tf.Tensor | None) -> None:
+        """Moves the buffers that follow something of a phase."""
+        state, networks = self._state, self._networks
+        for owner, follow, table in (
+            ("G", networks.generator.follow, state.g),
+            ("objective", self._objective.follow, state.buffers),
+        ):
+            if owner in sums:
+                means = {n: total / self._samples(phase) for n, total in sums[owner].items()}
+                new = follow(_read(table, means), means)
+                _assign([table[name] for name in new], list(new.values()), keep)
 
 
 def _lerp(
@@ -470,7 +433,7 @@ def _read(
 
 
 def _store(
-    tables: tuple[Mapping[str, tf.Variable], ...],
+    tables: Sequence[Mapping[str, tf.Variable]],
     values: tuple[Mapping[str, tf.Tensor], ...],
     keep: tf.Tensor | None,
 ) -> None:

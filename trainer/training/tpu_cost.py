@@ -16,7 +16,7 @@ from trainer.core.errors import ConfigError
 from trainer.distribution import precision, tpu
 from trainer.families.protocol import DataShape
 from trainer.training import build, tpu_compiler, tpu_estimate
-from trainer.training.phases import Phases, Sampler
+from trainer.training.build import Recipe
 from trainer.training.state import TrainState
 from trainer.training.step import TrainStep
 from trainer.training.tpu_compiler import Topology
@@ -68,8 +68,7 @@ class TpuRun:
     topology: Topology
     arithmetic: BatchArithmetic
     state: TrainState
-    phases: Phases
-    draw: Sampler
+    recipe: Recipe
 
     @classmethod
     def create(
@@ -108,12 +107,9 @@ class TpuRun:
         config = config_lib.resolve(config, resolution=data.resolution)
         precision.prepare(config.run.precision, "TPU")
         arithmetic = config_lib.batch_arithmetic(config, replicas)
-        generator, discriminator = build.networks(config, data, build.formulas("TPU", jit=True))
-        state = build.state(config, generator, discriminator)
-        phases, draw = build.phases_and_draws(
-            config, data, generator, discriminator, static_shapes=True
-        )
-        return cls(config, data, slice_, arithmetic, state, phases, draw)
+        formulas = build.formulas("TPU", jit=True)
+        recipe = build.recipe(config, data, formulas, static_shapes=True)
+        return cls(config, data, slice_, arithmetic, build.state(config, recipe), recipe)
 
     def compile_phases(self) -> Iterator[Phase]:
         """Compiles one program after the other: minutes each, for large networks."""
@@ -122,9 +118,8 @@ class TpuRun:
 
     def share(self, phase: str) -> float:
         """In which share of all steps a phase runs."""
-        training = self.config.training
-        shares = {"Greg": 1 / training.g_reg_interval, "Dreg": 1 / training.d_reg_interval}
-        return shares.get(phase, 1.0)
+        intervals = {each.name: each.interval for each in self.recipe.objective.phases}
+        return 1 / intervals.get(phase, 1)
 
     def largest_batch(self, phases: list[Phase]) -> LargestBatch:
         """The largest per-replica batch that fits, by a line through two sizes.
@@ -170,8 +165,7 @@ class TpuRun:
             arithmetic,
             tpu.stand_in(),
             self.state,
-            self.phases,
-            self.draw,
+            *self.recipe,
             jit=True,
             all_reduce=tpu.cross_replica_sum(arithmetic.num_replicas),
         )

@@ -8,11 +8,15 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from trainer.config import TrainingConfig
 from trainer.core.seeds import Purpose
+from trainer.families.network import Latents
 from trainer.families.stylegan2.networks import Generator
-from trainer.training.phases import Draws, Latents, Sampler, moments
+from trainer.objectives import stylegan
+from trainer.objectives.phase import moments
+from trainer.objectives.sampler import Draws, Sampler
 
-PHASES = ("Gmain", "Greg", "Dmain", "Dreg")
+PHASES = {phase.name: phase for phase in stylegan.objective(TrainingConfig(), 4).phases}
 
 
 def sampler(**kwargs: Any) -> Sampler:
@@ -29,7 +33,6 @@ def sampler(**kwargs: Any) -> Sampler:
         "seed": 3,
         "generator": generator,
         "group_size": 4,
-        "pl_group_size": 2,
         "style_mixing_prob": 0.5,
         "noise_mode": "random",
         "label_counts": (),
@@ -55,9 +58,9 @@ def tensors(draws: Draws) -> list[np.ndarray]:
 def test_a_groups_draws_do_not_depend_on_the_others(phase: str) -> None:
     """One call for three groups is three calls for one, in whatever order."""
     draw = sampler(c_dim=3, label_counts=(5, 1, 2))
-    together = tensors(draw(phase, groups(5, 2**40, 7)))
-    alone = [tensors(draw(phase, groups(index))) for index in (5, 2**40, 7)]
-    reverse = tensors(draw(phase, groups(7, 5)))
+    together = tensors(draw(PHASES[phase], groups(5, 2**40, 7)))
+    alone = [tensors(draw(PHASES[phase], groups(index))) for index in (5, 2**40, 7)]
+    reverse = tensors(draw(PHASES[phase], groups(7, 5)))
     for field, whole in enumerate(together):
         parts = np.split(whole, 3)
         for index in range(3):
@@ -68,9 +71,9 @@ def test_a_groups_draws_do_not_depend_on_the_others(phase: str) -> None:
 def test_draws_in_a_graph_are_the_same() -> None:
     """Outside XLA, whose generator is another: the step draws before it calls compiled code."""
     draw = sampler(c_dim=3, label_counts=(5, 1, 2))
-    graph = tf.function(lambda index: draw("Greg", index), autograph=False)
+    graph = tf.function(lambda index: draw(PHASES["Greg"], index), autograph=False)
     for eager, traced in zip(
-        tensors(draw("Greg", groups(1, 9))), tensors(graph(groups(1, 9))), strict=True
+        tensors(draw(PHASES["Greg"], groups(1, 9))), tensors(graph(groups(1, 9))), strict=True
     ):
         np.testing.assert_array_equal(eager, traced)
 
@@ -78,7 +81,7 @@ def test_draws_in_a_graph_are_the_same() -> None:
 def test_groups_phases_and_seeds_differ() -> None:
     draw, other = sampler(), sampler(seed=4)
     found = [
-        np.asarray(latents_of(source(phase, groups(index))).z)[row].tobytes()
+        np.asarray(latents_of(source(PHASES[phase], groups(index))).z)[row].tobytes()
         for source in (draw, other)
         for phase in ("Gmain", "Greg", "Dmain")
         for index in (0, 1)
@@ -91,14 +94,14 @@ def test_fields_and_shapes() -> None:
     draw = sampler(c_dim=3, label_counts=(5, 1, 2))
     sizes = sum(height * width for height, width in draw.generator.noise_shapes)
     for phase, rows in (("Gmain", 8), ("Greg", 4), ("Dmain", 8)):
-        latents = latents_of(draw(phase, groups(0, 1)))
+        latents = latents_of(draw(PHASES[phase], groups(0, 1)))
         assert latents.z.shape == latents.mix_z.shape == [rows, 8]
         assert latents.c.shape == [rows, 3]
         assert latents.mix_cutoff.shape == [rows]
         assert latents.noise.shape == [rows, sizes]
-    assert np.asarray(draw("Greg", groups(0, 1)).pl_noise).shape == (4, 16, 8, 3)
-    assert draw("Gmain", groups(0)).pl_noise == ()
-    assert draw("Dreg", groups(0)) == Draws()
+    assert np.asarray(draw(PHASES["Greg"], groups(0, 1)).image_noise).shape == (4, 16, 8, 3)
+    assert draw(PHASES["Gmain"], groups(0)).image_noise == ()
+    assert draw(PHASES["Dreg"], groups(0)) == Draws()
     plain = sampler(noise_mode="const").latents(Purpose.GMAIN, groups(0, 1), 4)
     assert plain.noise.shape == [8, 0]
     assert plain.c.shape == [8, 0]
@@ -150,7 +153,7 @@ def test_mixing_can_be_never_or_always(prob: float, mixes: bool) -> None:
 
 
 def test_path_length_noise_is_standard_normal() -> None:
-    noise = np.asarray(sampler()("Greg", tf.range(20, dtype=tf.int64)).pl_noise)
+    noise = np.asarray(sampler()(PHASES["Greg"], tf.range(20, dtype=tf.int64)).image_noise)
     assert abs(noise.mean()) < 0.03
     assert noise.std() == pytest.approx(1, abs=0.03)
 

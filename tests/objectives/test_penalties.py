@@ -1,4 +1,4 @@
-"""Losses against NumPy and against the forms they were derived from."""
+"""Penalties against NumPy and against the forms they were derived from."""
 
 from __future__ import annotations
 
@@ -7,27 +7,7 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.training import losses
-
-
-def test_logistic_losses() -> None:
-    fake = np.array([[-300.0], [-2.0], [0.0], [1.5], [300.0]])
-    real = fake[::-1] + 0.25
-    fooled = losses.generator_logistic(tf.constant(fake))
-    # log(1 + exp(x)) without overflow.
-    np.testing.assert_allclose(fooled, np.logaddexp(0, -fake), rtol=1e-12)
-    both = losses.discriminator_logistic(tf.constant(fake), tf.constant(real))
-    np.testing.assert_allclose(both, np.logaddexp(0, fake) + np.logaddexp(0, -real), rtol=1e-12)
-    assert fooled.shape == both.shape == [5, 1]
-
-
-def test_generator_keeps_learning_when_it_loses() -> None:
-    """Non-saturating: the gradient stays where the discriminator is sure of the fakes."""
-    logits = tf.constant([[-30.0]])
-    with tf.GradientTape() as tape:
-        tape.watch(logits)
-        loss = losses.generator_logistic(logits)
-    np.testing.assert_allclose(tape.gradient(loss, logits), [[-1.0]])
+from trainer.objectives.penalties import path_length_coefficients, path_lengths, r1_penalty
 
 
 def test_r1_penalty() -> None:
@@ -38,14 +18,14 @@ def test_r1_penalty() -> None:
     with tf.GradientTape() as tape:
         tape.watch(x)
         score = tf.reduce_sum(x * weights)
-    penalty = losses.r1_penalty(tape.gradient(score, x))
+    penalty = r1_penalty(tape.gradient(score, x))
     np.testing.assert_allclose(penalty, np.sum(weights**2, (1, 2, 3)), rtol=1e-12)
 
 
 def test_path_lengths() -> None:
     gradients = np.random.default_rng(0).standard_normal([3, 6, 8])
     expected = np.sqrt(np.mean(np.sum(gradients**2, 2), 1))
-    np.testing.assert_allclose(losses.path_lengths(tf.constant(gradients)), expected, rtol=1e-12)
+    np.testing.assert_allclose(path_lengths(tf.constant(gradients)), expected, rtol=1e-12)
 
 
 def nvidias_penalty(lengths: tf.Tensor, moving_mean: float, decay: float) -> tuple[tf.Tensor, ...]:
@@ -70,9 +50,7 @@ def test_path_length_gradient_is_nvidias(
     whole = tf.constant(lengths, tf.float64)
     penalties, mean, gradient = nvidias_penalty(whole, moving_mean, decay)
     old = tf.constant(moving_mean, tf.float64)
-    found, coefficients, new = losses.path_length_coefficients(
-        whole, tf.reduce_mean(whole), old, decay
-    )
+    found, coefficients, new = path_length_coefficients(whole, tf.reduce_mean(whole), old, decay)
     np.testing.assert_allclose(found, penalties, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(new, mean, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(coefficients / len(lengths), gradient, rtol=1e-6, atol=1e-6)
@@ -82,8 +60,8 @@ def test_path_length_gradient_does_not_depend_on_the_parts() -> None:
     """Two rounds that know the mean of the whole batch add up to one."""
     lengths = tf.constant([1.0, 2.0, 5.0, 0.5, 7.0, 3.0], tf.float64)
     old, mean = tf.constant(1.5, tf.float64), tf.reduce_mean(lengths)
-    _, whole, new = losses.path_length_coefficients(lengths, mean, old, 0.3)
-    parts = [losses.path_length_coefficients(p, mean, old, 0.3) for p in tf.split(lengths, [4, 2])]
+    _, whole, new = path_length_coefficients(lengths, mean, old, 0.3)
+    parts = [path_length_coefficients(p, mean, old, 0.3) for p in tf.split(lengths, [4, 2])]
     np.testing.assert_allclose(tf.concat([part[1] for part in parts], 0), whole)
     assert all(part[2] == new for part in parts)
 
@@ -93,7 +71,7 @@ def test_path_length_coefficients_are_constants() -> None:
     lengths = tf.constant([1.0, 4.0], tf.float64)
     with tf.GradientTape() as tape:
         tape.watch(lengths)
-        _, coefficients, _ = losses.path_length_coefficients(
+        _, coefficients, _ = path_length_coefficients(
             lengths, tf.reduce_mean(lengths), tf.constant(1.0, tf.float64), 0.1
         )
         total = tf.reduce_sum(coefficients * lengths)

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from trainer.augment import warp
 from trainer.core.errors import ConfigError
-from trainer.training import augment_warp
 
 Draws = dict[str, tf.Tensor]
 
@@ -200,7 +200,7 @@ class AugmentPipe:
             step. The default takes the whole call, as NVIDIA does.
           static_shapes: give every intermediate a shape known while tracing, as XLA and TPU need.
             Same result, more work when p is low.
-          windows: see `augment_warp.warp`. Same result, for TPUs.
+          windows: see `warp.warp`. Same result, for TPUs.
 
         Returns:
           [N, H, W, C], as `images`, not clipped.
@@ -219,7 +219,7 @@ class AugmentPipe:
 
         if self._any(_BLIT + _GEOMETRY):
             linear, offset = self._geometry(draws, p, images.shape)
-            images = augment_warp.warp(
+            images = warp.warp(
                 images,
                 linear,
                 offset,
@@ -349,25 +349,6 @@ class AugmentPipe:
         return tf.cast(keep, p.dtype)[..., tf.newaxis]
 
 
-def adjust(
-    p: tf.Tensor, sign_mean: tf.Tensor, batch_images: int, target: float, adjust_kimg: float
-) -> tf.Tensor:
-    """The ADA controller (section 3.1): one step of p towards r_t = target.
-
-    Args:
-      p: scalar, the probability in use.
-      sign_mean: scalar, r_t: the mean of sign(D(real)) over the images since the last step.
-      batch_images: how many images those were shown: batch size times the interval between steps.
-      target: the r_t to hold.
-      adjust_kimg: thousands of images in which p may travel from 0 to 1.
-
-    Returns:
-      scalar, at least 0; not limited above, as with NVIDIA.
-    """
-    step = batch_images / (adjust_kimg * 1000)
-    return tf.maximum(p + tf.sign(sign_mean - target) * step, 0)
-
-
 def _stream(seeds: tf.Tensor, stream: int) -> list[tf.Tensor]:
     # Normal and uniform draws from one seed would share their bits.
     return tf.unstack(tf.bitwise.bitwise_xor(seeds, tf.constant([0, stream])))
@@ -461,4 +442,4 @@ def _apply_filter(images: tf.Tensor, gains: tf.Tensor) -> tf.Tensor:
         bands = tf.constant(_band_matrices(size), images.dtype)
         return tf.reshape(tf.matmul(gains, bands), [num, size, size])
 
-    return augment_warp.separable(images, along(height), along(width))
+    return warp.separable(images, along(height), along(width))

@@ -1,22 +1,8 @@
-"""What generator and discriminator are trained to do, sample by sample.
-
-Every function returns one value for each sample; means over the whole batch are taken by the step,
-which alone knows how the batch is spread over rounds and replicas.
-"""
+"""Penalties on gradients, sample by sample: what regularises the two networks."""
 
 from __future__ import annotations
 
 import tensorflow as tf
-
-
-def generator_logistic(fake_logits: tf.Tensor) -> tf.Tensor:
-    """Non-saturating loss -log sigmoid(D(G(z))) (Goodfellow et al. 2014): [N, 1] -> [N, 1]."""
-    return tf.nn.softplus(-fake_logits)
-
-
-def discriminator_logistic(fake_logits: tf.Tensor, real_logits: tf.Tensor) -> tf.Tensor:
-    """-log(1 - sigmoid(D(G(z)))) - log sigmoid(D(x)): two [N, 1] -> [N, 1]."""
-    return tf.nn.softplus(fake_logits) + tf.nn.softplus(-real_logits)
 
 
 def r1_penalty(image_gradients: tf.Tensor) -> tf.Tensor:

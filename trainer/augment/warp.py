@@ -19,7 +19,7 @@ from collections.abc import Callable
 import numpy as np
 import tensorflow as tf
 
-from trainer.training.augment_windows import BLOCK, TILE, Cells, sample
+from trainer.augment.windows import BLOCK, TILE, Cells, sample
 
 # The sym6 scaling filter (Daubechies 1992, "least asymmetric", six vanishing moments).
 _SYM6 = (
@@ -83,7 +83,7 @@ def warp(
       static_shapes: make the canvas as large as any margin can need, so that every shape is known
         while tracing (XLA, TPU). Otherwise it is as large as this call's margins need. The
         results are equal.
-      windows: sample as in `augment_windows`, for TPUs: they are slow to look up pixels, and pad
+      windows: sample as in `windows`, for TPUs: they are slow to look up pixels, and pad
         what comes last in a shape to 128, so that three colours there would take 40 times the
         memory. The results are equal.
 

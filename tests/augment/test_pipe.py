@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from trainer.augment import controller, warp
+from trainer.augment import pipe as pipe_lib
+from trainer.augment import windows as windows_lib
 from trainer.core.errors import ConfigError
-from trainer.training import augment, augment_warp, augment_windows
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "goldens" / "ada_debug_percentile.npz"
 COLOR = ("brightness", "contrast", "lumaflip", "hue", "saturation")
@@ -33,14 +35,14 @@ def golden_cases() -> list[str]:
         return [name.removesuffix("/out") for name in arrays.files if name.endswith("/out")]
 
 
-def pipe_of(name: str) -> augment.AugmentPipe:
-    if name in augment.PIPES:
-        return augment.AugmentPipe.preset(name)
+def pipe_of(name: str) -> pipe_lib.AugmentPipe:
+    if name in pipe_lib.PIPES:
+        return pipe_lib.AugmentPipe.preset(name)
     ops: dict[str, Any] = dict.fromkeys(COLOR if name in ("color", "gray_color") else [name], 1.0)
-    return augment.AugmentPipe(**ops)
+    return pipe_lib.AugmentPipe(**ops)
 
 
-def percentile_draws(percentile: float, num: int) -> augment.Draws:
+def percentile_draws(percentile: float, num: int) -> pipe_lib.Draws:
     """NVIDIA's `debug_percentile`: each draw takes the value at that percentile, every gate opens.
 
     NVIDIA's code takes erfinv(2u - 1) for a normal (which is the percentile over sqrt(2)),
@@ -53,9 +55,9 @@ def percentile_draws(percentile: float, num: int) -> augment.Draws:
 
     draws = {
         name: fill(0.0 if name.endswith("_gate") else percentile, count)
-        for name, count in augment.UNIFORM_FIELDS.items()
+        for name, count in pipe_lib.UNIFORM_FIELDS.items()
     }
-    draws |= {name: fill(normal, count) for name, count in augment.NORMAL_FIELDS.items()}
+    draws |= {name: fill(normal, count) for name, count in pipe_lib.NORMAL_FIELDS.items()}
     draws["rotate_post"] = fill(0.5, 1)
     draws["noise"] = fill(tf.math.erfinv(tf.constant(percentile, tf.float32)), 1)
     return draws
@@ -90,7 +92,7 @@ class TestGolden:
             assert relative_error(dx, golden[f"{case}/dx"]) < 5e-5
 
     def test_under_xla(self, golden: dict[str, np.ndarray]) -> None:
-        pipe = augment.AugmentPipe.preset("bgc")
+        pipe = pipe_lib.AugmentPipe.preset("bgc")
 
         @tf.function(jit_compile=True)
         def run(images: tf.Tensor, dy: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -107,12 +109,12 @@ class TestGolden:
 def test_filters_are_what_the_paper_names() -> None:
     # An orthogonal low-pass filter: its even shifts are orthonormal, it sums to one.
     for shift in range(0, 12, 2):
-        product = np.dot(augment_warp.LOWPASS[shift:], augment_warp.LOWPASS[: 12 - shift])
+        product = np.dot(warp.LOWPASS[shift:], warp.LOWPASS[: 12 - shift])
         assert product == pytest.approx(0.5 if shift == 0 else 0, abs=1e-10)
     # The bands together let everything through.
     impulse = np.zeros(43)
     impulse[21] = 1
-    np.testing.assert_allclose(augment.FILTER_BANK.sum(axis=0), impulse, atol=1e-10)
+    np.testing.assert_allclose(pipe_lib.FILTER_BANK.sum(axis=0), impulse, atol=1e-10)
 
 
 def plain_warp(
@@ -127,7 +129,7 @@ def plain_warp(
     up = dilated
     for axis in (0, 1):
         up = np.apply_along_axis(
-            lambda line: np.convolve(line, 2 * augment_warp.LOWPASS)[5 : 5 + len(line)], axis, up
+            lambda line: np.convolve(line, 2 * warp.LOWPASS)[5 : 5 + len(line)], axis, up
         )
     rows, columns = 2 * (height + 6), 2 * (width + 6)
     sampled = np.zeros([rows, columns])
@@ -144,7 +146,7 @@ def plain_warp(
                         sampled[r, c] += (1 - abs(y - j)) * (1 - abs(x - i)) * up[j, i]
     for axis in (0, 1):
         sampled = np.apply_along_axis(
-            lambda line: np.correlate(line, augment_warp.LOWPASS)[1:-1:2], axis, sampled
+            lambda line: np.correlate(line, warp.LOWPASS)[1:-1:2], axis, sampled
         )
     return sampled
 
@@ -159,7 +161,7 @@ def test_warp_equals_the_plain_steps_for_images_with_different_margins(group_siz
     offset = rng.normal(0, 1.5, [4, 2])
 
     size = (20, 28)
-    margin = augment_warp.margins(tf.constant(linear), tf.constant(offset), size, group_size)
+    margin = warp.margins(tf.constant(linear), tf.constant(offset), size, group_size)
     assert len(np.unique(margin)) > 1
     assert margin.numpy().max() < 19
     expected = [
@@ -167,7 +169,7 @@ def test_warp_equals_the_plain_steps_for_images_with_different_margins(group_siz
         for n in range(4)
     ]
     for static_shapes, windows in ((False, False), (True, False), (False, True), (True, True)):
-        out = augment_warp.warp(
+        out = warp.warp(
             tf.constant(images),
             tf.constant(linear),
             tf.constant(offset),
@@ -182,7 +184,7 @@ def test_windows_give_what_looking_up_gives(monkeypatch: pytest.MonkeyPatch) -> 
     """Values, gradients, and gradients of gradients, compiled; of images that are turned, slanted,
     and shrunk and enlarged so much that a tile needs many blocks, and only part of one. The tiles
     are several groups, of which one is filled."""
-    monkeypatch.setattr(augment_windows, "_TILES_AT_ONCE", 100)
+    monkeypatch.setattr(windows_lib, "_TILES_AT_ONCE", 100)
     rng = np.random.default_rng(4)
     images = tf.constant(rng.uniform(-1, 1, [4, 60, 76, 3]))
     linear = np.eye(2) + rng.normal(0, 0.3, [4, 2, 2])
@@ -194,7 +196,7 @@ def test_windows_give_what_looking_up_gives(monkeypatch: pytest.MonkeyPatch) -> 
             outer.watch(images)
             with tf.GradientTape() as inner:
                 inner.watch(images)
-                out = augment_warp.warp(
+                out = warp.warp(
                     images, linear, offset, group_size=2, static_shapes=True, windows=windows
                 )
                 score = tf.reduce_sum(tf.sin(3 * out))
@@ -210,7 +212,7 @@ def test_windows_give_what_looking_up_gives(monkeypatch: pytest.MonkeyPatch) -> 
 def test_margins_are_the_corners_reach_beyond_the_image() -> None:
     turn = np.array([[[1.0, 0], [0, 1]], [[0, -1], [1, 0]], [[3, 0], [0, 3]]])
     shift = np.array([[0.0, 0], [0.5, 2], [0, 0]])
-    margin = augment_warp.margins(tf.constant(turn), tf.constant(shift), (9, 17), 1)
+    margin = warp.margins(tf.constant(turn), tf.constant(shift), (9, 17), 1)
     # A quarter turn of 9 x 17 spans 4 pixels from the centre in x and 8 in y; 6 for the filters.
     np.testing.assert_array_equal(margin[0], [[6, 6], [6, 6]])
     np.testing.assert_array_equal(margin[1], [[2, 3], [8, 8]])
@@ -219,7 +221,7 @@ def test_margins_are_the_corners_reach_beyond_the_image() -> None:
 
 def test_geometry_is_the_inverse_of_the_operations_in_order() -> None:
     """With random draws and half of the gates open, as 3x3 matrices acting on column vectors."""
-    pipe = augment.AugmentPipe.preset("bg")
+    pipe = pipe_lib.AugmentPipe.preset("bg")
     height, width, p = 20, 36, 0.5
     draws = pipe.draw(seeds_of(11), 16, (height, width, 3))
     double = {name: tf.cast(value, tf.float64) for name, value in draws.items()}
@@ -258,14 +260,14 @@ def test_geometry_is_the_inverse_of_the_operations_in_order() -> None:
 
 def test_translation_and_cutout_take_x_first() -> None:
     images = images_of([1, 32, 64, 1])
-    pipe = augment.AugmentPipe(xint=1.0)
+    pipe = pipe_lib.AugmentPipe(xint=1.0)
     draws = pipe.draw(seeds_of(0), 1, (32, 64, 1))
     draws["xint"] = tf.constant([[0.75, 0.25]])  # by +64/16 and -32/16 pixels
     moved = pipe.apply(images, 1.0, draws)
     np.testing.assert_allclose(moved[:, :-2, 4:], images[:, 2:, :-4], atol=1e-5)
 
     draws["cutout"] = tf.constant([[1.0, 0.25]])
-    cut = augment.AugmentPipe(cutout=1.0).apply(tf.ones_like(images), 1.0, draws)
+    cut = pipe_lib.AugmentPipe(cutout=1.0).apply(tf.ones_like(images), 1.0, draws)
     expected = np.ones([1, 32, 64, 1])
     expected[:, :16, 48:] = 0
     np.testing.assert_array_equal(cut, expected)
@@ -273,7 +275,7 @@ def test_translation_and_cutout_take_x_first() -> None:
 
 class TestGroups:
     def test_output_does_not_depend_on_the_neighbours(self) -> None:
-        pipe = augment.AugmentPipe.preset("bgcfnc")
+        pipe = pipe_lib.AugmentPipe.preset("bgcfnc")
         images = images_of([8, 16, 16, 3])
         draws = pipe.draw(seeds_of(3, 4), 4, (16, 16, 3))
         both = pipe.apply(images, 0.8, draws, group_size=4)
@@ -284,7 +286,7 @@ class TestGroups:
             np.testing.assert_allclose(both[part], apart, atol=1e-5)
 
     def test_whole_call_is_one_group_by_default(self) -> None:
-        pipe = augment.AugmentPipe(scale=1.0)
+        pipe = pipe_lib.AugmentPipe(scale=1.0)
         images = images_of([2, 16, 16, 1])
         draws = pipe.draw(seeds_of(0), 2, (16, 16, 1))
         # The second image is shrunk so much that, were the margin its own, it would differ.
@@ -295,7 +297,7 @@ class TestGroups:
         assert np.abs(together[1] - apart[1]).max() > 3e-5
 
     def test_size_must_divide(self) -> None:
-        pipe = augment.AugmentPipe.preset("b")
+        pipe = pipe_lib.AugmentPipe.preset("b")
         draws = pipe.draw(seeds_of(0, 1), 3, (8, 8, 3))
         with pytest.raises(ValueError, match="6 images don't divide into groups of 4"):
             pipe.apply(images_of([6, 8, 8, 3]), 1.0, draws, group_size=4)
@@ -303,7 +305,7 @@ class TestGroups:
 
 class TestDraws:
     def test_depend_on_the_groups_own_seed_only(self) -> None:
-        pipe = augment.AugmentPipe.preset("bgcfn")
+        pipe = pipe_lib.AugmentPipe.preset("bgcfn")
         together = pipe.draw(seeds_of(5, 9, 2), 4, (8, 8, 3))
         alone = pipe.draw(seeds_of(9), 4, (8, 8, 3))
         assert together.keys() == alone.keys()
@@ -312,14 +314,14 @@ class TestDraws:
             assert not np.array_equal(value[:4], value[4:8])
 
     def test_shapes_ranges_and_moments(self) -> None:
-        pipe = augment.AugmentPipe.preset("bgcfn")
+        pipe = pipe_lib.AugmentPipe.preset("bgcfn")
         draws = pipe.draw(seeds_of(*range(4)), 2000, (2, 2, 1))
-        for name, count in augment.UNIFORM_FIELDS.items():
+        for name, count in pipe_lib.UNIFORM_FIELDS.items():
             value = draws[name].numpy()
             assert value.shape == ((8000,) if count == 1 else (8000, count))
             assert 0 <= value.min() < 0.01 < 0.99 < value.max() < 1
             assert value.mean() == pytest.approx(0.5, abs=0.02)
-        for name, count in augment.NORMAL_FIELDS.items():
+        for name, count in pipe_lib.NORMAL_FIELDS.items():
             value = draws[name].numpy()
             assert value.shape == ((8000,) if count == 1 else (8000, count))
             assert value.mean() == pytest.approx(0, abs=0.06)
@@ -327,14 +329,14 @@ class TestDraws:
         assert draws["noise_image"].shape == [8000, 2, 2, 1]
 
     def test_fields_are_uncorrelated(self) -> None:
-        pipe = augment.AugmentPipe.preset("bgcfn")
+        pipe = pipe_lib.AugmentPipe.preset("bgcfn")
         draws = pipe.draw(seeds_of(7), 4000, (1, 2, 1))
         columns = np.concatenate([np.reshape(v, [4000, -1]) for v in draws.values()], axis=1)
         correlation = np.corrcoef(columns, rowvar=False) - np.eye(columns.shape[1])
         assert np.abs(correlation).max() < 0.08
 
     def test_image_noise_only_where_the_pipe_has_noise(self) -> None:
-        draws = augment.AugmentPipe.preset("bgcf").draw(seeds_of(0), 4, (8, 8, 3))
+        draws = pipe_lib.AugmentPipe.preset("bgcf").draw(seeds_of(0), 4, (8, 8, 3))
         assert "noise_image" not in draws
 
 
@@ -360,7 +362,7 @@ class TestProbability:
         self, op: str, share_of_changed: float
     ) -> None:
         multiplier: dict[str, Any] = {op: 0.5}
-        pipe = augment.AugmentPipe(**multiplier)
+        pipe = pipe_lib.AugmentPipe(**multiplier)
         images = images_of([3000, 4, 4, 3])
         draws = pipe.draw(seeds_of(1), 3000, (4, 4, 3))
         out = pipe.apply(images, 0.6, draws)
@@ -368,13 +370,13 @@ class TestProbability:
         assert changed.mean() == pytest.approx(0.3 * share_of_changed, abs=0.03)
 
     def test_p_zero_changes_nothing(self) -> None:
-        pipe = augment.AugmentPipe.preset("bgcfnc")
+        pipe = pipe_lib.AugmentPipe.preset("bgcfnc")
         images = images_of([4, 16, 24, 3])
         out = pipe.apply(images, 0.0, pipe.draw(seeds_of(1), 4, (16, 24, 3)))
         np.testing.assert_allclose(out, images, atol=1e-5)
 
     def test_p_is_a_tensor_and_does_not_retrace(self) -> None:
-        pipe = augment.AugmentPipe.preset("bg")
+        pipe = pipe_lib.AugmentPipe.preset("bg")
         traces: list[None] = []
 
         @tf.function
@@ -389,13 +391,13 @@ class TestProbability:
 
 
 def test_static_shapes_xla_and_eager_agree() -> None:
-    pipe = augment.AugmentPipe.preset("bgcfnc")
+    pipe = pipe_lib.AugmentPipe.preset("bgcfnc")
     images = images_of([4, 12, 20, 3])
     draws = pipe.draw(seeds_of(1, 2), 2, (12, 20, 3))
     eager = pipe.apply(images, 0.7, draws, group_size=2)
 
     @tf.function(jit_compile=True)
-    def compiled(images: tf.Tensor, draws: augment.Draws) -> tf.Tensor:
+    def compiled(images: tf.Tensor, draws: pipe_lib.Draws) -> tf.Tensor:
         return pipe.apply(images, 0.7, draws, group_size=2, static_shapes=True)
 
     static = pipe.apply(images, 0.7, draws, group_size=2, static_shapes=True)
@@ -406,7 +408,7 @@ def test_static_shapes_xla_and_eager_agree() -> None:
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_second_derivatives(jit_compile: bool) -> None:
     # As in R1: the squared gradient of a critic of augmented images, differentiated again.
-    pipe = augment.AugmentPipe.preset("bgcfnc")
+    pipe = pipe_lib.AugmentPipe.preset("bgcfnc")
     images = images_of([2, 8, 8, 3], tf.float64)
     draws = pipe.draw(seeds_of(4), 2, (8, 8, 3))
 
@@ -438,10 +440,10 @@ def test_second_derivatives(jit_compile: bool) -> None:
 @pytest.mark.parametrize(("channels", "colors"), [(2, 1), (4, 3)])
 def test_alpha_follows_the_geometry_and_keeps_its_value(channels: int, colors: int) -> None:
     images = images_of([4, 12, 12, channels])
-    pipe = augment.AugmentPipe.preset("bgc")
+    pipe = pipe_lib.AugmentPipe.preset("bgc")
     draws = pipe.draw(seeds_of(6), 4, (12, 12, channels))
     out = pipe.apply(images, 0.9, draws)
-    geometry = augment.AugmentPipe.preset("bg").apply(images, 0.9, draws)
+    geometry = pipe_lib.AugmentPipe.preset("bg").apply(images, 0.9, draws)
     np.testing.assert_allclose(out[..., colors:], geometry[..., colors:], atol=1e-6)
     without_alpha = pipe.apply(images[..., :colors], 0.9, draws)
     np.testing.assert_allclose(out[..., :colors], without_alpha, atol=1e-6)
@@ -449,15 +451,15 @@ def test_alpha_follows_the_geometry_and_keeps_its_value(channels: int, colors: i
 
 def test_five_channels_are_refused() -> None:
     with pytest.raises(ValueError, match="5 channels"):
-        augment.AugmentPipe().apply(images_of([1, 8, 8, 5]), 1.0, {})
+        pipe_lib.AugmentPipe().apply(images_of([1, 8, 8, 5]), 1.0, {})
 
 
 def test_presets_add_one_kind_of_operation_each() -> None:
-    ops = list(augment.PIPES.values())
+    ops = list(pipe_lib.PIPES.values())
     assert [len(pipe) for pipe in ops] == [3, 7, 12, 13, 14, 15]
     assert all(small.items() <= large.items() for small, large in itertools.pairwise(ops))
     with pytest.raises(ConfigError, match="'bgz'; choose one of b, bg, bgc"):
-        augment.AugmentPipe.preset("bgz")
+        pipe_lib.AugmentPipe.preset("bgz")
 
 
 class TestController:
@@ -472,11 +474,11 @@ class TestController:
         ],
     )
     def test_one_step(self, p: float, sign_mean: float, expected: float) -> None:
-        new = augment.adjust(tf.constant(p), tf.constant(sign_mean), 256, 0.6, 500)
+        new = controller.adjust(tf.constant(p), tf.constant(sign_mean), 256, 0.6, 500)
         assert float(new) == pytest.approx(expected, abs=1e-7)
 
     def test_full_range_takes_adjust_kimg(self) -> None:
         p = tf.constant(0.0)
         for _ in range(100):
-            p = augment.adjust(p, tf.constant(1.0), 100, 0.6, 10)
+            p = controller.adjust(p, tf.constant(1.0), 100, 0.6, 10)
         assert float(p) == pytest.approx(1.0, abs=1e-5)

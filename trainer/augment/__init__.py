@@ -1,0 +1,1 @@
+"""Discriminator augmentation: the pipeline of transformations and its controller."""
