@@ -628,7 +628,9 @@ _ENDS = {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGHUP: 75, signal.SIGTE
 _OF_TERMINALS = (signal.SIGINT, signal.SIGHUP)
 
 
-@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize(
+    "kind", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_killed_command_goes_on_to_the_same_bytes_and_leaves_nobody_behind(tmp_path, kind):
     source = tmp_path / "source"
     source.mkdir()

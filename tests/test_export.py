@@ -235,6 +235,7 @@ def assert_snippet_of_the_card_runs(path: pathlib.Path) -> None:
     assert len(values["model"].signatures["png"](**tensors)["image_bytes"]) == 2
 
 
+@pytest.mark.slow
 def test_a_conditional_network_in_bfloat16(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -269,7 +270,8 @@ def test_a_checkpoint_on_gs(gcs: Gcs, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same_pixels(drawn, generated(source))
 
 
-@pytest.mark.parametrize("platform", ["cpu", pytest.param("gpu", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
 def test_compiled(platform: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the platform's formulas; that the pixels are the same is for the command to check."""
     source = make_run(str(tmp_path / "run"), channels=1)

@@ -131,6 +131,7 @@ def test_speed_of_a_convolution_counts_the_result_and_both_gradients() -> None:
 
 
 @pytest.mark.usefixtures("_restored")
+@pytest.mark.slow
 def test_step_prints_a_table_that_adds_up(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
     absl_flags.FLAGS.config, absl_flags.FLAGS.resolution = tiny, "16x8"
     absl_flags.FLAGS.set = ["run.jit=off", "training.rounds=2"]

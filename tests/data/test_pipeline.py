@@ -575,7 +575,7 @@ def test_what_does_not_pass_away_ends_the_stream(build, tmp_path, failing):
     data = build(tmp_path, [30], block=4)
 
     def stream() -> pipeline.ImageStream:
-        return stream_of(data, tell=lambda line: None, stall_timeout=20)
+        return stream_of(data, tell=lambda line: None, stall_timeout=5)
 
     failing += [tf.errors.UnavailableError(None, None, "busy")] * 100
     with pytest.raises(StorageError, match=r"failed \(busy\) \d+ times"):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.training import placement as placement_lib
-from tests.training.placement import PLACEMENTS, Outcome, Placement, distances, run
+from tests.training.placement import PLACEMENTS, Outcome, Placement, distances
 from trainer.data.manifest import Manifest
 
 # float64 decides. How far float32's rounding takes a small bias in eight steps differs from CPU to
@@ -36,32 +36,6 @@ def assert_same(found: Outcome, wanted: Outcome, tolerance: float) -> None:
             )
 
 
-@pytest.fixture(scope="module")
-def in_one_piece(squares: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    return run(Placement(), squares.directory, tmp_path_factory.mktemp("runs") / "whole")
-
-
-def test_two_workers_in_two_rounds_are_one(
-    squares: Manifest, in_one_piece: Outcome, tmp_path: pathlib.Path
-) -> None:
-    found = run(Placement(workers=2, rounds=2), squares.directory, tmp_path / "run")
-    assert_same(found, in_one_piece, TOLERANCE["float64"])
-    # All gradients and statistics of a phase at once, and before them Greg's mean length.
-    assert sum(found.collectives.values()) == 5
-    assert in_one_piece.collectives == {}
-
-
-def test_the_comparison_is_one(in_one_piece: Outcome) -> None:
-    """The steps use every image once, and everything that can move does."""
-    assert sorted(in_one_piece.images) == list(range(placement_lib.STEPS * 16 // 2))
-    assert in_one_piece.values["counters/step"] == placement_lib.STEPS
-    strengths = [line["Progress/augment"]["mean"] for line in in_one_piece.stats]
-    assert min(np.diff(strengths)) < 0 < max(np.diff(strengths))
-    for phase in ("Loss/pl_penalty", "Loss/r1_penalty"):
-        assert sum(line[phase]["num"] for line in in_one_piece.stats if phase in line) > 0
-    assert in_one_piece.values["objective/pl_mean"] > 0
-
-
 # Workers, replicas, rounds and steps in a row together; and the formulas of TPUs.
 SOME = (
     Placement(workers=2, replicas=2, rounds=2, steps_per_loop=4),
@@ -69,13 +43,37 @@ SOME = (
 )
 
 
+def compare(outcomes: dict[Placement, Outcome], precision: str) -> None:
+    print(f"\n{precision}\n{placement_lib.table(outcomes)}")
+    for placement, outcome in outcomes.items():
+        assert_same(outcome, outcomes[placement.whole], TOLERANCE[precision])
+
+
+@pytest.mark.slow
+def test_some_placements_give_the_same(
+    squares: Manifest, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The steps use every image once, and everything that can move does."""
+    outcomes = placement_lib.run_all(SOME, squares.directory, tmp_path, "float64")
+    with capsys.disabled():
+        compare(outcomes, "float64")
+    # All gradients and statistics of a phase at once, and before them Greg's mean length.
+    spread, whole = outcomes[SOME[0]], outcomes[Placement()]
+    assert sum(spread.collectives.values()) == 5
+    assert whole.collectives == {}
+    assert sorted(whole.images) == list(range(placement_lib.STEPS * 16 // 2))
+    assert whole.values["counters/step"] == placement_lib.STEPS
+    strengths = [line["Progress/augment"]["mean"] for line in whole.stats]
+    assert min(np.diff(strengths)) < 0 < max(np.diff(strengths))
+    for phase in ("Loss/pl_penalty", "Loss/r1_penalty"):
+        assert sum(line[phase]["num"] for line in whole.stats if phase in line) > 0
+    assert whole.values["objective/pl_mean"] > 0
+
+
+@pytest.mark.proof
 @pytest.mark.parametrize(
     ("precision", "placements"),
-    [
-        pytest.param("float64", SOME, marks=pytest.mark.slow),
-        pytest.param("float64", PLACEMENTS, marks=pytest.mark.proof),
-        pytest.param("float32", (Placement(replicas=2, rounds=2),), marks=pytest.mark.slow),
-    ],
+    [("float64", PLACEMENTS), ("float32", (Placement(replicas=2, rounds=2), Placement(workers=2)))],
 )
 def test_every_placement_gives_the_same(
     squares: Manifest,
@@ -86,9 +84,7 @@ def test_every_placement_gives_the_same(
 ) -> None:
     outcomes = placement_lib.run_all(placements, squares.directory, tmp_path, precision)
     with capsys.disabled():
-        print(f"\n{precision}\n{placement_lib.table(outcomes)}")
-    for placement, outcome in outcomes.items():
-        assert_same(outcome, outcomes[placement.whole], TOLERANCE[precision])
+        compare(outcomes, precision)
 
 
 @pytest.mark.proof

@@ -149,7 +149,9 @@ def sums_of_squares(
     }
 
 
-@pytest.mark.parametrize(("rounds", "jit"), [(1, False), (2, True)])
+@pytest.mark.parametrize(
+    ("rounds", "jit"), [(1, False), pytest.param(2, True, marks=pytest.mark.slow)]
+)
 def test_three_iterations(golden: dict[str, np.ndarray], rounds: int, jit: bool) -> None:
     trace = Trace(golden, rounds=rounds, jit=jit)
     names = {
