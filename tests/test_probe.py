@@ -21,6 +21,7 @@ from trainer.families.protocol import DataShape
 from trainer.objectives import stylegan
 from trainer.objectives.phase import Objective
 from trainer.training import speed, tpu_compiler, tpu_estimate
+from trainer.training.run import Run
 from trainer.training.speed import Convolution, Row, Timing
 from trainer.training.tpu_cost import LargestBatch, Phase
 from trainer.training.tpu_estimate import Estimate
@@ -34,7 +35,7 @@ augment: {mode: none}
 GREG, DREG = frozenset({"Greg"}), frozenset({"Dreg"})
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def _parsed() -> None:
     probe.define_flags()
     absl_flags.FLAGS(["probe"])
@@ -158,7 +159,7 @@ def test_step_prints_a_table_that_adds_up(tiny: str, capsys: pytest.CaptureFixtu
 def test_the_share_is_of_operations_per_second() -> None:
     """A step of 10 GFLOP per image at 0.5 s/image runs at 20 GFLOP/s."""
 
-    run = speed.Run.create(config(batch_size=8), DataShape((8, 8), 3, ()))
+    run = Run.create(config(batch_size=8), DataShape((8, 8), 3, ()))
     gflop = run.cost().gflop_per_image
     convolution = Convolution((1, 8, 8, 128), "XLA", Timing(1e-3, 1e-3))
     per_kimg = Timing(2 * 1000 * gflop / convolution.gflops.median, 1.0)
@@ -230,7 +231,7 @@ def test_the_stall_is_a_share_of_a_tick() -> None:
     """A tick of 4 kimg at 100 images/s is 40 s; a step of 8 images 80 ms."""
     from trainer.training.checkpoint_speed import CheckpointSpeed
 
-    run = speed.Run.create(config(batch_size=8), DataShape((8, 8), 3, ()))
+    run = Run.create(config(batch_size=8), DataShape((8, 8), 3, ()))
     found = CheckpointSpeed(5, 400_000_000, Timing(2.0, 1.0), Timing(38.0, 30.0), Timing(4.0, 2.0))
     lines = dict(probe.checkpoint_lines(run, found, 100.0, "given"))
     assert lines["checkpoint"] == "400.0 MB, 5 variables"

@@ -51,7 +51,8 @@ if TYPE_CHECKING:
     from trainer.data.manifest import Manifest
     from trainer.data.speed import Reading
     from trainer.training.checkpoint_speed import CheckpointSpeed
-    from trainer.training.speed import Row, Run, StepSpeed
+    from trainer.training.run import Run
+    from trainer.training.speed import Row, StepSpeed
     from trainer.training.tpu_cost import LargestBatch, Phase
 
 FLAGS = absl_flags.FLAGS
@@ -121,8 +122,9 @@ def probe_step(config: Config) -> None:
     workers = cluster.find(config.run.strategy)
     with membership.member(workers, config):
         from trainer.training import speed
+        from trainer.training.run import Run
 
-        run = speed.Run.create(config, data, workers)
+        run = Run.create(config, data, workers)
         _print_rows(_run_lines(run))
         measured = speed.measure(run, FLAGS.steps)
         _print_rows([("first step", f"{measured.first_step:.1f} s, compilation included")])
@@ -202,8 +204,8 @@ def verdict_lines(run: Run, measured: StepSpeed) -> list[tuple[str, str]]:
         ),
         (
             "share",
-            f"{step.median / bare.median / run.devices:.0%} of the bare convolution "
-            f"(fastest {step.fastest / bare.fastest / run.devices:.0%})",
+            f"{step.median / bare.median / run.separate_devices:.0%} of the bare convolution "
+            f"(fastest {step.fastest / bare.fastest / run.separate_devices:.0%})",
         ),
         ("peak memory", memory),
     ]
@@ -219,11 +221,11 @@ def probe_data(config: Config) -> None:
     from trainer.data import speed as data_speed
     from trainer.data.pipeline import ImageStream
     from trainer.data.shards import BadRecords
-    from trainer.training import speed
+    from trainer.training.run import Run
 
     manifest = _manifest(config)
     bad_records = BadRecords(manifest, config.data.max_bad_records)
-    run = speed.Run.create(config, _shape(manifest, config))
+    run = Run.create(config, _shape(manifest, config))
     stream = ImageStream(
         manifest,
         group_size=run.arithmetic.group_size,
@@ -278,7 +280,7 @@ def _need(run: Run) -> tuple[float, str]:
 
     bare = speed.measure_convolution(run, FLAGS.steps).gflops.median
     gflop = run.cost().gflop_per_image
-    return run.devices * bare / gflop, (
+    return run.separate_devices * bare / gflop, (
         f"estimated: {gflop:.2f} GFLOP per image at the {bare:.0f} GFLOP/s of a bare convolution"
     )
 
@@ -291,9 +293,10 @@ def probe_checkpoint(config: Config) -> None:
     if not FLAGS.workdir:
         raise UsageError("no place to write to: give --workdir, local or gs://")
     data = _data_shape(config)
-    from trainer.training import checkpoint_speed, speed
+    from trainer.training import checkpoint_speed
+    from trainer.training.run import Run
 
-    run = speed.Run.create(config, data)
+    run = Run.create(config, data)
     found = checkpoint_speed.measure(run, storage.resolve(FLAGS.workdir), FLAGS.steps)
     need, source = _need(run)
     _print_rows(checkpoint_lines(run, found, need, source))
@@ -428,9 +431,9 @@ def _manifest(config: Config) -> Manifest:
 
 
 def _shape(manifest: Manifest, config: Config) -> DataShape:
+    from trainer.training.run import shape_of
 
-    counts = manifest.condition_counts(config.data.use_labels)
-    return DataShape(manifest.resolution, manifest.channels, counts)
+    return shape_of(manifest, config)
 
 
 def _print_rows(rows: Sequence[tuple[str, str]]) -> None:

@@ -11,9 +11,9 @@ import tensorflow as tf
 from trainer import config as config_lib
 from trainer.config import CheckpointConfig
 from trainer.core import storage
-from trainer.training import build
 from trainer.training.checkpoint import Checkpoints, Inventory
-from trainer.training.speed import Run, Timing
+from trainer.training.run import Run
+from trainer.training.speed import Timing
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,7 @@ def measure(run: Run, workdir: str, repeats: int) -> CheckpointSpeed:
       workdir: local or gs://; what is written there is in a directory of its own, and removed.
       repeats: how often.
     """
-    with run.placement.strategy.scope():
-        state = build.state(run.config, run.recipe)
-    variables = state.variables()
+    variables = run.state().variables()
     folder = storage.join(workdir, f"probe-{secrets.token_hex(4)}")
     checkpoints = Checkpoints(folder, CheckpointConfig(keep_last=1), variables)
     info = {"kimg": 0.0, "config": config_lib.to_dict(run.config)}

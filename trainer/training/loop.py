@@ -13,7 +13,7 @@ import tensorflow as tf
 
 import trainer
 from trainer import config as config_lib
-from trainer.config import Config, Cost
+from trainer.config import Config
 from trainer.core import lease as lease_lib
 from trainer.core import storage
 from trainer.core.errors import (
@@ -29,10 +29,7 @@ from trainer.data import manifest as manifest_lib
 from trainer.data.manifest import Manifest
 from trainer.data.pipeline import ImageStream
 from trainer.data.shards import BadRecords
-from trainer.distribution import precision
 from trainer.distribution.cluster import Cluster
-from trainer.distribution.strategy import Placement, choose
-from trainer.families.protocol import DataShape
 from trainer.telemetry import images as telemetry_images
 from trainer.telemetry.statsfile import Stat, constant
 from trainer.telemetry.writers import Telemetry
@@ -47,9 +44,10 @@ from trainer.training import (
 )
 from trainer.training.checkpoint import Checkpoints, Inventory
 from trainer.training.preemption import Preemption
+from trainer.training.run import Run, shape_of
 from trainer.training.snapshot import Snapshots
 from trainer.training.state import TrainState
-from trainer.training.step import TrainStep, agree
+from trainer.training.step import agree
 
 
 def train(
@@ -88,25 +86,10 @@ def train(
     manifest = manifest_lib.load(storage.resolve(config.data.path))
     for path in (manifest.directory, workdir):
         storage.prepare_tensorflow(path)
-    config = config_lib.resolve(config, resolution=manifest.resolution)
-    if stop:
-        stop.meet()
-    placement, jit = choose(config.run, cluster)
-    if stop:
-        stop.listen()
-    precision.prepare(config.run.precision, placement.platform)
-    strategy, is_chief = placement.strategy, placement.is_chief
-    arithmetic = config_lib.batch_arithmetic(config, strategy.num_replicas_in_sync)
-    if config.run.deterministic:
-        tf.config.experimental.enable_op_determinism()
-    data = DataShape(
-        manifest.resolution,
-        manifest.channels,
-        manifest.condition_counts(config.data.use_labels),
-    )
-    formulas = build.formulas(placement.platform, jit)
-    costs = config_lib.estimate_cost(config, arithmetic, data)
-    for line in _description(config, manifest, arithmetic, placement, jit, costs):
+    run = Run.create(config, shape_of(manifest, config), cluster, stop)
+    config, data, arithmetic = run.config, run.data, run.arithmetic
+    strategy, is_chief = run.placement.strategy, run.placement.is_chief
+    for line in _description(run, manifest):
         if is_chief or line.startswith("devices"):
             print(printable(line), flush=True)
     if dry_run:
@@ -142,11 +125,9 @@ def train(
             files = storage.walk(workdir)
             inventory = Inventory(workdir, files, lease.record)
         # ------------------------------------------------------------------ step function
-        recipe = build.recipe(config, data, formulas, static_shapes=jit)
-        with strategy.scope():
-            state = build.state(config, recipe)
-        train_step = TrainStep(config, arithmetic, strategy, state, *recipe, jit=jit)
-        if jit:
+        state = run.state()
+        train_step = run.step(state)
+        if run.jit:
             train_step.trace([*data.resolution, data.channels])
 
         # ------------------------------------------------------------------ checkpoint
@@ -187,8 +168,8 @@ def train(
             groups_per_batch=arithmetic.groups_per_step * config.run.steps_per_loop,
             seed=config.run.seed,
             start_group=images // arithmetic.group_size,
-            worker=placement.worker,
-            num_workers=placement.num_workers,
+            worker=run.placement.worker,
+            num_workers=run.placement.num_workers,
             use_labels=config.data.use_labels,
             mirror=config.data.mirror,
             window=config.data.window,
@@ -278,7 +259,7 @@ def train(
             done = images >= total_images
             at_tick = done or tick == 0 or images >= tick_start + config.telemetry.tick_kimg * 1000
             at_checkpoint = done or step % config.checkpoint.every_steps == 0
-            if not (at_tick or at_checkpoint) and placement.accelerated:
+            if not (at_tick or at_checkpoint) and run.placement.accelerated:
                 continue
             _check_finite(state, config, checkpoints, workdir, variables=at_checkpoint)
             total_sec = previous_sec + time.monotonic() - started
@@ -342,28 +323,22 @@ def _tensorboard_dir(config: Config, workdir: str) -> str:
     return given or storage.join(workdir, "tensorboard")
 
 
-def _description(
-    config: Config,
-    manifest: Manifest,
-    arithmetic: config_lib.BatchArithmetic,
-    placement: Placement,
-    jit: bool,
-    costs: Cost,
-) -> list[str]:
+def _description(run: Run, manifest: Manifest) -> list[str]:
     """What a run is, for the console."""
+    config, placement, costs = run.config, run.placement, run.cost()
     height, width = manifest.resolution
     classes = f", {manifest.num_classes} classes" if manifest.num_classes else ""
     ignored = (
         " (not used: data.use_labels is off)" if classes and not config.data.use_labels else ""
     )
-    a = arithmetic
+    a = run.arithmetic
     groups = a.per_replica_batch // a.group_size
-    slow = placement.platform == "CPU" and config.run.precision == "bfloat16" and not jit
+    slow = placement.platform == "CPU" and config.run.precision == "bfloat16" and not run.jit
     return [
         f"data      {manifest.directory}: {manifest.num_images} images {height}x{width}x"
         f"{manifest.channels}{classes}{ignored}",
         f"devices   {placement.description}, precision {config.run.precision}, "
-        f"XLA {'on' if jit else 'off'}",
+        f"XLA {'on' if run.jit else 'off'}",
         *(["note      without XLA, bfloat16 takes 15 times as long on a CPU"] if slow else []),
         f"batch     {a.global_batch} images = {a.num_replicas} replicas x {a.rounds} rounds x "
         f"{a.per_replica_batch} ({groups} groups of {a.group_size})",

@@ -21,16 +21,10 @@ from typing import Any, TypeVar
 import numpy as np
 import tensorflow as tf
 
-from trainer import config as config_lib
-from trainer.config import BatchArithmetic, Config, Cost
-from trainer.distribution.cluster import Cluster
-from trainer.distribution.precision import full_dtype, half_dtype, prepare
-from trainer.distribution.strategy import Placement, choose
-from trainer.families.protocol import DataShape
+from trainer.distribution.precision import full_dtype, half_dtype
 from trainer.objectives.phase import Objective
 from trainer.telemetry import resources
-from trainer.training import build
-from trainer.training.build import Recipe
+from trainer.training.run import Run
 from trainer.training.step import Batch, TrainStep
 
 _CHANNELS = 128
@@ -119,49 +113,6 @@ class StepSpeed:
     convolution: Convolution
 
 
-@dataclass(frozen=True)
-class Run:
-    """What `training.loop` trains with, from a config and the shape of the data."""
-
-    config: Config
-    data: DataShape
-    placement: Placement
-    jit: bool
-    arithmetic: BatchArithmetic
-    recipe: Recipe
-
-    @classmethod
-    def create(cls, config: Config, data: DataShape, cluster: Cluster | None = None) -> Run:
-        """Takes the decisions of a run.
-
-        Args:
-          config: as loaded.
-          data: what the networks must know of it.
-          cluster: the workers, if there are several.
-
-        Raises:
-          ConfigError: the config doesn't fit itself, the data or the devices.
-        """
-        config = config_lib.resolve(config, resolution=data.resolution)
-        placement, jit = choose(config.run, cluster)
-        prepare(config.run.precision, placement.platform)
-        arithmetic = config_lib.batch_arithmetic(config, placement.strategy.num_replicas_in_sync)
-        if config.run.deterministic:
-            tf.config.experimental.enable_op_determinism()
-        formulas = build.formulas(placement.platform, jit)
-        recipe = build.recipe(config, data, formulas, static_shapes=jit)
-        return cls(config, data, placement, jit, arithmetic, recipe)
-
-    def cost(self) -> Cost:
-        """What can be told without running anything."""
-        return config_lib.estimate_cost(self.config, self.arithmetic, self.data)
-
-    @property
-    def devices(self) -> int:
-        """How many times the bare convolution's speed there is: replicas on one CPU share it."""
-        return self.arithmetic.num_replicas if self.placement.accelerated else 1
-
-
 def schedule(objective: Objective) -> dict[Due, tuple[int, float]]:
     """Which lazy phases are due together: the first such step, and the share of such steps."""
     intervals = {phase.name: phase.interval for phase in objective.phases if phase.interval > 1}
@@ -206,11 +157,9 @@ def measure(run: Run, repeats: int) -> StepSpeed:
       run: from `Run.create`.
       repeats: how often everything is timed.
     """
-    strategy, arithmetic, config = run.placement.strategy, run.arithmetic, run.config
-    with strategy.scope():
-        state = build.state(config, run.recipe)
+    arithmetic = run.arithmetic
     objective = run.recipe.objective
-    train_step = TrainStep(config, arithmetic, strategy, state, *run.recipe, jit=run.jit)
+    train_step = run.step(run.state())
     images, labels, numbers = _random_batch(run)
     plan = schedule(objective)
     # A GPU is given several steps at a time, as in a run, where nothing waits for each of them.

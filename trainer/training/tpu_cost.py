@@ -13,10 +13,11 @@ import tensorflow as tf
 from trainer import config as config_lib
 from trainer.config import BatchArithmetic, Config
 from trainer.core.errors import ConfigError
-from trainer.distribution import precision, tpu
+from trainer.distribution import tpu
 from trainer.families.protocol import DataShape
 from trainer.training import build, tpu_compiler, tpu_estimate
 from trainer.training.build import Recipe
+from trainer.training.run import decide
 from trainer.training.state import TrainState
 from trainer.training.step import TrainStep
 from trainer.training.tpu_compiler import Topology
@@ -105,10 +106,7 @@ class TpuRun:
             training = dataclasses.replace(config.training, batch_size=batch)
             config = dataclasses.replace(config, training=training)
         config = config_lib.resolve(config, resolution=data.resolution)
-        precision.prepare(config.run.precision, "TPU")
-        arithmetic = config_lib.batch_arithmetic(config, replicas)
-        formulas = build.formulas("TPU", jit=True)
-        recipe = build.recipe(config, data, formulas, static_shapes=True)
+        arithmetic, recipe = decide(config, data, "TPU", True, replicas)
         return cls(config, data, slice_, arithmetic, build.state(config, recipe), recipe)
 
     def compile_phases(self) -> Iterator[Phase]:
