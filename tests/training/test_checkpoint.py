@@ -39,8 +39,12 @@ def make_config(**model: int) -> config_lib.Config:
     return config_lib.resolve(config, resolution=SHAPE.resolution)
 
 
-def make_state(seed: int = 0, **model: int) -> TrainState:
-    networks, objective, _ = build.recipe(make_config(**model), SHAPE)
+def make_state(seed: int = 0, training: Any = (), **model: int) -> TrainState:
+    config = make_config(**model)
+    config = dataclasses.replace(
+        config, training=dataclasses.replace(config.training, **dict(training))
+    )
+    networks, objective, _ = build.recipe(config, SHAPE)
     return TrainState(networks, objective, seed=seed)
 
 
@@ -166,14 +170,14 @@ DAMAGE: dict[str, tuple[str, Callable[[pathlib.Path], object], str]] = {
     "an empty marker": ("COMMITTED", lambda p: p.write_bytes(b""), "COMMITTED-.* is damaged"),
     "a marker of nothing": (
         "COMMITTED",
-        lambda p: p.write_text('{"format": 2, "files": {}}'),
+        lambda p: p.write_text('{"format": 3, "files": {}}'),
         "state-.*.json is not",
     ),
     "a marker of another kind": ("COMMITTED", lambda p: p.write_text('{"files": 3}'), "is damaged"),
     "a marker of another format": (
         "COMMITTED",
-        lambda p: p.write_text('{"format": 3, "files": {}}'),
-        "it is of format 3, and this trainer reads format 2",
+        lambda p: p.write_text('{"format": 4, "files": {}}'),
+        "it is of format 4, and this trainer reads format 3",
     ),
     "a marker a thousand deep": (
         "COMMITTED",
@@ -409,7 +413,7 @@ def test_checkpoints_of_format_1_are_refused(tmp_path: pathlib.Path) -> None:
     for file in path.iterdir():
         file.rename(path / re.sub("-[0-9a-f]{16}", "", file.name))
     with pytest.raises(
-        CheckpointError, match=r"it is of format 1, and this trainer reads format 2"
+        CheckpointError, match=r"it is of format 1, and this trainer reads format 3"
     ):
         checkpoint.find(str(tmp_path))
     save(small(tmp_path, keep_last=1), 20, info())
@@ -439,6 +443,76 @@ def test_of_other_networks(tmp_path: pathlib.Path) -> None:
     assert "more" in message
     for name, variable in other.variables().items():
         np.testing.assert_array_equal(variable.numpy(), before[name])
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "changes"),
+    [
+        ({}, {}, []),
+        (
+            {"pl_weight": 0.0},
+            {},
+            [
+                "starting afresh: objective/pl_mean, stats/Loss/pl_penalty, stats/Loss/G/reg, "
+                "loss_scale/value/Greg, loss_scale/counts/Greg"
+            ],
+        ),
+        (
+            {},
+            {"r1_gamma": 0.0},
+            [
+                "left behind: loss_scale/counts/Dreg, loss_scale/value/Dreg, stats/Loss/D/reg, "
+                "stats/Loss/r1_penalty"
+            ],
+        ),
+        (
+            {"freeze_d": 1},
+            {},
+            [
+                "starting afresh: D_opt/first/b8.fromrgb.weight, D_opt/first/b8.fromrgb.bias, "
+                "D_opt/second/b8.fromrgb.weight, D_opt/second/b8.fromrgb.bias"
+            ],
+        ),
+        (
+            {},
+            {"freeze_d": 1},
+            [
+                "left behind: D_opt/first/b8.fromrgb.bias, D_opt/first/b8.fromrgb.weight, "
+                "D_opt/second/b8.fromrgb.bias, D_opt/second/b8.fromrgb.weight"
+            ],
+        ),
+    ],
+)
+def test_of_another_objective(
+    tmp_path: pathlib.Path, before: Any, after: Any, changes: list[str]
+) -> None:
+    """What both have goes on, and the rest is named."""
+    old, new = make_state(training=before), make_state(seed=1, training=after)
+    start = {name: variable.numpy() for name, variable in new.variables().items()}
+    for variable in old.variables().values():
+        variable.assign(tf.ones_like(variable))
+    save(Checkpoints(str(tmp_path), CheckpointConfig(), old.variables()), 1, info())
+    checkpoints = Checkpoints(
+        str(tmp_path), CheckpointConfig(), new.variables(), optional=new.optional()
+    )
+    assert checkpoints.restore(checkpoint.find(str(tmp_path))) == changes
+    for name, variable in new.variables().items():
+        wanted = tf.ones_like(variable) if name in old.variables() else start[name]
+        np.testing.assert_array_equal(variable.numpy(), wanted, err_msg=name)
+
+
+def test_what_was_trained_must_be_in_it(tmp_path: pathlib.Path) -> None:
+    state = make_state()
+    variables = {n: v for n, v in state.variables().items() if n != "G/synthesis.b4.const"}
+    save(Checkpoints(str(tmp_path), CheckpointConfig(), variables), 1, info())
+    checkpoints = Checkpoints(
+        str(tmp_path), CheckpointConfig(), state.variables(), optional=state.optional()
+    )
+    with pytest.raises(CheckpointError, match="of other networks: G/synthesis.b4.const is not in"):
+        checkpoints.restore(checkpoint.find(str(tmp_path)))
+    fewer = Checkpoints(str(tmp_path), CheckpointConfig(), {"G_opt/count": state.g_count})
+    with pytest.raises(CheckpointError, match=r"G/\S+ is only in it"):
+        fewer.restore(checkpoint.find(str(tmp_path)))
 
 
 def test_with_variables_missing(tmp_path: pathlib.Path) -> None:

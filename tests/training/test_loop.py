@@ -307,9 +307,13 @@ def test_a_changed_config_is_refused(
 def test_an_allowed_change_goes_on(
     finished: pathlib.Path, squares: Manifest, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = labelled(squares, training={**TINY["training"], "r1_gamma": 5.0})
-    loop.train(config, str(finished), allow_change=["training.r1_gamma"])
-    assert "resuming from" in capsys.readouterr().out
+    """A phase that is gone leaves its values behind, and the console says so."""
+    config = labelled(squares, training={**TINY["training"], "r1_gamma": 5.0, "pl_weight": 0})
+    allowed = ["training.r1_gamma", "training.pl_weight"]
+    loop.train(config, str(finished), allow_change=allowed)
+    printed = capsys.readouterr().out
+    assert "resuming from" in printed
+    assert "is of another config; left behind: loss_scale/counts/Greg" in printed
     assert yaml.safe_load((finished / "config.yaml").read_text())["training"]["r1_gamma"] == 5.0
 
 

@@ -34,7 +34,8 @@ def test_names_are_nvidias_and_all_different() -> None:
     # Each variable once, and nothing of the state is left out.
     assert len({id(variable) for variable in variables.values()}) == len(variables)
     held = [v for v in vars(state).values() if isinstance(v, tf.Variable)]
-    held += [v for t in vars(state).values() if isinstance(t, dict) for v in t.values()]
+    tables = [table for table in vars(state).values() if isinstance(table, dict)]
+    held += [v for table in tables for v in table.values() if isinstance(v, tf.Variable)]
     assert {id(variable) for variable in held} == {id(v) for v in variables.values()}
 
 

@@ -28,7 +28,7 @@ import re
 import secrets
 import tempfile
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,7 +49,7 @@ from trainer.families.network import StyleGenerator
 from trainer.families.protocol import DataShape
 from trainer.training import build, run_info
 
-FORMAT = 2
+FORMAT = 3
 """Of markers, names and `state.json`."""
 
 _FOLDER = "checkpoints"
@@ -389,6 +389,7 @@ class Checkpoints:
       workdir: of the run.
       settings: how many to keep.
       variables: the run's state, by name.
+      optional: those of them that may be missing in a checkpoint: they start where they are.
       writer: whether this process writes; among several workers only the chief does.
       inventory: what there is already; found out by the first save if it isn't given.
       lease: of the workdir, where others may want to write it.
@@ -400,11 +401,13 @@ class Checkpoints:
         settings: CheckpointConfig,
         variables: Mapping[str, tf.Variable],
         *,
+        optional: Collection[str] = (),
         writer: bool = True,
         inventory: Inventory | None = None,
         lease: Lease | None = None,
     ) -> None:
         self._workdir, self._settings, self._variables = workdir, settings, dict(variables)
+        self._optional = frozenset(optional)
         self._writer, self._inventory, self._lease = writer, inventory, lease
         self._names = _Names(lease.token if lease else secrets.token_hex(8))
         self._fence: storage.Fence = lease.fenced if lease else contextlib.nullcontext
@@ -520,18 +523,43 @@ class Checkpoints:
         with self._fence():
             storage.remove_empty(_path(self._workdir, step))
 
-    def restore(self, found: Found) -> None:
+    def restore(self, found: Found) -> list[str]:
         """Puts a checkpoint's values into the variables.
 
         They may be in another precision, and on any number of replicas.
+
+        Returns:
+          What starts afresh and what is left behind, if anything, in a sentence each.
 
         Raises:
           CheckpointError: it is of other networks; names the first variables that differ.
         """
         with _reader(found) as reader:
-            _check_shapes(reader, found.path, self._variables)
+            stored = {
+                _name(key): tuple(shape)
+                for key, shape in reader.get_variable_to_shape_map().items()
+                if key.endswith(_SUFFIX) and not key.startswith("save_counter")
+            }
+            missing = [name for name in self._variables if name not in stored]
+            dropped = [name for name in stored if name not in self._variables]
+            wrong = [f"{name} is not in it" for name in missing if name not in self._optional]
+            wrong += [
+                f"{name} is {list(stored[name])}, not {variable.shape.as_list()}"
+                for name, variable in self._variables.items()
+                if name in stored and stored[name] != tuple(variable.shape)
+            ]
+            wrong += [f"{name} is only in it" for name in dropped if _has_moments(name, stored)]
+            if wrong:
+                more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+                raise CheckpointError(
+                    f"checkpoint {found.path} is of other networks: {'; '.join(wrong[:3])}{more}; "
+                    "use the config it was made with, or another workdir"
+                )
             for name, variable in self._variables.items():
-                variable.assign(reader.get_tensor(_key(name)))  # in the variable's precision
+                if name in stored:
+                    variable.assign(reader.get_tensor(_key(name)))  # in the variable's precision
+        lists = {"starting afresh": missing, "left behind": sorted(dropped)}
+        return [f"{what}: {_listed(names)}" for what, names in lists.items() if names]
 
 
 def _write_files(
@@ -605,6 +633,11 @@ def _key(name: str) -> str:
     return name.replace(".", "..").replace("/", ".S") + _SUFFIX
 
 
+def _name(key: str) -> str:
+    plain = key.removesuffix(_SUFFIX)
+    return re.sub(r"\.([.S])", lambda match: "/" if match[1] == "S" else ".", plain)
+
+
 @contextlib.contextmanager
 def _reader(found: Found) -> Iterator[Any]:
     """TensorFlow's reader of a checkpoint's values; from an object store they are fetched first.
@@ -628,21 +661,15 @@ def _reader(found: Found) -> Iterator[Any]:
             raise CheckpointError(f"checkpoint {found.path} can't be read ({error})") from error
 
 
-def _check_shapes(reader: Any, path: str, variables: Mapping[str, tf.Variable]) -> None:
-    stored = reader.get_variable_to_shape_map()
-    wrong = []
-    for name, variable in variables.items():
-        shape = stored.get(_key(name))
-        if shape is None:
-            wrong.append(f"{name} is not in it")
-        elif tuple(shape) != tuple(variable.shape):
-            wrong.append(f"{name} is {shape}, not {variable.shape.as_list()}")
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise CheckpointError(
-            f"checkpoint {path} is of other networks: {'; '.join(wrong[:3])}{more}; use the "
-            "config it was made with, or another workdir"
-        )
+def _has_moments(name: str, stored: Collection[str]) -> bool:
+    """Whether a parameter of a network was trained."""
+    network, _, parameter = name.partition("/")
+    return f"{network.removesuffix('_ema')}_opt/first/{parameter}" in stored
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
 
 
 def read_parameters(found: Found, prefix: str) -> dict[str, np.ndarray]:
@@ -651,7 +678,7 @@ def read_parameters(found: Found, prefix: str) -> dict[str, np.ndarray]:
     with _reader(found) as reader:
         names = [key for key in reader.get_variable_to_shape_map() if key.startswith(start)]
         return {
-            key[len(start) : -len(_SUFFIX)].replace("..", "."): reader.get_tensor(key)
+            _name(key).removeprefix(f"{prefix}/"): reader.get_tensor(key)
             for key in names
             if key.endswith(_SUFFIX)
         }

@@ -135,6 +135,7 @@ def train(
             workdir,
             config.checkpoint,
             state.variables(),
+            optional=state.optional(),
             writer=is_chief,
             inventory=inventory,
             lease=lease,
@@ -142,11 +143,13 @@ def train(
         closing.callback(checkpoints.wait)
         tick, tick_start, previous_sec = 0, 0, 0.0
         if found is not None:
-            checkpoints.restore(found)
+            changes = checkpoints.restore(found)
             tick, tick_start = found.info["tick"], found.info["tick_start"]
             previous_sec = found.info["total_sec"]
             where = printable(found.path)
             print(f"resuming from {where}: step {found.step}, kimg {found.info['kimg']:.3f}")
+            for change in changes:
+                print(printable(f"{where} is of another config; {change}"))
         elif config.training.init_from:
             _start_from(config.training.init_from, state)
         if not agree(strategy, int(state.step.numpy())):

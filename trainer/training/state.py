@@ -86,6 +86,10 @@ class TrainState:
         }
         self.dtype = dtype
         self._watched = objective.watched
+        self._parameters = {
+            name: [parameter for parameter, spec in network.specs.items() if spec.trainable]
+            for name, network in (("G", networks.generator), ("D", networks.discriminator))
+        }
 
     def optimized(self, network: Trained) -> tuple[Variables, Variables, Variables, tf.Variable]:
         """Parameters, first and second moments and Adam's steps of "G" or "D"."""
@@ -122,6 +126,21 @@ class TrainState:
             "counters/step": self.step,
             "nonfinite": self.nonfinite,
         }
+
+    def optional(self) -> set[str]:
+        """Those that may be missing in a checkpoint, and then start where they are created.
+
+        All but what was trained and what counts: the checkpoint may be of a config before a phase,
+        a penalty or a buffer was added, or while more layers were frozen.
+        """
+        changing = ("G/", "D/", "G_ema/", "G_opt/", "D_opt/", "objective/", "stats/", "loss_scale/")
+        required = {"G_opt/count", "D_opt/count"} | {
+            f"{table}/{name}"
+            for network, tables in (("G", ("G", "G_ema")), ("D", ("D",)))
+            for table in tables
+            for name in self._parameters[network]
+        }
+        return {name for name in self.variables() if name.startswith(changing)} - required
 
     def nonfinite_variables(self) -> str | None:
         """Which variables hold values that are not finite, or None if none does."""
