@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
+import pkgutil
 import runpy
 import sys
+from collections.abc import Mapping
 
+import trainer
 from trainer.core import flags, output
 from trainer.core.errors import UsageError
 
-_MODULES = {"train": "trainer.task"}  # the others are named as their modules
-_COMMANDS = {
-    "train": "train a network: --config, --data, --workdir",
-    "convert": "turn images into a data set: --source, --dest, --resolution",
-    "generate": "draw images with a trained network: --run, --seeds, --out",
-    "export": "make a SavedModel of a trained network: --run, --dest",
-    "probe": "measure what a config costs: step|data, --config",
-}
+_NAMES = {"task": "train"}  # the others are called as their modules
 
 
-def _listing() -> str:
-    lines = [f"  {name:<10}{text}" for name, text in _COMMANDS.items()]
+def _commands() -> dict[str, tuple[str, str]]:
+    """For each command its module and the first line of what that says of itself."""
+    found = {}
+    for _, module, is_package in pkgutil.iter_modules(trainer.__path__):
+        if is_package or module.startswith("_"):
+            continue
+        # Read, not imported: a listing must not wait for TensorFlow, nor need it.
+        source = pkgutil.get_data("trainer", f"{module}.py") or b""
+        first_line = (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
+        found[_NAMES.get(module, module)] = f"trainer.{module}", first_line
+    return found
+
+
+def _listing(commands: Mapping[str, tuple[str, str]]) -> str:
+    lines = [f"  {name:<10}{text}" for name, (_, text) in sorted(commands.items())]
     return "\n".join(
         [
             "Trains networks of the StyleGAN family.",
@@ -36,18 +46,19 @@ def _listing() -> str:
 def main() -> None:
     """Hands the rest of the command line to the command that the first word names."""
     output.install()
+    commands = _commands()
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in {"", "help", "-h", "--help"}:
-        print(_listing())
+        print(_listing(commands))
         output.check()
         sys.exit(0)
-    if name not in _COMMANDS:
-        close = difflib.get_close_matches(name, _COMMANDS, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"commands are {', '.join(_COMMANDS)}"
+    if name not in commands:
+        close = difflib.get_close_matches(name, commands, n=1)
+        known = ", ".join(sorted(commands))
+        hint = f"did you mean {close[0]}?" if close else f"commands are {known}"
         flags.fail(UsageError(f"unknown command {name!r}; {hint}"))
     del sys.argv[1]
-    # Started only now: a listing must not wait for TensorFlow, nor need it.
-    runpy.run_module(_MODULES.get(name, f"trainer.{name}"), run_name="__main__", alter_sys=True)
+    runpy.run_module(commands[name][0], run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

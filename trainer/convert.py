@@ -1,4 +1,4 @@
-"""Convert a folder or zip archive of images into a data set for training.
+"""Makes a data set of a folder or archive of images: --source, --dest, --resolution.
 
 The command behind `python -m trainer.convert`; the work is done in `trainer.data.conversion`.
 """

@@ -1,4 +1,4 @@
-"""A trained generator as a TensorFlow SavedModel that needs nothing of this package.
+"""Makes a SavedModel of a trained network, which needs nothing of this package: --run, --dest.
 
   python -m trainer.export --run=runs/emoji --dest=runs/emoji/export
   python -m trainer.export --run=gs://bucket/run --dest=gs://bucket/models/emoji --jit=gpu

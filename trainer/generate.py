@@ -1,5 +1,6 @@
-"""Images from a trained generator: single images and a labelled grid, a style-mixing sheet, or a
-latent walk.
+"""Draws images with a trained network: --run, --seeds, --out.
+
+Single images and a labelled grid, a style-mixing sheet, or a latent walk.
 
   python -m trainer.generate --run=runs/emoji --seeds=0-15 --truncation_psi=0.7 --out=out
   python -m trainer.generate --run=runs/emoji --mix_rows=0-3 --mix_cols=8-11 --out=out

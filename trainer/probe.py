@@ -1,4 +1,4 @@
-"""What a config costs on this machine.
+"""Measures what a config costs: step, data, checkpoint or tpu, --config.
 
   python -m trainer.probe step --config=configs/emoji64.yaml --resolution=64
   python -m trainer.probe data --config=configs/smoke.yaml --step_sec_per_kimg=20

@@ -1,4 +1,4 @@
-"""Runs a config on Vertex AI: `python -m trainer.submit --config=... --target=a100x8 --image=...`.
+"""Runs a config as a job on Vertex AI: --config, --target, --image.
 
     python -m trainer.submit --config=C --target=T --image=I --data=gs://D --workdir=gs://W
     python -m trainer.submit ... --dry_run        prints the job, and starts nothing

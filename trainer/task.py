@@ -1,4 +1,6 @@
-"""Trains a network: `python -m trainer.task --config=... --data=... --workdir=...`.
+"""Trains a network: --config, --data, --workdir.
+
+  python -m trainer.task --config=configs/auto.yaml --data=data/emoji --workdir=runs/emoji
 
 Run the same command again to go on from the newest checkpoint in the workdir. Exit code 75 asks for
 that: the machine was taken away, or the time was up, and the run is saved. In a job on Vertex AI the
