@@ -13,8 +13,9 @@ import pytest
 
 from trainer import config as config_lib
 from trainer.config import Config, loading, schema
-from trainer.core import errors, sections, storage
+from trainer.core import errors, schedule, sections, storage
 from trainer.core.errors import ConfigError
+from trainer.core.schedule import Schedule
 from trainer.families import registry
 
 KEYS = config_lib.known_keys(registry.DEFAULT)
@@ -35,6 +36,9 @@ def _values(key: str, hint: Any) -> st.SearchStrategy[Any]:
             choices.append(st.integers(1, 2**40))
         elif option is float:
             choices.append(NUMBERS)
+        elif option is Schedule:
+            shapes = st.sampled_from(schedule.SHAPES)
+            choices.append(st.builds(Schedule, shapes, NUMBERS, NUMBERS, NUMBERS))
         else:
             choices.append(
                 st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
@@ -49,7 +53,7 @@ def configs(draw: st.DrawFn) -> Config:
         section, _, name = key.partition(".")
         if draw(st.booleans()):
             document.setdefault(section, {})[name] = draw(_values(key, hint))
-    if document.get("augment", {}).get("mode") == "fixed":
+    if "augment" in document:
         document["augment"]["p"] = 0.5
     return config_lib.from_dict(document)
 
@@ -147,7 +151,7 @@ def test_error_in_a_base_names_the_base(tmp_path: pathlib.Path) -> None:
         ("data: {mirror: yes}\n", r"data\.mirror = 'yes' \(str\): expected true or false"),
         ("data: {window: 010}\n", r"data\.window = '010' \(str\): expected a whole number"),
         ("training: {batch_size: 8.0}\n", r"training\.batch_size = 8\.0 \(float\)"),
-        ("training: {r1_gamma: true}\n", r"training\.r1_gamma = True \(bool\): expected a number"),
+        ("training: {r1_gamma: true}\n", r"training\.r1_gamma = True \(bool\): .* a number, 0 or"),
         ("training: {r1_gamma: .nan}\n", r"training\.r1_gamma = nan"),
         ("training: {r1_gamma: .inf}\n", r"training\.r1_gamma = inf"),
         ("training: {beta1: auto}\n", r"training\.beta1 = 'auto'"),
@@ -155,6 +159,17 @@ def test_error_in_a_base_names_the_base(tmp_path: pathlib.Path) -> None:
         ("model: {g_architecture: Skip}\n", r"'Skip'.*'skip', 'resnet', 'orig'"),
         ("augment: {pipe: cgb}\n", r"augment\.pipe = 'cgb'"),
         ("augment: {mode: fixed}\n", r"set augment\.p above 0"),
+        (
+            "augment: {p: {linear: [0, 1], kimg: 2}}\n",
+            r"augment\.p follows a schedule, and .*'ada'",
+        ),
+        (
+            "training: {g_lr: {cosine: [1], kimg: 2}}\n",
+            r"training\.g_lr = .*a schedule, \{cosine: ",
+        ),
+        ("training: {g_lr: {cosine: [1, 2]}}\n", r"training\.g_lr = .*expected one of a number"),
+        ("training: {g_lr: {linear: [-1, 2], kimg: 2}}\n", r"training\.g_lr = .*0 or more|above 0"),
+        ("training: {batch_size: {linear: [1, 2], kimg: 2}}\n", r"batch_size = .*a whole number"),
         ("run: {jit: true}\n", r"run\.jit = True"),
         ("data: {path: 3}\n", r"data\.path = 3 \(int\): expected text"),
     ],

@@ -97,6 +97,7 @@ def test_counts_what_the_phases_compute(resolution: tuple[int, int], model: dict
         "c": tf.zeros([4, 0]),
         "p": tf.constant(0.0),
         "buffers": {"pl_mean": tf.constant(0.0)},
+        "numbers": objective.numbers,
         "mean": None,
         "scale": None,
     }

@@ -100,14 +100,14 @@ def test_only_parameters_with_gradients_are_returned() -> None:
 
 def test_lazy_settings_are_nvidias(trace: dict[str, Any]) -> None:
     for network, lr in (("G", 0.0025), ("D", 0.0025)):
-        adam = Adam.lazy(lr, 0.0, 0.99, trace[f"{network}_reg_interval"])
+        adam = Adam(lr, 0.0, 0.99).lazy(trace[f"{network}_reg_interval"])
         assert adam.lr == pytest.approx(trace[f"lr_{network}"], rel=1e-12)
         assert [adam.beta1, adam.beta2] == pytest.approx(trace[f"betas_{network}"], rel=1e-12)
         assert adam.eps == trace["eps"]
 
 
 def test_lazy_settings_by_hand() -> None:
-    adam = Adam.lazy(0.0025, 0.5, 0.99, 4)
+    adam = Adam(0.0025, 0.5, 0.99).lazy(4)
     assert adam.lr == pytest.approx(0.002)
     assert (adam.beta1, adam.beta2) == pytest.approx((0.5**0.8, 0.99**0.8))
     # k + 1 steps in k iterations decay as much as k plain ones.

@@ -261,6 +261,7 @@ def regularised(manifest: Manifest, precision: str, formulas: Formulas) -> dict[
         "reals": images,
         "c": c,
         "buffers": {"pl_mean": tf.constant(0.0)},
+        "numbers": {"r1_gamma": 10.0, "pl_weight": 2.0},
         "mean": None,
         "scale": None,
     }

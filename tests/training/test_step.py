@@ -18,7 +18,6 @@ from trainer.families.protocol import DataShape
 from trainer.layers.ops import Formulas
 from trainer.objectives.phase import Phase
 from trainer.training import build
-from trainer.training.state import TrainState
 from trainer.training.step import TrainStep
 
 pytestmark = pytest.mark.filterwarnings("ignore:Even though the `tf.config.experimental_run")
@@ -71,18 +70,10 @@ class Run:
         counts = manifest.condition_counts(self.config.data.use_labels)
         shape = DataShape(manifest.resolution, manifest.channels, counts)
         formulas = Formulas.XLA_CPU if jit else Formulas.GENERIC
-        networks, self.objective, sampler = build.recipe(
-            self.config, shape, formulas, static_shapes=jit
-        )
-        exact = self.config.run.precision == "float64"
+        recipe = build.recipe(self.config, shape, formulas, static_shapes=jit)
+        networks, self.objective, sampler = recipe
         with strategy.scope():
-            self.state = TrainState(
-                networks,
-                self.objective,
-                seed=0,
-                augment_p=self.config.augment.p,
-                dtype=tf.float64 if exact else tf.float32,
-            )
+            self.state = build.state(self.config, recipe)
         self.traced = 0
 
         def counted(phase: Phase, group_index: tf.Tensor) -> Any:

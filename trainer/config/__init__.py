@@ -11,7 +11,7 @@ from trainer.config.auto import resolve
 from trainer.config.batch import BatchArithmetic, batch_arithmetic
 from trainer.config.cost import Cost, estimate_cost
 from trainer.config.identity import diff, fingerprint
-from trainer.config.loading import from_dict, known_keys, load, to_dict, to_yaml
+from trainer.config.loading import from_dict, known_keys, load, schedules, to_dict, to_yaml
 from trainer.config.schema import (
     AugmentConfig,
     CheckpointConfig,
@@ -40,6 +40,7 @@ __all__ = [
     "known_keys",
     "load",
     "resolve",
+    "schedules",
     "to_dict",
     "to_yaml",
 ]

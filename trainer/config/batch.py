@@ -39,7 +39,7 @@ def batch_arithmetic(config: Config, num_replicas: int) -> BatchArithmetic:
         raise ConfigError("training.batch_size and training.group_size must be resolved first")
     rounds = config.training.rounds
     shrink = config.training.pl_batch_shrink
-    if config.training.pl_weight > 0 and group % shrink:
+    if config.training.pl_weight != 0 and group % shrink:
         raise ConfigError(
             f"training.pl_batch_shrink = {shrink} does not divide a group of {group} images "
             "(training.group_size); change one of them, or set training.pl_weight to 0"

@@ -49,9 +49,9 @@ def estimate_cost(config: Config, arithmetic: BatchArithmetic, data: DataShape) 
     # In units of one forward pass: a gradient in the inputs and one in the weights cost as much
     # each, and differentiating a gradient doubles what it cost.
     flop: float = (3 * g + 2 * d) + (g + 6 * d)
-    if training.pl_weight > 0:
+    if training.pl_weight != 0:
         flop += 6 * g / training.pl_batch_shrink / training.g_reg_interval
-    if training.r1_gamma != "auto" and training.r1_gamma > 0:
+    if training.r1_gamma != 0:
         flop += 6 * d / training.d_reg_interval
     g_params, d_params = tables.generator.trainable, tables.discriminator.trainable
     # G has a moving average besides the parameters and two moments, and all have gradients once.

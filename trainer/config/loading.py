@@ -6,15 +6,15 @@ repeated key is an error. Unknown keys, wrong types and values out of range rais
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from trainer.config.schema import SECTIONS, Config
-from trainer.core import documents, sections, storage
+from trainer.core import documents, schedule, sections, storage
 from trainer.core.errors import ConfigError
+from trainer.core.schedule import Schedule
 from trainer.core.sections import Key, checked, is_clean
 from trainer.core.text import quoted, shorten
 from trainer.families import registry
@@ -200,6 +200,8 @@ def _check_together(config: Config) -> None:
     """Rules between keys that hold whatever the data set and the machine are."""
     if config.augment.mode == "fixed" and config.augment.p == 0:
         raise ConfigError("augment.mode = 'fixed' needs its strength: set augment.p above 0")
+    if config.augment.mode == "ada" and isinstance(config.augment.p, Schedule):
+        raise ConfigError("augment.p follows a schedule, and augment.mode = 'ada' steers it, too")
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> Config:
@@ -230,7 +232,23 @@ def from_dict(document: Mapping[str, Any], where: str = "config") -> Config:
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     """Plain nested dictionaries, in the order of the sections."""
-    return dataclasses.asdict(config)
+    return {
+        name: {
+            key: schedule.to_document(value) if isinstance(value, Schedule) else value
+            for key, value in vars(getattr(config, name)).items()
+        }
+        for name in SECTIONS
+    }
+
+
+def schedules(config: Config) -> dict[str, Schedule]:
+    """The numbers that follow a schedule, by their keys without the section."""
+    return {
+        key: value
+        for name in SECTIONS
+        for key, value in vars(getattr(config, name)).items()
+        if isinstance(value, Schedule)
+    }
 
 
 def to_yaml(config: Config) -> str:

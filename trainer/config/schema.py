@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar, Literal
 
+from trainer.core.schedule import Number
 from trainer.core.sections import (
     ABOVE_0_TO_1,
     AT_LEAST_0,
@@ -109,6 +110,8 @@ class DataConfig(Section):
 class TrainingConfig(Section):
     """Losses, optimizers and the batch.
 
+    Rates, decays and weights may follow a schedule, see `core.schedule`.
+
     Attributes:
       batch_size: images in a step over all replicas and rounds (NVIDIA: --batch, `mb`). 'auto':
         what NVIDIA's rule gives for 8 GPUs, on any number of replicas.
@@ -144,19 +147,19 @@ class TrainingConfig(Section):
     group_size: int | Auto = key(4, AT_LEAST_1)
     rounds: int = key(1, AT_LEAST_1)
     total_kimg: float = key(25000.0, POSITIVE)
-    g_lr: float | Auto = key(0.002, POSITIVE)
-    d_lr: float | Auto = key(0.002, POSITIVE)
-    beta1: float = key(0.0, BELOW_1)
-    beta2: float = key(0.99, BELOW_1)
-    r1_gamma: float | Auto = key(10.0, AT_LEAST_0)
-    pl_weight: float = key(2.0, AT_LEAST_0)
+    g_lr: Number | Auto = key(0.002, POSITIVE)
+    d_lr: Number | Auto = key(0.002, POSITIVE)
+    beta1: Number = key(0.0, BELOW_1)
+    beta2: Number = key(0.99, BELOW_1)
+    r1_gamma: Number | Auto = key(10.0, AT_LEAST_0)
+    pl_weight: Number = key(2.0, AT_LEAST_0)
     pl_batch_shrink: int = key(2, AT_LEAST_1)
     pl_decay: float = key(0.01, ABOVE_0_TO_1)
     g_reg_interval: int = key(4, AT_LEAST_1)
     d_reg_interval: int = key(16, AT_LEAST_1)
     style_mixing_prob: float = key(0.9, FRACTION)
     noise_mode: Literal["random", "const", "none"] = "random"
-    ema_kimg: float | Auto = key(10.0, AT_LEAST_0)
+    ema_kimg: Number | Auto = key(10.0, AT_LEAST_0)
     ema_rampup: float | None = key(None, POSITIVE)
     freeze_d: int = key(0, AT_LEAST_0)
     init_from: str = ""
@@ -170,7 +173,7 @@ class AugmentConfig(Section):
       mode: 'none', 'fixed' strength `p`, or 'ada', which steers p (NVIDIA: --aug).
       pipe: which transformations: b blit, g geometry, c colour, f filter, n noise, c cutout
         (NVIDIA: --augpipe).
-      p: the strength of 'fixed', or where 'ada' starts (NVIDIA: --p).
+      p: the strength of 'fixed', which may follow a schedule, or where 'ada' starts (NVIDIA: --p).
       target: value of E[sign(D(real))] that 'ada' steers to (NVIDIA: --target).
       adjust_kimg: thousands of images in which 'ada' can take p from 0 to 1 (NVIDIA: 500, or 100
         when starting from another network).
@@ -181,7 +184,7 @@ class AugmentConfig(Section):
 
     mode: Literal["none", "fixed", "ada"] = "ada"
     pipe: Literal["b", "bg", "bgc", "bgcf", "bgcfn", "bgcfnc"] = "bgc"
-    p: float = key(0.0, FRACTION)
+    p: Number = key(0.0, FRACTION)
     target: float = key(0.6, FRACTION)
     adjust_kimg: float = key(500.0, POSITIVE)
     interval: int = key(4, AT_LEAST_1)

@@ -18,7 +18,9 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, Union
 
+from trainer.core import schedule
 from trainer.core.errors import ConfigError
+from trainer.core.schedule import Schedule
 from trainer.core.text import quoted
 
 Auto = Literal["auto"]
@@ -62,6 +64,10 @@ def _as_option(option: Any, value: Any) -> tuple[bool, Any]:
             return math.isfinite(value), float(value)
         except OverflowError:
             return False, value
+    if option is Schedule:
+        if isinstance(value, Mapping):
+            value = schedule.from_document(value)
+        return isinstance(value, Schedule), value
     if option is int:
         return is_number and isinstance(value, int), value
     if option is str:
@@ -83,6 +89,8 @@ def _expected(hint: Any, limit: Limit | None) -> str:
             names.append("null")
         elif option is bool:
             names.append("true or false")
+        elif option is Schedule:
+            names.append(f"a schedule, {schedule.EXAMPLE}")
         elif option in (int, float):
             kind = "a whole number" if option is int else "a number"
             names.append(f"{kind}, {limit.text}" if limit else kind)
@@ -99,7 +107,12 @@ def checked(key: str, hint: Any, limit: Limit | None, value: Any) -> Any:
     """
     for option in _options(hint):
         matches, canonical = _as_option(option, value)
-        if matches and (limit is None or option not in (int, float) or limit.holds(canonical)):
+        if not matches:
+            continue
+        numbers: tuple[float, ...] = (canonical,) if option in (int, float) else ()
+        if option is Schedule:
+            numbers = canonical.start, canonical.end
+        if limit is None or all(limit.holds(number) for number in numbers):
             return canonical
     shown = "null" if value is None else f"{quoted(value)} ({type(value).__name__})"
     if isinstance(value, str) and not is_clean(value):

@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from trainer.augment.pipe import AugmentPipe
 from trainer.augment.pipe import Draws as AugmentDraws
+from trainer.core.schedule import Number
 from trainer.families.network import Discriminator, Output, Params, StyleGenerator, Sums
 from trainer.layers.ops import Formulas
 from trainer.objectives.sampler import Draws, Sample
@@ -80,6 +81,7 @@ class Batch:
       reals: [N, H, W, C] in [-1, 1], if the phase reads any.
       c: [N, c_dim], the labels of the reals.
       buffers: the objective's, before this step.
+      numbers: the objective's, at this step: floats, or [] if they follow a schedule.
       mean: [], of `Phase.whole_batch` over the whole batch; None if these groups are all of it.
       scale: [], keeps gradients within float16's range on the way; None leaves them alone.
     """
@@ -92,6 +94,7 @@ class Batch:
     reals: tf.Tensor
     c: tf.Tensor
     buffers: Mapping[str, tf.Tensor]
+    numbers: Mapping[str, float | tf.Tensor]
     mean: tf.Tensor | None
     scale: tf.Tensor | None
 
@@ -217,6 +220,7 @@ class Objective:
 
     Attributes:
       phases: of a step, in their order.
+      numbers: of the config, which the losses need by name and which may follow a schedule.
       buffers: values that the losses carry from step to step, and where they start.
       follow: (buffers, means over the batch of what they follow) -> new buffers.
       lazy: for each network the interval of the regulariser that shares its optimizer, for which
@@ -224,6 +228,7 @@ class Objective:
     """
 
     phases: tuple[Phase, ...]
+    numbers: Mapping[str, Number]
     buffers: Mapping[str, float]
     follow: Callable[[Mapping[str, tf.Tensor], Sums], Sums]
     lazy: Mapping[Trained, int]

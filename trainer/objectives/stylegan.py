@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import tensorflow as tf
 
 from trainer.config import TrainingConfig
+from trainer.core.schedule import Number
 from trainer.core.seeds import Purpose
 from trainer.families.network import Sums
 from trainer.objectives.adversarial import discriminator_logistic, generator_logistic
@@ -22,8 +23,9 @@ def objective(training: TrainingConfig, group_size: int) -> Objective:
       training: resolved.
       group_size: images in a group.
     """
-    gamma, pl_weight = training.r1_gamma, training.pl_weight
-    assert not isinstance(gamma, str)
+    gamma = training.r1_gamma
+    assert gamma != "auto"
+    numbers: dict[str, Number] = {"r1_gamma": gamma, "pl_weight": training.pl_weight}
 
     def generator(batch: Batch) -> Loss:
         images, sums = batch.fakes()
@@ -37,6 +39,7 @@ def objective(training: TrainingConfig, group_size: int) -> Objective:
         penalty, coefficients, _ = path_length_coefficients(
             tf.stop_gradient(lengths), mean, batch.buffers["pl_mean"], training.pl_decay
         )
+        pl_weight = batch.numbers["pl_weight"]
         reports = {"Loss/pl_penalty": penalty, "Loss/G/reg": penalty * pl_weight}
         followed = {"G": sums, "objective": {"pl_mean": tf.reduce_sum(lengths)}}
         return Loss(coefficients * lengths * pl_weight, reports, followed)
@@ -54,7 +57,7 @@ def objective(training: TrainingConfig, group_size: int) -> Objective:
             logits = batch.score_reals(batch.reals)
             score = tf.reduce_sum(logits)
         penalty = r1_penalty(batch.gradient(tape, score, batch.reals))
-        loss = penalty * (gamma / 2)
+        loss = penalty * (batch.numbers["r1_gamma"] / 2)
         reports = {**_scores("real", logits), "Loss/r1_penalty": penalty, "Loss/D/reg": loss}
         return Loss(loss, reports, {})
 
@@ -122,7 +125,8 @@ def objective(training: TrainingConfig, group_size: int) -> Objective:
             watched="Loss/r1_penalty",
         ),
     ]
-    left_out = {name for name, weight in (("Greg", pl_weight), ("Dreg", gamma)) if not weight}
+    weights = {"Greg": training.pl_weight, "Dreg": gamma}
+    left_out = {name for name, weight in weights.items() if weight == 0}
 
     def follow(buffers: Mapping[str, tf.Tensor], means: Sums) -> Sums:
         return {
@@ -132,6 +136,7 @@ def objective(training: TrainingConfig, group_size: int) -> Objective:
 
     return Objective(
         phases=tuple(phase for phase in phases if phase.name not in left_out),
+        numbers=numbers,
         buffers={} if "Greg" in left_out else {"pl_mean": 0.0},
         follow=follow,
         # Also where a weight of 0 leaves the regulariser out.

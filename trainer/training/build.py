@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from trainer.augment.pipe import AugmentPipe
 from trainer.config import Config
+from trainer.core.schedule import Schedule
 from trainer.distribution.precision import full_dtype, half_dtype
 from trainer.families import registry
 from trainer.families.network import Discriminator, StyleGenerator
@@ -118,10 +119,12 @@ def recipe(
 
 def state(config: Config, recipe: Recipe) -> TrainState:
     """The variables of a run at its start; to be called in its strategy's scope."""
+    p = config.augment.p
+    p = p.at(0) if isinstance(p, Schedule) else p
     return TrainState(
         recipe.networks,
         recipe.objective,
         seed=config.run.seed,
-        augment_p=config.augment.p if config.augment.mode != "none" else 0.0,
+        augment_p=p if config.augment.mode != "none" else 0.0,
         dtype=full_dtype(config.run.precision),
     )

@@ -24,6 +24,7 @@ from trainer.core.errors import (
     PreemptedError,
     StorageError,
 )
+from trainer.core.schedule import Number, Schedule
 from trainer.core.text import printable, quoted
 from trainer.data import manifest as manifest_lib
 from trainer.data.manifest import Manifest
@@ -272,6 +273,8 @@ def train(
                 stats, maintenance_began = _take_stats(state), time.monotonic()
                 if config.run.precision == "float16":
                     stats |= _take_loss_scales(state)
+                for key, number in config_lib.schedules(config).items():
+                    stats[f"Schedule/{key}"] = constant(number.at(images / 1000))
                 if lease:
                     lease.check()
                 if telemetry:
@@ -475,12 +478,20 @@ def _check_finite(
     else:
         last = f"the last good checkpoint is {found.path}"
         allow = " --allow_change=training.g_lr,training.d_lr"
-    rates = {name: float(getattr(config.training, name)) / 2 for name in ("g_lr", "d_lr")}
-    flags = " ".join(f"--set=training.{name}={rate:g}" for name, rate in rates.items())
+    rates = {name: getattr(config.training, name) for name in ("g_lr", "d_lr")}
+    flags = " ".join(f"--set=training.{name}={_halved(rate)}" for name, rate in rates.items())
     raise DivergedError(
         f"{message}; {last}: to go on from there with half the rates, run the same command with "
         f"{flags}{allow}; a higher training.r1_gamma or run.precision=float32 can help, too"
     )
+
+
+def _halved(rate: Number) -> str:
+    """Half a rate, as --set takes it."""
+    if not isinstance(rate, Schedule):
+        return f"{rate / 2:g}"
+    ends = f"[{rate.start / 2:g}, {rate.end / 2:g}]"
+    return f"'{{{rate.shape}: {ends}, kimg: {rate.kimg:g}}}'"
 
 
 def _check_advanced(state: TrainState, images: int, step: int) -> None:

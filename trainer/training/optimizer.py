@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import tensorflow as tf
 
 Tensors = Mapping[str, tf.Tensor]
 
 
-@dataclass(frozen=True)
-class Adam:
-    """Settings of one network's optimizer.
+class Adam(NamedTuple):
+    """Settings of one network's optimizer: floats, or [] where they follow a schedule.
 
     Attributes:
       lr: learning rate.
@@ -21,13 +20,12 @@ class Adam:
       eps: added to the root of the corrected second moment.
     """
 
-    lr: float
-    beta1: float
-    beta2: float
+    lr: float | tf.Tensor
+    beta1: float | tf.Tensor
+    beta2: float | tf.Tensor
     eps: float = 1e-8
 
-    @classmethod
-    def lazy(cls, lr: float, beta1: float, beta2: float, reg_interval: int | None) -> Adam:
+    def lazy(self, reg_interval: int | None) -> Adam:
         """The settings for lazy regularisation (StyleGAN2, appendix B).
 
         One optimizer serves the main loss at every step and the regulariser at every
@@ -35,9 +33,9 @@ class Adam:
         None: there is no regulariser.
         """
         if reg_interval is None:
-            return cls(lr, beta1, beta2)
+            return self
         ratio = reg_interval / (reg_interval + 1)
-        return cls(lr * ratio, beta1**ratio, beta2**ratio)
+        return Adam(self.lr * ratio, self.beta1**ratio, self.beta2**ratio, self.eps)
 
     def update(
         self, count: tf.Tensor, params: Tensors, first: Tensors, second: Tensors, grads: Tensors
@@ -54,8 +52,8 @@ class Adam:
         new_params, new_first, new_second = {}, {}, {}
         (dtype,) = {grad.dtype for grad in grads.values()}
         steps = tf.cast(count, dtype)
-        correction1 = 1 - tf.pow(tf.constant(self.beta1, dtype), steps)
-        correction2 = 1 - tf.pow(tf.constant(self.beta2, dtype), steps)
+        correction1 = 1 - tf.pow(tf.convert_to_tensor(self.beta1, dtype), steps)
+        correction2 = 1 - tf.pow(tf.convert_to_tensor(self.beta2, dtype), steps)
         step, root_correction2 = self.lr / correction1, tf.math.rsqrt(correction2)
         for name, grad in grads.items():
             m = first[name] * self.beta1 + grad * (1 - self.beta1)
@@ -68,7 +66,7 @@ class Adam:
 def ema_beta(
     batch_size: int,
     images: tf.Tensor,
-    ema_kimg: float,
+    ema_kimg: float | tf.Tensor,
     rampup: float | None,
     dtype: tf.DType = tf.float32,
 ) -> tf.Tensor:
@@ -77,14 +75,14 @@ def ema_beta(
     Args:
       batch_size: images per step.
       images: [] int64, images seen before this step.
-      ema_kimg: half-life in thousands of images.
+      ema_kimg: half-life in thousands of images; [] if it follows a schedule.
       rampup: the half-life is at most this fraction of the images seen; None doesn't limit it.
       dtype: of the result.
 
     Returns:
       []: G_ema = lerp(G, G_ema, beta).
     """
-    half_life = tf.constant(ema_kimg * 1000, dtype)
+    half_life = tf.convert_to_tensor(ema_kimg * 1000, dtype)
     if rampup is not None:
         half_life = tf.minimum(half_life, tf.cast(images, dtype) * rampup)
     return tf.exp(-math.log(2) * batch_size / tf.maximum(half_life, 1e-8))

@@ -17,9 +17,10 @@ import tensorflow as tf
 
 from trainer.augment import controller
 from trainer.config import BatchArithmetic, Config
+from trainer.core.schedule import Number, Schedule
 from trainer.objectives.phase import Grads, Networks, Objective, Phase, Report, Trained
 from trainer.objectives.sampler import Draws
-from trainer.training import loss_scale
+from trainer.training import loss_scale, scheduling
 from trainer.training.optimizer import Adam, ema_beta
 from trainer.training.state import TrainState
 
@@ -83,7 +84,6 @@ class TrainStep:
         self._all_reduce = all_reduce or _all_reduce
         self._state, self._draw = state, draw
         self._networks, self._objective = networks, objective
-        training = config.training
         self._scaled = config.run.precision == "float16"
 
         def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -98,15 +98,7 @@ class TrainStep:
             if phase.whole_batch:
                 function = functools.partial(phase.whole_batch_sum, networks)
                 self._whole_batch_sums[phase.name] = compiled(function)
-        rates: dict[Trained, Any] = {"G": training.g_lr, "D": training.d_lr}
-        self._updates = {
-            network: compiled(
-                Adam.lazy(
-                    float(rate), training.beta1, training.beta2, objective.lazy.get(network)
-                ).update
-            )
-            for network, rate in rates.items()
-        }
+        self._updates = {network: compiled(Adam.update) for network in ("G", "D")}
         self._lerp = compiled(_lerp)
         self._steps = tf.function(self._run, autograph=False)
 
@@ -243,13 +235,27 @@ class TrainStep:
             "g": _read(state.g) if "G" in phase.applies else {},
             "d": _read(state.d) if "D" in phase.applies else {},
             "draws": self._draw(phase, groups.group_index),
-            "p": tf.convert_to_tensor(state.augment_p),
+            "p": tf.convert_to_tensor(self._scheduled_p(state.images, state.augment_p)),
             "reals": reals,
             "c": c,
             "buffers": _read(state.buffers),
+            "numbers": {
+                name: self._number(number) for name, number in self._objective.numbers.items()
+            },
             "mean": mean,
             "scale": tf.convert_to_tensor(state.loss_scale[phase.name]) if self._scaled else None,
         }
+
+    def _number(self, number: Number) -> float | tf.Tensor:
+        """What a number of the config is at this step."""
+        return scheduling.value(number, self._state.images, self._state.dtype)
+
+    def _scheduled_p(self, images: tf.Tensor, otherwise: tf.Tensor) -> tf.Tensor:
+        """The probability of augmentation after so many images, if the config schedules it."""
+        p = self._config.augment.p
+        if not isinstance(p, Schedule) or self._config.augment.mode != "fixed":
+            return otherwise
+        return scheduling.value(p, images, self._state.dtype)
 
     def _run_phase(self, phase: Phase, *args: tf.Tensor) -> Report:
         batch, mean = Batch(*args), None
@@ -305,8 +311,9 @@ class TrainStep:
         state, training = self._state, self._config.training
         images = tf.convert_to_tensor(state.images)
         batch = self._arithmetic.global_batch
-        half_life, rampup = float(training.ema_kimg), training.ema_rampup
-        beta = ema_beta(batch, images, half_life, rampup, state.dtype)
+        assert training.ema_kimg != "auto"
+        half_life = self._number(training.ema_kimg)
+        beta = ema_beta(batch, images, half_life, training.ema_rampup, state.dtype)
         trained = state.g_first  # no set: the order of names is part of a compiled program
         averages = {name: state.g_ema[name] for name in trained}
         averaged = self._lerp(_read(state.g), _read(averages), beta)
@@ -326,6 +333,9 @@ class TrainStep:
     def _adjust_augmentation(self, reports: Reports) -> None:
         """Steers p by the signs of real logits since the last time (ADA, section 3.1)."""
         config, state = self._config.augment, self._state
+        if isinstance(config.p, Schedule):
+            images = state.images + self._arithmetic.global_batch
+            _assign([state.augment_p], [self._scheduled_p(images, state.augment_p)])
         if config.mode != "ada":
             return
         signs = state.augment_signs + sum(
@@ -399,9 +409,14 @@ class TrainStep:
         return images, tf.one_hot(labels, depth, dtype=dtype)
 
     def _update(self, network: Trained, grads: Grads, keep: tf.Tensor | None) -> None:
+        training = self._config.training
+        rate = training.g_lr if network == "G" else training.d_lr
+        assert rate != "auto"
+        adam = Adam(*(self._number(each) for each in (rate, training.beta1, training.beta2)))
+        adam = adam.lazy(self._objective.lazy.get(network))
         *tables, steps = self._state.optimized(network)
-        count = steps + 1
-        values = self._updates[network](count, *(_read(table, grads) for table in tables), grads)
+        count, values = steps + 1, (_read(table, grads) for table in tables)
+        values = self._updates[network](adam, count, *values, grads)
         _store(tables, values, keep)
         _assign([steps], [count], keep)
 
