@@ -32,6 +32,7 @@ from collections.abc import Callable
 from typing import Any
 
 from trainer.core.errors import StorageError
+from trainer.core.text import printable
 
 _NAMES = {1: "standard output", 2: "standard error"}
 _ENDED = 128 + signal.SIGPIPE
@@ -175,6 +176,11 @@ class _Stream(io.RawIOBase):
 
     def _lose(self, data: bytes, reason: str) -> None:
         self._lost, self._why = self._lost + data.count(b"\n"), reason
+
+
+def log(line: str) -> None:
+    """A line on stderr for whoever watches: what is worth knowing and stops nothing."""
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 def _write(descriptor: int, data: bytes) -> OSError | None:

@@ -21,7 +21,6 @@ import multiprocessing.connection
 import os
 import re
 import signal
-import sys
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent import futures
@@ -33,9 +32,8 @@ import numpy as np
 import PIL
 import simplejpeg
 
-from trainer.core import storage, tensorflow_log, tfrecord
+from trainer.core import output, storage, tensorflow_log, tfrecord
 from trainer.core.errors import DataError, TrainerError, UsageError
-from trainer.core.text import printable
 from trainer.data import images, manifest, records, sources
 from trainer.data import journal as journal_lib
 from trainer.data.journal import Journal
@@ -231,7 +229,7 @@ def convert(
         journal_lib.refuse_data_set(dest)  # before anything that takes time
     source = sources.open_source(settings.source)
     _check_lost(settings, source)
-    with journal_lib.locked(dest, log or _to_stderr) as journal:
+    with journal_lib.locked(dest, log or output.log) as journal:
         if not settings.overwrite:
             journal_lib.refuse_data_set(dest)
         plan = _make_plan(settings, source)
@@ -247,10 +245,6 @@ def convert(
     for key in ("kept", "enlarged", "stretched"):
         setattr(report, key, sum(entry[key] for entry in entries))
     return result, report
-
-
-def _to_stderr(line: str) -> None:
-    print(printable(line), file=sys.stderr, flush=True)
 
 
 def _check_lost(settings: Settings, source: sources.Source) -> None:

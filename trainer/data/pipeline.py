@@ -26,7 +26,7 @@ require_tensorflow()  # before anything imports it
 import tensorflow as tf  # noqa: E402
 
 from trainer import data  # noqa: E402
-from trainer.core import seeds, storage  # noqa: E402
+from trainer.core import output, seeds, storage  # noqa: E402
 from trainer.data import shards  # noqa: E402
 from trainer.data.fetch import Fetcher  # noqa: E402
 from trainer.data.manifest import Manifest  # noqa: E402
@@ -183,7 +183,7 @@ class ImageStream:
         self._window_blocks = blocks_per_window(manifest, window)
         self._bad_records = bad_records or BadRecords(manifest)
         self._stall_timeout = stall_timeout
-        self._tell = tell or shards.log_to_stderr
+        self._tell = tell or output.log
         self._check(groups_per_batch, start_group, worker)
         self._groups = groups_per_batch // num_workers
         self._next_group = start_group + (worker - start_group) % num_workers

@@ -12,20 +12,18 @@ from __future__ import annotations
 import concurrent.futures
 import io
 import re
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
 from trainer.core.errors import DataError, StorageError, require_tensorflow
-from trainer.core.text import printable
 
 require_tensorflow()  # before anything imports it
 
 import tensorflow as tf  # noqa: E402
 
-from trainer.core import storage, tfrecord  # noqa: E402
+from trainer.core import output, storage, tfrecord  # noqa: E402
 from trainer.data.manifest import Manifest  # noqa: E402
 
 # What reading can raise. TensorFlow quotes a broken record in its message, which need not be text.
@@ -275,7 +273,7 @@ class BadRecords:
     ) -> None:
         self.limit = limit
         self.replaced: dict[tuple[int, int], list[bytes]] = {}
-        self._manifest, self._log = manifest, log or log_to_stderr
+        self._manifest, self._log = manifest, log or output.log
         self._damaged: set[tuple[int, int]] = set()  # shard, record
 
     def records(self, shard: int, block: int) -> list[bytes]:
@@ -340,11 +338,6 @@ class BadRecords:
                 f"(--set=data.max_bad_records={max(10, 2 * count)})"
             )
         self._log(f"left out: {text} ({count} of data.max_bad_records={self.limit})")
-
-
-def log_to_stderr(line: str) -> None:
-    """A line for whoever watches the run."""
-    print(printable(line), file=sys.stderr, flush=True)
 
 
 def _first_sound(manifest: Manifest, shard: int, block: int) -> bytes | None:
