@@ -250,6 +250,26 @@ def test_pending_lines_are_written_when_the_program_ends(gcs: Gcs) -> None:
     assert gcs.emulator.get(gcs.bucket, "log") == b"0 1 2 "
 
 
+def test_pending_lines_that_somebody_elses_file_keeps_out_are_named_in_one_line(gcs: Gcs) -> None:
+    code = (
+        "from trainer.core import storage\n"
+        f"path = '{gcs.url}/log'\n"
+        "file = storage.AppendedFile(path, b'', None)\n"
+        "file.add(b'a '), file.add(b'b ')\n"
+        "storage.write_bytes_atomic(path, b'theirs')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=gcs.environment(),
+        capture_output=True,
+        text=True,
+    )
+    (line,) = done.stderr.splitlines()
+    assert f"the end of {gcs.url}/log was not written: " in line
+    assert gcs.emulator.get(gcs.bucket, "log") == b"theirs"
+
+
 # ---------------------------------------------------------------- files
 
 

@@ -1,6 +1,7 @@
 """Everything on gs://: convert, train, SIGKILL, resume, generate, export; then looks at what there is.
 
   make smoke-gcs
+  python -m tests.gcs.smoke gcp-storage-emulator     # on another server, see tests.gcs.emulator
 
 The networks are too small to learn anything, and not compiled: it takes a minute or two.
 """
@@ -19,7 +20,7 @@ from typing import Any
 import yaml
 from PIL import Image
 
-from tests.gcs.emulator import ROOT, Emulator
+from tests.gcs.emulator import ROOT, SERVERS, Emulator
 from trainer.core import storage, tfrecord
 from trainer.data import manifest
 
@@ -30,7 +31,7 @@ SETTINGS = {
     "base": "smoke.yaml",
     "run": {"deterministic": True, "jit": "off"},
     "model": {"channel_max": 8},
-    "training": {"total_kimg": STEPS * 16 / 1000},
+    "training": {"total_kimg": STEPS * 16 / 1000, "pl_weight": 0, "r1_gamma": 0},
     "checkpoint": {"every_steps": EVERY, "keep_last": 2},
     "telemetry": {"tick_kimg": 0.064, "snap_ticks": 3},
 }
@@ -137,9 +138,9 @@ def _check(emulator: Emulator, images: list[str]) -> list[str]:
     ]
 
 
-def main() -> None:
+def main(server: str = SERVERS[0]) -> None:
     began = time.monotonic()
-    with Emulator() as emulator:
+    with Emulator(server) as emulator:
         emulator.url(BUCKET)
         os.environ.update(emulator.environment())
         smoke = Smoke(emulator)
@@ -166,4 +167,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

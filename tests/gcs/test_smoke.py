@@ -7,13 +7,18 @@ import sys
 
 import pytest
 
-from tests.gcs.emulator import ROOT
+from tests.gcs.emulator import ROOT, SERVERS
 
 
-@pytest.mark.slow
-def test_everything_runs_on_cloud_storage() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.gcs.smoke"], cwd=ROOT, capture_output=True, text=True
-    )
+@pytest.mark.parametrize(
+    "server",
+    [
+        pytest.param(server, marks=pytest.mark.proof if number else pytest.mark.slow)
+        for number, server in enumerate(SERVERS)
+    ],
+)
+def test_everything_runs_on_cloud_storage(server: str) -> None:
+    command = [sys.executable, "-m", "tests.gcs.smoke", server]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "none twice and none missing" in done.stdout

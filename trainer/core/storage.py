@@ -34,6 +34,7 @@ from typing import IO
 
 import google_crc32c
 
+from trainer.core import output
 from trainer.core.errors import StorageError, TrainerError
 
 _PACKAGE_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -731,6 +732,11 @@ class AppendedFile:
         self._written = time.monotonic()
         _appended.add(self)
 
+    @property
+    def path(self) -> str:
+        """The file."""
+        return self._path
+
     def add(self, data: bytes) -> None:
         """Adds to the end of the file."""
         if not is_remote(self._path):
@@ -778,7 +784,10 @@ _appended: weakref.WeakSet[AppendedFile] = weakref.WeakSet()
 @atexit.register
 def _flush_appended() -> None:
     for file in list(_appended):
-        file.flush()
+        try:
+            file.flush()
+        except StorageError as error:  # nobody is there any more to catch it
+            output.log(f"the end of {file.path} was not written: {error}")
 
 
 # ---- TensorFlow's own file system ----------------------------------------------------------------
