@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 
 import pytest
 
+from trainer.families import registry
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 # The keys of families, which need no TensorFlow, are below the config; their networks are above the
@@ -152,6 +154,9 @@ def violations(module: str, source: str, *, is_package: bool = False) -> list[st
         ):
             found.append(f"{module} draws with {name}, which takes no seed tensor")
     found += [f"{module} opens a file: {call}" for call in _openings(tree, module)]
+    if not _below(module, "trainer.families"):
+        families = "|".join(registry.NAMES)
+        found += [f"{module} names {m}" for m in re.findall(rf"\b(?:{families})\b", source)]
     for pattern, reason in FORBIDDEN.items():
         found += [f"{module}: {m.group()!r} ({reason})" for m in re.finditer(pattern, source)]
     return found
@@ -286,6 +291,7 @@ def test_light_modules_import_neither_tensorflow_nor_fsspec() -> None:
         ("trainer.config", "import yaml", "names yaml"),
         ("trainer.layers.x", "import keras", "names keras"),
         ("trainer.layers.x", "import tensorflow as tf\ntf.keras.layers.Dense(1)", "tf.keras"),
+        ("trainer.training.x", "if family == 'stylegan2': f()", "names stylegan2"),
         ("trainer.core.x", "a = 1  # TODO: better", "unfinished work"),
         ("trainer.core.x", "try:\n  f()\nexcept:\n  g()", "swallows failures"),
         ("trainer.core.x", "path = '/home/somebody/data'", "a path of one machine"),
@@ -304,6 +310,7 @@ def test_planted_violation_is_found(module: str, source: str, expected: str) -> 
             "from trainer.families.a import keys\nimport trainer.layers",
         ),
         ("trainer.vertex.x", "from trainer.families.protocol import DataShape"),
+        ("trainer.families.b.networks", "from trainer.families.stylegan2 import networks"),
         ("trainer.objectives.x", "from trainer.families import network"),
         ("trainer.data.x", "from . import records\nfrom trainer.core import storage"),
         ("trainer.training.step", "import tensorflow as tf\ntf.distribute.get_strategy()"),
