@@ -226,6 +226,14 @@ def test_no_import_cycles() -> None:
     assert find_cycle(import_graph()) == []
 
 
+def test_the_loop_is_given_what_looks_at_its_snapshots() -> None:
+    graph = import_graph()
+    assert (
+        not {"trainer.training.export", "trainer.training.serving"} & graph["trainer.training.loop"]
+    )
+    assert "trainer.training.snapshot" in graph["trainer.training.loop"]
+
+
 def test_no_drawer_for_odds_and_ends() -> None:
     assert [m for m in MODULES if re.search(r"(^|\.|_)(utils?|helpers?|misc|common)$", m)] == []
 

@@ -94,8 +94,9 @@ def main(_: Sequence[str]) -> None:
         membership.member(workers, config) as members,
         preemption.Preemption(config.run, members) as stop,
     ):
-        from trainer.training import loop
+        from trainer.training import export, loop
 
+        model_dir, snapshots = storage.resolve(model.path), config.checkpoint.export_snapshots
         loop.train(
             config,
             storage.resolve(workdir.path),
@@ -104,6 +105,7 @@ def main(_: Sequence[str]) -> None:
             start_over=FLAGS.start_over,
             cluster=workers,
             stop=stop,
+            at_snapshot=[export.exporter(model_dir, snapshots=snapshots)] if model_dir else [],
         )
 
 

@@ -651,12 +651,10 @@ def published(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 def test_a_run_exports_its_generator_once(
     squares: Manifest, tmp_path: pathlib.Path, published: list[dict[str, Any]], snapshots: bool
 ) -> None:
-    config = make(
-        squares,
-        checkpoint={"export_dir": str(tmp_path / "models"), "export_snapshots": snapshots},
-    )
+    config = make(squares)
+    exporter = export.exporter(str(tmp_path / "models"), snapshots=snapshots)
     for _ in range(2):  # the second start finds it all done
-        loop.train(config, str(tmp_path / "run"))
+        loop.train(config, str(tmp_path / "run"), at_snapshot=[exporter])
         # Snapshots are at every second tick, and at the end.
         assert [call["step"] for call in published] == ([5, STEPS] if snapshots else [STEPS])
     found = checkpoint.find(str(tmp_path / "run"))
@@ -670,9 +668,9 @@ def test_a_run_exports_its_generator_once(
 def test_a_run_that_goes_on_exports_anew(
     squares: Manifest, tmp_path: pathlib.Path, published: list[dict[str, Any]]
 ) -> None:
-    checkpoints = {"export_dir": str(tmp_path / "models")}
-    loop.train(make(squares, checkpoint=checkpoints), str(tmp_path / "run"))
+    exporter = export.exporter(str(tmp_path / "models"), snapshots=False)
+    loop.train(make(squares), str(tmp_path / "run"), at_snapshot=[exporter])
     longer = {**TINY["training"], "total_kimg": 0.064}
-    config = make(squares, checkpoint=checkpoints, training=longer)
-    loop.train(config, str(tmp_path / "run"))
+    config = make(squares, training=longer)
+    loop.train(config, str(tmp_path / "run"), at_snapshot=[exporter])
     assert [call["step"] for call in published] == [STEPS, STEPS + 1]

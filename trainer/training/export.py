@@ -29,6 +29,7 @@ from trainer.families.protocol import DataShape
 from trainer.telemetry import images as grids
 from trainer.training import build, checkpoint, model_card, versions
 from trainer.training.serving import Served
+from trainer.training.snapshot import AtSnapshot, Snapshot
 
 Precision = Literal["float32", "bfloat16"]
 Jit = Literal["off", "cpu", "gpu"]
@@ -127,6 +128,25 @@ def publish(
         card = model_card.describe(info, export)
         model_card.write(draft.folder, card, name=versions.FIRST)
     return Exported(draft.path, draft.number, card)
+
+
+def exporter(dest: str, *, snapshots: bool) -> AtSnapshot:
+    """What exports a run's generator at its end, unless that has been done.
+
+    Args:
+      dest: directory of the model.
+      snapshots: whether it is exported at each snapshot, too.
+    """
+
+    def export(snapshot: Snapshot) -> None:
+        if not (snapshot.last or snapshots) or is_published(dest, snapshot.info):
+            return
+        exported = publish(
+            snapshot.params(), snapshot.info, dest, workdir=snapshot.workdir, say=snapshot.log
+        )
+        snapshot.log(f"exported to {exported.path}")
+
+    return export
 
 
 def is_published(dest: str, info: Mapping[str, Any]) -> bool:

@@ -38,7 +38,6 @@ from trainer.training import (
     aside,
     build,
     checkpoint,
-    export,
     loss_scale,
     preemption,
     run_info,
@@ -46,7 +45,7 @@ from trainer.training import (
 from trainer.training.checkpoint import Checkpoints, Inventory
 from trainer.training.preemption import Preemption
 from trainer.training.run import Run, shape_of
-from trainer.training.snapshot import Snapshots
+from trainer.training.snapshot import AtSnapshot, Snapshot, Snapshots
 from trainer.training.state import TrainState
 from trainer.training.step import agree
 
@@ -60,6 +59,7 @@ def train(
     start_over: bool = False,
     cluster: Cluster | None = None,
     stop: Preemption | None = None,
+    at_snapshot: Sequence[AtSnapshot] = (),
 ) -> None:
     """Trains until `training.total_kimg`, from where the workdir's newest checkpoint is.
 
@@ -73,6 +73,7 @@ def train(
       cluster: the workers of the run, if there are several: all of them train, and the chief alone
         writes to the workdir.
       stop: what may end the run early, between two steps; all of its workers have one, or none.
+      at_snapshot: is called by the chief with each grid of images, and at the end of the run.
 
     Raises:
       ConfigError: the config doesn't fit itself, the data or the checkpoint.
@@ -232,13 +233,17 @@ def train(
                 "versions": {"trainer": trainer.__version__, "tensorflow": tf.__version__},
             }
 
-        def export_model(total_sec: float) -> None:
-            dest, made_from = storage.resolve(config.checkpoint.export_dir), info(total_sec)
-            if telemetry is None or not dest or export.is_published(dest, made_from):
-                return
-            params = {name: variable.numpy() for name, variable in state.g_ema.items()}
-            exported = export.publish(params, made_from, dest, workdir=workdir, say=telemetry.line)
-            telemetry.line(f"exported to {exported.path}")
+        def call_at_snapshot(total_sec: float, *, last: bool) -> None:
+            if telemetry:
+                made = Snapshot(
+                    workdir,
+                    info(total_sec),
+                    lambda: {name: variable.numpy() for name, variable in state.g_ema.items()},
+                    last,
+                    telemetry.line,
+                )
+                for call in at_snapshot:
+                    call(made)
 
         # ------------------------------------------------------------------ run
         if telemetry:
@@ -294,8 +299,8 @@ def train(
                         name = f"fakes{images // 1000:06d}"
                         grid = snapshots.fakes(state.g_ema)
                         snapshot(telemetry, name, grid, images / 1000)
-                        if config.checkpoint.export_snapshots and not done:
-                            export_model(total_sec)
+                        if not done:
+                            call_at_snapshot(total_sec, last=False)
                 tick, tick_start = tick + 1, images
                 tick_began = time.monotonic()
                 maintenance = tick_began - maintenance_began
@@ -309,8 +314,8 @@ def train(
             _check_finite(state, config, checkpoints, workdir, variables=True)
             checkpoints.save(step, info(previous_sec + time.monotonic() - started), flush)
         if not reason:
-            checkpoints.wait()  # a kill while the model is exported loses nothing
-            export_model(previous_sec + time.monotonic() - started)
+            checkpoints.wait()  # a kill in what is called now loses nothing
+            call_at_snapshot(previous_sec + time.monotonic() - started, last=True)
     if reason:
         saved_at = f"after step {step} (kimg {images / 1000:.3f}), which is saved in {workdir}"
         raise PreemptedError(

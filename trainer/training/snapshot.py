@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import tensorflow as tf
 
@@ -17,6 +21,29 @@ from trainer.telemetry.images import GridLayout
 _BATCH = 16
 # Records are in random order, so this many show which classes there are.
 _LABELLED = 1024
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A state of a run, for what looks at it from outside the loop.
+
+    Attributes:
+      workdir: of the run.
+      info: as `state.json` of a checkpoint of this state has it.
+      params: gives the parameters of G_ema by name.
+      last: whether it is the end of the run.
+      log: takes a line for the console.
+    """
+
+    workdir: str
+    info: Mapping[str, Any]
+    params: Callable[[], dict[str, np.ndarray]]
+    last: bool
+    log: Callable[[str], object]
+
+
+# What is done at a snapshot; the run waits for it.
+AtSnapshot = Callable[[Snapshot], None]
 
 
 class Snapshots:
