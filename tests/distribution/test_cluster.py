@@ -161,7 +161,8 @@ LIMIT, LONG_LIMIT, SILENCE = 6.0, 60.0, 5.0
 # A worker that does as its argument says once all have met.
 _WORKER = """
 import os, random, signal, sys, threading, time
-from trainer import config as config_lib, flags
+from trainer import config as config_lib
+from trainer.core import flags
 from trainer.core.errors import DataError, PreemptedError
 from trainer.distribution import cluster, meeting, membership
 

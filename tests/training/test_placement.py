@@ -57,9 +57,10 @@ def test_some_placements_give_the_same(
     outcomes = placement_lib.run_all(SOME, squares.directory, tmp_path, "float64")
     with capsys.disabled():
         compare(outcomes, "float64")
-    # All gradients and statistics of a phase at once, and before them Greg's mean length.
+    # On each replica all gradients and statistics of a phase at once, and before them the mean length of
+    # paths.
     spread, whole = outcomes[SOME[0]], outcomes[Placement()]
-    assert sum(spread.collectives.values()) == 5
+    assert sum(spread.collectives.values()) == 5 * SOME[0].replicas
     assert whole.collectives == {}
     assert sorted(whole.images) == list(range(placement_lib.STEPS * 16 // 2))
     assert whole.values["counters/step"] == placement_lib.STEPS
