@@ -29,6 +29,11 @@ def path_lengths(ws_gradients: tf.Tensor) -> tf.Tensor:
     return tf.sqrt(tf.reduce_mean(tf.reduce_sum(tf.square(ws_gradients), 2), 1))
 
 
+def follow(moving_mean: tf.Tensor, batch_mean: tf.Tensor, decay: float) -> tf.Tensor:
+    """A moving mean after a batch, of which `decay` is the weight."""
+    return moving_mean + decay * (batch_mean - moving_mean)
+
+
 def path_length_coefficients(
     lengths: tf.Tensor, batch_mean: tf.Tensor, moving_mean: tf.Tensor, decay: float
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
@@ -48,7 +53,7 @@ def path_length_coefficients(
     Returns:
       The penalties [N], the coefficients [N], and the new moving mean [].
     """
-    mean = moving_mean + decay * (batch_mean - moving_mean)
+    mean = follow(moving_mean, batch_mean, decay)
     difference = lengths - mean
     coefficients = 2 * (difference - decay * (batch_mean - mean))
     return tf.square(difference), tf.stop_gradient(coefficients), mean

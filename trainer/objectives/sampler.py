@@ -120,7 +120,7 @@ class Drawing(Protocol):
 
     @property
     def name(self) -> str:
-        """Of the phase."""
+        """The name of the phase."""
 
     @property
     def sample(self) -> Sample:

@@ -10,6 +10,7 @@ from trainer.config import TrainingConfig
 from trainer.core.schedule import Number
 from trainer.core.seeds import Purpose
 from trainer.families.network import Sums
+from trainer.objectives import penalties
 from trainer.objectives.adversarial import discriminator_logistic, generator_logistic
 from trainer.objectives.penalties import path_length_coefficients, path_lengths, r1_penalty
 from trainer.objectives.phase import Batch, Loss, Objective, Phase
@@ -130,7 +131,7 @@ def objective(training: TrainingConfig, group_size: int) -> Objective:
 
     def follow(buffers: Mapping[str, tf.Tensor], means: Sums) -> Sums:
         return {
-            name: buffers[name] + training.pl_decay * (mean - buffers[name])
+            name: penalties.follow(buffers[name], mean, training.pl_decay)
             for name, mean in means.items()
         }
 

@@ -194,7 +194,7 @@ def base_grid(resolution: tuple[int, int]) -> BaseGrid:
 
 
 def channels(level: int, channel_base: int, channel_max: int) -> int:
-    """Of the block `level` doublings above the base grid."""
+    """Channels of the block `level` doublings above the base grid."""
     return min(channel_base // (4 << level), channel_max)
 
 

@@ -265,29 +265,11 @@ class Generator(network.StyleGenerator):
     # ----------------------------------------------------------------------------------
 
     def map(self, params: Params, z: tf.Tensor, c: tf.Tensor) -> tf.Tensor:
-        """The mapping network alone.
-
-        Args:
-          params: the parameters by name.
-          z: [N, z_dim], standard normal.
-          c: [N, c_dim], one-hot labels; c_dim may be 0.
-
-        Returns:
-          w: [N, w_dim].
-        """
+        """See `network.StyleGenerator.map`."""
         return _mapping_layers(params, z, c, self.mapping_layers)
 
     def noise(self, params: Params, mode: str, random: tf.Tensor | None = None) -> list[tf.Tensor]:
-        """The noise image of every layer, before its strength.
-
-        Args:
-          params: the parameters by name.
-          mode: "const" (the network's own), "random" or "none".
-          random: [N, sum of height * width over the layers], standard normal, for "random".
-
-        Returns:
-          One [H, W] or [N, H, W] for each layer; empty for "none".
-        """
+        """See `network.StyleGenerator.noise`."""
         if mode == "none":
             return []
         if mode == "const":
@@ -304,16 +286,7 @@ class Generator(network.StyleGenerator):
     def synthesis(
         self, params: Params, ws: tf.Tensor, noise: list[tf.Tensor] | None = None
     ) -> tf.Tensor:
-        """Renders images.
-
-        Args:
-          params: the parameters by name.
-          ws: [N, num_ws, w_dim].
-          noise: from `noise`; None is the network's own constant noise.
-
-        Returns:
-          [N, H, W, img_channels] in about [-1, 1], in the dtype of `ws`.
-        """
+        """See `network.StyleGenerator.synthesis`."""
         noise = self.noise(params, "const") if noise is None else noise
         styles = iter(tf.unstack(ws, axis=1))
         layer_noise = iter(noise)
@@ -528,16 +501,7 @@ class Discriminator(network.Discriminator):
         self.cmap_dim = channels(0, channel_base, channel_max) if c_dim else 0
 
     def __call__(self, params: Params, images: tf.Tensor, c: tf.Tensor) -> tf.Tensor:
-        """Scores images.
-
-        Args:
-          params: the parameters by name.
-          images: [N, H, W, img_channels] in [-1, 1].
-          c: [N, c_dim], one-hot labels; c_dim may be 0.
-
-        Returns:
-          logits: [N, 1], positive for real, in the dtype of the parameters.
-        """
+        """See `network.Discriminator`."""
         full = params["b4.out.weight"].dtype
         x, img = None, images
         for block in self.blocks:
