@@ -15,8 +15,8 @@ from trainer.families import registry
 
 ROOT = pathlib.Path(__file__).parents[1]
 
-# The keys of families, which need no TensorFlow, are below the config; their networks are above the
-# layers.
+# The keys of families and objectives, which need no TensorFlow, are below the config; the networks of
+# families are above the layers.
 FLOORS = {
     "core": 0,
     "keys": 1,
@@ -87,7 +87,7 @@ def part_of(module: str) -> str:
     names = module.split(".")
     if len(names) == 1:
         return "core"
-    if re.match(r"trainer\.families(\.(registry|protocol|\w+\.keys)\b|$)", module):
+    if re.match(r"trainer\.(families(\.(registry|protocol|\w+\.keys)\b|$)|objectives\.keys\b)", module):
         return "keys"
     return names[1] if names[1] in FLOORS else "commands"
 
@@ -269,6 +269,8 @@ def test_light_modules_import_neither_tensorflow_nor_fsspec() -> None:
         ("trainer.families.a.keys", "from trainer.layers import ops", "imports trainer.layers"),
         ("trainer.families.a.keys", "from trainer import config", "imports trainer.config"),
         ("trainer.config.x", "from trainer.families import network", "imports trainer.families"),
+        ("trainer.config.x", "from trainer.objectives import phase", "imports trainer.objectives"),
+        ("trainer.objectives.keys", "from trainer import config", "imports trainer.config"),
         ("trainer.layers.x", "from trainer.families import network", "imports trainer.families"),
         (
             "trainer.families.x",

@@ -18,7 +18,7 @@ from trainer.config import Config
 from trainer.core.errors import ConfigError, UsageError
 from trainer.data.speed import Reading
 from trainer.families.protocol import DataShape
-from trainer.objectives import stylegan
+from trainer.objectives import objective as objectives
 from trainer.objectives.phase import Objective
 from trainer.training import speed, tpu_compiler, tpu_estimate
 from trainer.training.run import Run
@@ -29,7 +29,8 @@ from trainer.training.tpu_estimate import Estimate
 TINY = """
 data: {path: "package:data/fluent_emoji_32"}
 model: {z_dim: 8, w_dim: 8, mapping_layers: 1, channel_base: 64, channel_max: 8}
-training: {batch_size: 8, r1_gamma: 1}
+training: {batch_size: 8}
+objective: {r1_gamma: 1}
 augment: {mode: none}
 """
 GREG, DREG = frozenset({"Greg"}), frozenset({"Dreg"})
@@ -54,12 +55,12 @@ def tiny(tmp_path: Path) -> str:
     return str(path)
 
 
-def config(**training: float) -> Config:
-    return config_lib.from_dict({"training": {"r1_gamma": 1.0} | training})
+def config(**objective: float) -> Config:
+    return config_lib.from_dict({"objective": {"r1_gamma": 1.0} | objective})
 
 
-def objective(**training: float) -> Objective:
-    return stylegan.objective(config(**training).training, 4)
+def objective(**keys: float) -> Objective:
+    return objectives.objective(config(**keys).objective, 4)
 
 
 # The schedule -------------------------------------------------------------------------------
@@ -74,7 +75,7 @@ def test_schedule_of_the_usual_intervals() -> None:
 
 
 @pytest.mark.parametrize(
-    ("training", "expected"),
+    ("keys", "expected"),
     [
         ({"pl_weight": 0}, {DREG: (0, 1 / 16), frozenset(): (1, 15 / 16)}),
         ({"pl_weight": 0, "r1_gamma": 0}, {frozenset(): (0, 1.0)}),
@@ -82,9 +83,9 @@ def test_schedule_of_the_usual_intervals() -> None:
     ],
 )
 def test_schedule_without_a_regulariser(
-    training: dict[str, float], expected: dict[frozenset[str], tuple[int, float]]
+    keys: dict[str, float], expected: dict[frozenset[str], tuple[int, float]]
 ) -> None:
-    assert speed.schedule(objective(**training)) == expected
+    assert speed.schedule(objective(**keys)) == expected
 
 
 @pytest.mark.parametrize(

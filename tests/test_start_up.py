@@ -19,7 +19,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = """
 run: {jit: "off"}
 model: {z_dim: 8, w_dim: 8, mapping_layers: 1, channel_base: 64, channel_max: 8}
-training: {batch_size: 8, total_kimg: 0.008, pl_weight: 0, r1_gamma: 0}
+training: {batch_size: 8, total_kimg: 0.008}
+objective: {pl_weight: 0, r1_gamma: 0}
 augment: {mode: none}
 telemetry: {tensorboard: false}
 """

@@ -16,7 +16,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = """
 run: {jit: "off"}
 model: {z_dim: 8, w_dim: 8, mapping_layers: 1, channel_base: 64, channel_max: 8}
-training: {batch_size: 8, total_kimg: 0.008, pl_weight: 0}
+training: {batch_size: 8, total_kimg: 0.008}
+objective: {pl_weight: 0}
 augment: {mode: none}
 telemetry: {tensorboard: false}
 """
@@ -173,6 +174,6 @@ def test_images_to_a_grid(config: str, dataset: str, tmp_path: pathlib.Path) -> 
     assert {"config.yaml", "stats.jsonl", "reals.png", "fakes_init.png", "fakes000000.png"} <= {
         path.name for path in workdir.iterdir()
     }
-    message = failed(2, *flags, "--set=training.r1_gamma=1", "--set=training.beta2=0.9")
-    assert "training.beta2: 0.99 -> 0.9, training.r1_gamma: 10.0 -> 1.0" in message
-    assert message.endswith("--allow_change=training.beta2,training.r1_gamma")
+    message = failed(2, *flags, "--set=objective.r1_gamma=1", "--set=training.beta2=0.9")
+    assert "training.beta2: 0.99 -> 0.9, objective.r1_gamma: 10.0 -> 1.0" in message
+    assert message.endswith("--allow_change=training.beta2,objective.r1_gamma")

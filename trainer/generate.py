@@ -31,7 +31,7 @@ from trainer.core import flags, storage
 from trainer.core.errors import UsageError
 from trainer.core.seeds import Purpose, generator
 from trainer.core.text import printable, quoted, shorten
-from trainer.families.network import Params, StyleGenerator
+from trainer.families.network import Generator, Params
 from trainer.telemetry import images as grids
 from trainer.telemetry import video
 from trainer.training.checkpoint import load_generator
@@ -104,12 +104,13 @@ class Painter:
       batch: images drawn at a time; changes nothing but memory and speed.
 
     Raises:
-      UsageError: `truncation_cutoff` is no number of layers of this network.
+      UsageError: `truncation_cutoff` is no number of layers of this network, or it has no average w
+        to move others to.
     """
 
     def __init__(
         self,
-        network: StyleGenerator,
+        network: Generator,
         params: Params,
         *,
         truncation_psi: float = 1.0,
@@ -120,6 +121,11 @@ class Painter:
         self._network, self._batch, self.num_ws = network, batch, network.num_ws
         if (cutoff := truncation_cutoff) is not None and not 0 <= cutoff <= self.num_ws:
             raise UsageError(f"--truncation_cutoff={cutoff}: this network takes 0 to {self.num_ws}")
+        if truncation_psi != 1 and not network.truncates:
+            raise UsageError(
+                f"--truncation_psi={truncation_psi}: this network has no average image to move "
+                "others to; leave it out"
+            )
         sizes = [height * width for height, width in network.noise_shapes]
         self._noise_size = sum(sizes) if noise_mode == "random" else 0
         held = {name: tf.convert_to_tensor(value) for name, value in params.items()}

@@ -151,11 +151,14 @@ def test_error_in_a_base_names_the_base(tmp_path: pathlib.Path) -> None:
         ("data: {mirror: yes}\n", r"data\.mirror = 'yes' \(str\): expected true or false"),
         ("data: {window: 010}\n", r"data\.window = '010' \(str\): expected a whole number"),
         ("training: {batch_size: 8.0}\n", r"training\.batch_size = 8\.0 \(float\)"),
-        ("training: {r1_gamma: true}\n", r"training\.r1_gamma = True \(bool\): .* a number, 0 or"),
-        ("training: {r1_gamma: .nan}\n", r"training\.r1_gamma = nan"),
-        ("training: {r1_gamma: .inf}\n", r"training\.r1_gamma = inf"),
+        (
+            "objective: {r1_gamma: true}\n",
+            r"objective\.r1_gamma = True \(bool\): .* a number, 0 or",
+        ),
+        ("objective: {r1_gamma: .nan}\n", r"objective\.r1_gamma = nan"),
+        ("objective: {r1_gamma: .inf}\n", r"objective\.r1_gamma = inf"),
         ("training: {beta1: auto}\n", r"training\.beta1 = 'auto'"),
-        ("training: {style_mixing_prob: 1.5}\n", r"style_mixing_prob = 1\.5.*between 0 and 1"),
+        ("model: {style_mixing_prob: 1.5}\n", r"style_mixing_prob = 1\.5.*between 0 and 1"),
         ("model: {g_architecture: Skip}\n", r"'Skip'.*'skip', 'resnet', 'orig'"),
         ("augment: {pipe: cgb}\n", r"augment\.pipe = 'cgb'"),
         ("augment: {mode: fixed}\n", r"set augment\.p above 0"),
@@ -239,10 +242,10 @@ def test_a_chain_of_bases_has_an_end(tmp_path: pathlib.Path) -> None:
 
 
 def test_on_and_exponents_read_as_a_person_means_them(tmp_path: pathlib.Path) -> None:
-    path = write(tmp_path / "c.yaml", "run: {jit: on}\ntraining: {g_lr: 1e-3, r1_gamma: 10}\n")
+    path = write(tmp_path / "c.yaml", "run: {jit: on}\ntraining: {g_lr: 1e-3, beta2: 0.9}\n")
     config = config_lib.load(path)
     assert (config.run.jit, config.training.g_lr) == ("on", 0.001)
-    assert isinstance(config.training.r1_gamma, float)
+    assert isinstance(config.objective.r1_gamma, float)
 
 
 @pytest.mark.parametrize(
@@ -270,7 +273,7 @@ def test_bad_override_is_one_clear_line(
 def test_sections_made_in_python_are_checked_too() -> None:
     with pytest.raises(ConfigError, match=r"training\.batch_size = -1"):
         dataclasses.replace(Config().training, batch_size=-1)
-    assert config_lib.TrainingConfig(r1_gamma=3) == config_lib.TrainingConfig(r1_gamma=3.0)
+    assert config_lib.ObjectiveConfig(r1_gamma=3) == config_lib.ObjectiveConfig(r1_gamma=3.0)
 
 
 # ---------------------------------------------------------------- identity
@@ -329,7 +332,10 @@ def test_exactly_the_free_keys_leave_the_fingerprint(key: str) -> None:
         "model.d_architecture": "orig",
         "training.ema_rampup": 0.05,
         "training.init_from": "runs/a",
-        "training.noise_mode": "const",
+        "model.noise_mode": "const",
+        "objective.adversarial": "minimax",
+        "objective.first": "D",
+        "objective.gradient_clip": 1.0,
     }
     if key == "model.family":
         pytest.skip("there is one family")
@@ -349,16 +355,15 @@ def test_exactly_the_free_keys_leave_the_fingerprint(key: str) -> None:
 
 def test_fingerprint_is_the_same_in_every_process() -> None:
     # A literal on purpose: stored in checkpoints, it may only change together with the config.
-    assert config_lib.fingerprint(Config()) == "6cc463b9712b5004"
+    assert config_lib.fingerprint(Config()) == "7056b040343a20f5"
 
 
 # ---------------------------------------------------------------- auto
 
 
 AUTO = {
-    "training": dict.fromkeys(
-        ["batch_size", "group_size", "g_lr", "d_lr", "r1_gamma", "ema_kimg"], "auto"
-    ),
+    "training": dict.fromkeys(["batch_size", "group_size", "g_lr", "d_lr", "ema_kimg"], "auto"),
+    "objective": {"r1_gamma": "auto"},
     "model": {"channel_base": "auto"},
 }
 
@@ -366,7 +371,7 @@ AUTO = {
 def test_resolve_follows_a_given_batch() -> None:
     config = config_lib.from_dict(AUTO | {"training": AUTO["training"] | {"batch_size": 16}})
     resolved = config_lib.resolve(config, resolution=(128, 64))
-    assert resolved.training.r1_gamma == pytest.approx(0.0002 * 128**2 / 16)
+    assert resolved.objective.r1_gamma == pytest.approx(0.0002 * 128**2 / 16)
     assert resolved.training.ema_kimg == 5
     assert resolved.training.group_size == 4
     small = dataclasses.replace(config, training=dataclasses.replace(config.training, batch_size=2))
@@ -385,17 +390,9 @@ def test_resolve_refuses_an_impossible_resolution() -> None:
 # ---------------------------------------------------------------- batch
 
 
-def _batch(size: int, group: int, rounds: int, **training: Any) -> Config:
-    return config_lib.from_dict(
-        {
-            "training": {
-                "batch_size": size,
-                "group_size": group,
-                "rounds": rounds,
-                **training,
-            },
-        }
-    )
+def _batch(size: int, group: int, rounds: int, **objective: Any) -> Config:
+    training = {"batch_size": size, "group_size": group, "rounds": rounds}
+    return config_lib.from_dict({"training": training, "objective": objective})
 
 
 @hypothesis.given(

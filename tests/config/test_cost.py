@@ -19,12 +19,13 @@ from trainer.training import build
 OPS = ("Conv2D", "Conv2DBackpropInput", "Conv2DBackpropFilter")
 
 
-def make_config(*, resolution: tuple[int, int], model: dict[str, Any], **training: Any) -> Config:
+def make_config(*, resolution: tuple[int, int], model: dict[str, Any], **objective: Any) -> Config:
     small = {"z_dim": 8, "w_dim": 8, "mapping_layers": 1}
     config = config_lib.from_dict(
         {
             "model": small | model,
-            "training": {"batch_size": 4, "r1_gamma": 1.0} | training,
+            "training": {"batch_size": 4},
+            "objective": {"r1_gamma": 1.0} | objective,
             "augment": {"mode": "none"},
         }
     )
@@ -112,17 +113,15 @@ def test_counts_what_the_phases_compute(resolution: tuple[int, int], model: dict
 
 
 def test_an_image_of_64_pixels_costs_27_gflop() -> None:
-    config = make_config(
-        resolution=(64, 64), model={"channel_base": 8192, "channel_max": 128}, batch_size=8
-    )
+    config = make_config(resolution=(64, 64), model={"channel_base": 8192, "channel_max": 128})
     assert estimate(config, (64, 64)).gflop_per_image == pytest.approx(26.8, abs=0.1)
 
 
 def test_regularisers_cost_as_often_as_they_are_due() -> None:
     model = {"channel_base": 512, "channel_max": 16}
 
-    def gflop(**training: Any) -> float:
-        config = make_config(resolution=(32, 32), model=model, **training)
+    def gflop(**objective: Any) -> float:
+        config = make_config(resolution=(32, 32), model=model, **objective)
         return estimate(config, (32, 32)).gflop_per_image
 
     nothing = gflop(pl_weight=0.0, r1_gamma=0.0)

@@ -46,7 +46,7 @@ def spec(config: config_lib.Config) -> tuple[Any, ...]:
         training.group_size,
         float(model.channel_base) / 32768,
         training.g_lr,
-        training.r1_gamma,
+        config.objective.r1_gamma,
         training.ema_kimg,
         training.ema_rampup,
         model.mapping_layers,
@@ -71,7 +71,7 @@ def test_auto_follows_nvidias_rules(resolution: int) -> None:
     expected = (25000, mb, mbstd, fmaps, lrate, pytest.approx(gamma), ema, 0.05, 2)
     assert spec(config) == expected
     assert "auto" not in [
-        v for keys in (config.model, config.training) for v in vars(keys).values()
+        v for keys in (config.model, config.objective, config.training) for v in vars(keys).values()
     ]
 
 
@@ -87,7 +87,7 @@ def test_what_nvidias_presets_share(name: str) -> None:
         "adjust_kimg": 500.0,
         "interval": 4,
     }
-    model, training = config.model, config.training
+    model, objective, training = config.model, config.objective, config.training
     assert (model.z_dim, model.w_dim, model.channel_max) == (512, 512, 512)
     assert (model.num_fp16_res, model.conv_clamp, config.run.precision) == (4, 256, "bfloat16")
     assert (model.g_architecture, model.d_architecture) == (
@@ -95,10 +95,10 @@ def test_what_nvidias_presets_share(name: str) -> None:
         "orig" if is_cifar else "resnet",
     )
     assert (training.beta1, training.beta2) == (0, 0.99)
-    assert (training.pl_batch_shrink, training.pl_decay) == (2, 0.01)
-    assert training.pl_weight == (0 if is_cifar else 2)
-    assert training.style_mixing_prob == (0 if is_cifar else 0.9)
-    assert (training.g_reg_interval, training.d_reg_interval) == (4, 16)
+    assert (objective.pl_batch_shrink, objective.pl_decay) == (2, 0.01)
+    assert objective.pl_weight == (0 if is_cifar else 2)
+    assert model.style_mixing_prob == (0 if is_cifar else 0.9)
+    assert (objective.g_reg_interval, objective.d_reg_interval) == (4, 16)
     assert (config.telemetry.tick_kimg, config.telemetry.snap_ticks) == (4, 50)
 
 

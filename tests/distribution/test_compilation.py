@@ -72,8 +72,8 @@ def test_a_resumed_run_compiles_nothing(tmp_path: pathlib.Path) -> None:
     """Though the first start has drawn its images before it trained, and this one hasn't."""
     settings = [
         "model.channel_max=8",
-        "training.pl_weight=0",
-        "training.r1_gamma=0",
+        "objective.pl_weight=0",
+        "objective.r1_gamma=0",
         f"run.compilation_cache={tmp_path}/kept",
     ]
     found = []

@@ -132,7 +132,7 @@ def test_what_this_machine_cannot_do(flags: list[str], more: list[str], message:
 # What is found out here has nothing to do with what the steps do: let them do little.
 PLAIN = [
     f"--set={setting}"
-    for setting in ("training.pl_weight=0", "training.r1_gamma=0", "augment.mode=none")
+    for setting in ("objective.pl_weight=0", "objective.r1_gamma=0", "augment.mode=none")
 ]
 
 

@@ -31,7 +31,8 @@ SETTINGS = {
     "base": "smoke.yaml",
     "run": {"deterministic": True, "jit": "off"},
     "model": {"channel_max": 8},
-    "training": {"total_kimg": STEPS * 16 / 1000, "pl_weight": 0, "r1_gamma": 0},
+    "training": {"total_kimg": STEPS * 16 / 1000},
+    "objective": {"pl_weight": 0, "r1_gamma": 0},
     "checkpoint": {"every_steps": EVERY, "keep_last": 2},
     "telemetry": {"tick_kimg": 0.064, "snap_ticks": 3},
 }

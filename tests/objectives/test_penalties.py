@@ -7,19 +7,38 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.objectives.penalties import path_length_coefficients, path_lengths, r1_penalty
+from trainer.core import sections
+from trainer.objectives.keys import D_PENALTIES, ObjectiveConfig
+from trainer.objectives.penalties import (
+    PENALTIES,
+    distances_from_1,
+    path_length_coefficients,
+    path_lengths,
+    squared_lengths,
+)
 
 
-def test_r1_penalty() -> None:
-    """Of a linear score, the penalty is the squared length of its weights for each image."""
-    rng = np.random.default_rng(0)
-    weights, images = rng.standard_normal([2, 3, 4, 5, 2])
-    x = tf.constant(images)
+def test_every_penalty_has_a_weight_in_the_config() -> None:
+    assert {penalty.key for penalty in PENALTIES} == set(D_PENALTIES)
+    assert set(D_PENALTIES) < set(sections.keys(ObjectiveConfig))
+
+
+def test_squared_lengths_and_distances_from_1() -> None:
+    slopes = np.random.default_rng(0).standard_normal([3, 4, 5, 2])
+    squares = np.sum(slopes**2, (1, 2, 3))
+    np.testing.assert_allclose(squared_lengths(tf.constant(slopes)), squares, rtol=1e-12)
+    distances = distances_from_1(tf.constant(slopes))
+    np.testing.assert_allclose(distances, (np.sqrt(squares) - 1) ** 2, rtol=1e-12)
+
+
+def test_a_flat_discriminator_has_a_finite_gradient() -> None:
+    """The root of no slope at all has an infinite derivative."""
+    slopes = tf.zeros([2, 3, 3, 1], tf.float64)
     with tf.GradientTape() as tape:
-        tape.watch(x)
-        score = tf.reduce_sum(x * weights)
-    penalty = r1_penalty(tape.gradient(score, x))
-    np.testing.assert_allclose(penalty, np.sum(weights**2, (1, 2, 3)), rtol=1e-12)
+        tape.watch(slopes)
+        distances = distances_from_1(slopes)
+    np.testing.assert_allclose(distances, [1, 1], rtol=1e-12)
+    np.testing.assert_array_equal(tape.gradient(distances, slopes), slopes)
 
 
 def test_path_lengths() -> None:

@@ -31,7 +31,8 @@ run: {{jit: "off", deterministic: true, seed: 3, worker_timeout: 60, join_timeou
 data: {{use_labels: true, window: 64}}
 model: {{z_dim: 8, w_dim: 8, mapping_layers: 1, d_mapping_layers: 1, channel_base: 64,
   channel_max: 8}}
-training: {{batch_size: {BATCH}, group_size: {GROUP}, g_reg_interval: 2, d_reg_interval: 3}}
+training: {{batch_size: {BATCH}, group_size: {GROUP}}}
+objective: {{g_reg_interval: 2, d_reg_interval: 3}}
 augment: {{mode: ada, pipe: b, p: 0.3, interval: 2, adjust_kimg: 0.16}}
 checkpoint: {{every_steps: {EVERY}, keep_last: 2}}
 telemetry: {{tick_kimg: {4 * BATCH / 1000}, snap_ticks: 10}}

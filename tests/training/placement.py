@@ -45,7 +45,8 @@ run: {jit: "off", seed: 4, worker_timeout: 300}
 data: {use_labels: true, window: 8}
 model: {z_dim: 8, w_dim: 8, mapping_layers: 1, d_mapping_layers: 1, channel_base: 64,
   channel_max: 8}
-training: {group_size: 2, g_reg_interval: 2, d_reg_interval: 3, ema_kimg: 0.05, ema_rampup: 0.5}
+training: {group_size: 2, ema_kimg: 0.05, ema_rampup: 0.5}
+objective: {g_reg_interval: 2, d_reg_interval: 3}
 augment: {mode: ada, pipe: b, p: 0.3, target: 0.4, interval: 2}
 telemetry: {tensorboard: false}
 """

@@ -81,25 +81,18 @@ def recipe(**sections: dict[str, Any]) -> build.Recipe:
 
 
 def test_phases_are_those_of_the_config() -> None:
-    training: dict[str, Any] = {
-        "r1_gamma": 3.0,
-        "pl_batch_shrink": 2,
-        "group_size": 2,
-        "g_reg_interval": 5,
-        "d_reg_interval": 7,
-        "freeze_d": 3,
-        "style_mixing_prob": 0.25,
-        "noise_mode": "const",
-    }
-    networks, objective, sampler = recipe(training=training, run={"seed": 11})
+    networks, objective, sampler = recipe(
+        training={"group_size": 2, "freeze_d": 3},
+        objective={"pl_batch_shrink": 2, "g_reg_interval": 5, "d_reg_interval": 7},
+        run={"seed": 11},
+    )
     intervals = {phase.name: (phase.interval, phase.shrink) for phase in objective.phases}
     assert intervals == {"Gmain": (1, 1), "Greg": (5, 2), "Dmain": (1, 1), "Dreg": (7, 1)}
     assert objective.lazy == {"G": 5, "D": 7}
     assert (networks.group_size, sampler.group_size, networks.freeze_d) == (2, 2, 3)
     assert isinstance(networks.discriminator, Discriminator)
     assert networks.discriminator.mbstd_group_size == 2
-    assert (networks.noise_mode, sampler.noise_mode) == ("const", "const")
-    assert (sampler.seed, sampler.style_mixing_prob, sampler.label_counts) == (11, 0.25, (5, 3))
+    assert (sampler.seed, sampler.label_counts) == (11, (5, 3))
 
 
 def test_augmentation_is_one_for_both() -> None:

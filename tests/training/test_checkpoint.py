@@ -39,10 +39,12 @@ def make_config(**model: int) -> config_lib.Config:
     return config_lib.resolve(config, resolution=SHAPE.resolution)
 
 
-def make_state(seed: int = 0, training: Any = (), **model: int) -> TrainState:
+def make_state(seed: int = 0, objective: Any = (), training: Any = (), **model: int) -> TrainState:
     config = make_config(**model)
     config = dataclasses.replace(
-        config, training=dataclasses.replace(config.training, **dict(training))
+        config,
+        objective=dataclasses.replace(config.objective, **dict(objective)),
+        training=dataclasses.replace(config.training, **dict(training)),
     )
     networks, objective, _ = build.recipe(config, SHAPE)
     return TrainState(networks, objective, seed=seed)
@@ -450,7 +452,7 @@ def test_of_other_networks(tmp_path: pathlib.Path) -> None:
     [
         ({}, {}, []),
         (
-            {"pl_weight": 0.0},
+            {"objective": {"pl_weight": 0.0}},
             {},
             [
                 "starting afresh: objective/pl_mean, stats/Loss/pl_penalty, stats/Loss/G/reg, "
@@ -459,14 +461,14 @@ def test_of_other_networks(tmp_path: pathlib.Path) -> None:
         ),
         (
             {},
-            {"r1_gamma": 0.0},
+            {"objective": {"r1_gamma": 0.0}},
             [
                 "left behind: loss_scale/counts/Dreg, loss_scale/value/Dreg, stats/Loss/D/reg, "
                 "stats/Loss/r1_penalty"
             ],
         ),
         (
-            {"freeze_d": 1},
+            {"training": {"freeze_d": 1}},
             {},
             [
                 "starting afresh: D_opt/first/b8.fromrgb.weight, D_opt/first/b8.fromrgb.bias, "
@@ -475,7 +477,7 @@ def test_of_other_networks(tmp_path: pathlib.Path) -> None:
         ),
         (
             {},
-            {"freeze_d": 1},
+            {"training": {"freeze_d": 1}},
             [
                 "left behind: D_opt/first/b8.fromrgb.bias, D_opt/first/b8.fromrgb.weight, "
                 "D_opt/second/b8.fromrgb.bias, D_opt/second/b8.fromrgb.weight"
@@ -487,7 +489,7 @@ def test_of_another_objective(
     tmp_path: pathlib.Path, before: Any, after: Any, changes: list[str]
 ) -> None:
     """What both have goes on, and the rest is named."""
-    old, new = make_state(training=before), make_state(seed=1, training=after)
+    old, new = make_state(**before), make_state(seed=1, **after)
     start = {name: variable.numpy() for name, variable in new.variables().items()}
     for variable in old.variables().values():
         variable.assign(tf.ones_like(variable))

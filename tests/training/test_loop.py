@@ -46,7 +46,8 @@ TINY: dict[str, dict[str, Any]] = {
     "run": {"jit": "off"},
     "data": {"window": 8},
     "model": TINY_MODEL,
-    "training": {"batch_size": 8, "total_kimg": 0.056, "g_reg_interval": 2, "d_reg_interval": 3},
+    "training": {"batch_size": 8, "total_kimg": 0.056},
+    "objective": {"g_reg_interval": 2, "d_reg_interval": 3},
     "augment": {"mode": "ada", "pipe": "b", "p": 0.3, "interval": 2, "adjust_kimg": 0.16},
     "checkpoint": {"every_steps": 2, "keep_last": 2},
     "telemetry": {"tick_kimg": 0.016, "snap_ticks": 2, "tensorboard": False},
@@ -287,19 +288,19 @@ def test_started_again_when_finished(
     assert "finished: 0.056 kimg" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("allowed", [(), ("training.r1_gamma",)])
+@pytest.mark.parametrize("allowed", [(), ("objective.r1_gamma",)])
 def test_a_changed_config_is_refused(
     finished: pathlib.Path, squares: Manifest, allowed: Sequence[str]
 ) -> None:
     before = files(finished)
-    config = labelled(squares, training={**TINY["training"], "r1_gamma": 5.0, "pl_weight": 1.0})
+    config = labelled(squares, objective={"r1_gamma": 5.0, "pl_weight": 1.0})
     with pytest.raises(ConfigError) as caught:
         loop.train(config, str(finished), allow_change=allowed)
     message = str(caught.value)
     assert caught.value.exit_code == 2
-    assert ("training.r1_gamma: 10.0 -> 5.0" in message) == (not allowed)
-    assert "training.pl_weight: 2.0 -> 1.0" in message
-    keys = "training.pl_weight" if allowed else "training.r1_gamma,training.pl_weight"
+    assert ("objective.r1_gamma: 10.0 -> 5.0" in message) == (not allowed)
+    assert "objective.pl_weight: 2.0 -> 1.0" in message
+    keys = "objective.pl_weight" if allowed else "objective.r1_gamma,objective.pl_weight"
     assert message.endswith(f"--allow_change={keys}")
     assert files(finished) == before
 
@@ -308,8 +309,8 @@ def test_an_allowed_change_goes_on(
     finished: pathlib.Path, squares: Manifest, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A phase that is gone leaves its values behind, and the console says so."""
-    config = labelled(squares, training={**TINY["training"], "r1_gamma": 5.0, "pl_weight": 0})
-    allowed = ["training.r1_gamma", "training.pl_weight"]
+    config = labelled(squares, objective={"r1_gamma": 5.0, "pl_weight": 0})
+    allowed = ["objective.r1_gamma", "objective.pl_weight"]
     loop.train(config, str(finished), allow_change=allowed)
     printed = capsys.readouterr().out
     assert "resuming from" in printed
@@ -342,7 +343,9 @@ def test_another_data_set_is_refused(
 def test_a_dry_run_starts_nothing(
     tmp_path: pathlib.Path, squares: Manifest, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = labelled(squares, training={"batch_size": 16, "rounds": 2, "r1_gamma": "auto"})
+    config = labelled(
+        squares, training={"batch_size": 16, "rounds": 2}, objective={"r1_gamma": "auto"}
+    )
     loop.train(config, str(tmp_path / "run"), dry_run=True)
     assert list(tmp_path.iterdir()) == []
     out = capsys.readouterr().out

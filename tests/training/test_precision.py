@@ -170,7 +170,7 @@ def test_without_any_signs_p_stays(squares: Manifest) -> None:
     run = Run(
         squares,
         "float16",
-        training={"pl_weight": 0, "r1_gamma": 0},
+        objective={"pl_weight": 0, "r1_gamma": 0},
         augment={"mode": "ada", "p": 0.5, "interval": 1, "pipe": "b"},
     )
     run.scale(dict.fromkeys(run.phases, 2.0**24))
@@ -183,7 +183,7 @@ def test_without_any_signs_p_stays(squares: Manifest) -> None:
 
 @pytest.mark.usefixtures("eagerly")
 def test_too_many_in_a_row_are_named(squares: Manifest, tmp_path: pathlib.Path) -> None:
-    run = Run(squares, "float16", training={"pl_weight": 0, "r1_gamma": 0})
+    run = Run(squares, "float16", objective={"pl_weight": 0, "r1_gamma": 0})
     weight = run.state.d["b8.conv0.weight"]
     weight.assign(np.full(weight.shape, np.nan))
     run.state.loss_scale_counts["Gmain"].assign([0, 0, loss_scale.MAX_SKIPPED - 1])
@@ -206,7 +206,7 @@ def test_a_scale_that_fits_changes_no_number(squares: Manifest) -> None:
     """Scales are powers of two, so only what is lost at float16's lower end can differ."""
     outcomes = []
     for scale in (2.0**4, 2.0**6):
-        run = Run(squares, "float16", training={"g_reg_interval": 1, "d_reg_interval": 1})
+        run = Run(squares, "float16", objective={"g_reg_interval": 1, "d_reg_interval": 1})
         run.scale(dict.fromkeys(run.phases, scale))
         run.steps(1)
         assert not any(counts[loss_scale.SKIPPED] for counts in run.counts().values())
@@ -228,7 +228,7 @@ def test_what_overflows_on_another_replica_counts(squares: Manifest) -> None:
         calls.append(len(values))
         return [value + np.inf for value in values] if len(calls) == 1 else values
 
-    run = Run(squares, "float16", training={"pl_weight": 0, "r1_gamma": 0}, all_reduce=all_reduce)
+    run = Run(squares, "float16", objective={"pl_weight": 0, "r1_gamma": 0}, all_reduce=all_reduce)
     run.scale(dict.fromkeys(run.phases, 2.0**4))
     before = run.values()
     run.steps(1)
@@ -323,7 +323,8 @@ def test_skipped_updates_are_shown(
             "run": {"precision": "float16", "jit": "off"},
             "data": {"path": squares.directory, "window": 8},
             "model": TINY_MODEL,
-            "training": {"batch_size": GROUP, "total_kimg": 0.008, "pl_weight": 0, "r1_gamma": 0},
+            "training": {"batch_size": GROUP, "total_kimg": 0.008},
+            "objective": {"pl_weight": 0, "r1_gamma": 0},
             "augment": {"mode": "none"},
             "telemetry": {"tick_kimg": 0.004, "tensorboard": False},
         }

@@ -270,7 +270,8 @@ CONFIG = """
 run: {jit: "off"}
 data: {path: package:data/fluent_emoji_32}
 model: {z_dim: 8, w_dim: 8, mapping_layers: 1, d_mapping_layers: 1, channel_base: 64, channel_max: 8}
-training: {batch_size: 8, total_kimg: 1000, pl_weight: 0, r1_gamma: 0}
+training: {batch_size: 8, total_kimg: 1000}
+objective: {pl_weight: 0, r1_gamma: 0}
 augment: {mode: none}
 checkpoint: {every_steps: 1000000}
 telemetry: {tick_kimg: 0.008, tensorboard: false}

@@ -22,10 +22,12 @@ SCHEDULED: dict[str, dict[str, Any]] = {
         "g_lr": {"linear": [0.01, 0.001], "kimg": 0.008},
         "d_lr": {"cosine": [0.01, 0.002], "kimg": 0.008},
         "beta2": {"linear": [0.9, 0.99], "kimg": 0.02},
-        "r1_gamma": {"cosine": [8, 2], "kimg": 0.012},
-        "pl_weight": {"linear": [2, 1], "kimg": 0.012},
         "ema_kimg": {"linear": [0, 0.01], "kimg": 0.01},
         "ema_rampup": None,
+    },
+    "objective": {
+        "r1_gamma": {"cosine": [8, 2], "kimg": 0.012},
+        "pl_weight": {"linear": [2, 1], "kimg": 0.012},
         "g_reg_interval": 1,
         "d_reg_interval": 1,
     },
@@ -80,7 +82,9 @@ def test_a_step_takes_the_values_of_its_images(squares: Manifest) -> None:
 
 def test_a_schedule_is_traced_once(squares: Manifest) -> None:
     run = Run(
-        squares, PLAIN, {"training": {**SCHEDULED["training"], "pl_weight": 0, "r1_gamma": 0}}
+        squares,
+        PLAIN,
+        {"training": SCHEDULED["training"], "objective": {"pl_weight": 0, "r1_gamma": 0}},
     )
     run.steps(1)
     traced = run.traced
@@ -98,9 +102,8 @@ def test_values_are_in_the_statistics_and_a_resumed_run_has_the_right_ones(
             **TINY["training"],
             "total_kimg": 0.024,
             "g_lr": {"linear": [0.002, 0.001], "kimg": 0.04},
-            "pl_weight": 0,
-            "r1_gamma": 0,
         },
+        "objective": {"pl_weight": 0, "r1_gamma": 0},
         "augment": {"mode": "fixed", "p": {"cosine": [0, 0.4], "kimg": 0.04}},
         "telemetry": {"tick_kimg": 0.008, "tensorboard": False},
     }

@@ -16,7 +16,7 @@ from trainer.training.state import TrainState
 
 
 def make(*, freeze_d: int = 0, **options: Any) -> tuple[TrainState, Recipe]:
-    training = {"batch_size": 4, "r1_gamma": 1.0, "freeze_d": freeze_d}
+    training = {"batch_size": 4, "freeze_d": freeze_d}
     config = config_lib.from_dict({"model": TINY_MODEL, "training": training})
     recipe = build.recipe(config, DataShape((8, 8), 3, ()))
     state = TrainState(recipe.networks, recipe.objective, **{"seed": 0, **options})

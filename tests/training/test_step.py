@@ -28,13 +28,8 @@ TINY: dict[str, dict[str, Any]] = {
     "run": {},
     "data": {"use_labels": True, "window": 8},
     "model": TINY_MODEL,
-    "training": {
-        "batch_size": BATCH,
-        "g_reg_interval": 2,
-        "d_reg_interval": 3,
-        "ema_kimg": 0.05,
-        "ema_rampup": 0.5,
-    },
+    "training": {"batch_size": BATCH, "ema_kimg": 0.05, "ema_rampup": 0.5},
+    "objective": {"g_reg_interval": 2, "d_reg_interval": 3},
     # p moves by 0.1 at each adjustment.
     "augment": {"mode": "ada", "p": 0.3, "interval": 2, "adjust_kimg": 0.16},
 }
@@ -199,7 +194,7 @@ def test_all_variables_move(in_one_piece: Outcome) -> None:
 
 
 def test_nothing_is_traced_again(squares: Manifest) -> None:
-    run = Run(squares, PLAIN, {"training": {"pl_weight": 0, "r1_gamma": 0}})
+    run = Run(squares, PLAIN, {"objective": {"pl_weight": 0, "r1_gamma": 0}})
     run.steps(1)
     traced = run.traced
     assert traced > 0
@@ -220,7 +215,7 @@ def test_nothing_is_traced_again(squares: Manifest) -> None:
 
 def test_steps_in_a_row_are_the_same_steps(squares: Manifest) -> None:
     """With a regulariser that is due in some of them, and statistics that add up."""
-    settings = {"training": {"pl_weight": 0, "d_reg_interval": 2}}
+    settings = {"objective": {"pl_weight": 0, "d_reg_interval": 2}}
     one, row = Run(squares, PLAIN, settings), Run(squares, PLAIN, settings)
     tf.config.run_functions_eagerly(True)
     reports = one.steps(3)
@@ -242,14 +237,14 @@ def test_the_host_reads_no_variable_between_programs(
     squares: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It would wait for the device: what is due follows from the groups' numbers."""
-    run = Run(squares, {"training": {"g_reg_interval": 2, "d_reg_interval": 3}})
+    run = Run(squares, {"objective": {"g_reg_interval": 2, "d_reg_interval": 3}})
     strategy = run.step._strategy
 
     def as_a_program(function: Callable[..., Any], args: Any) -> Any:
         return tf.function(lambda *values: function(*values), autograph=False)(*args)
 
     monkeypatch.setattr(strategy, "run", as_a_program)
-    specs = [tf.TensorSpec([3, *value.shape], value.dtype) for value in next(run.stream)]
+    specs = [tf.TensorSpec([3, 1, *value.shape], value.dtype) for value in next(run.stream)]
     first_step = tf.TensorSpec([], tf.int64)
     graph = run.step._steps.get_concrete_function(*specs, first_step).graph
     definition = graph.as_graph_def()
@@ -327,7 +322,7 @@ def test_signs_of_dreg_can_turn_p(squares: Manifest, dreg_signs: float, moved: f
 
 @pytest.mark.usefixtures("eagerly")
 def test_a_weight_of_zero_leaves_its_phase_out(squares: Manifest) -> None:
-    run = Run(squares, PLAIN, {"training": {"pl_weight": 0, "r1_gamma": 0}})
+    run = Run(squares, PLAIN, {"objective": {"pl_weight": 0, "r1_gamma": 0}})
     report = run.steps(1)[0]
     assert report.keys() == {"Gmain", "Dmain"}
     assert run.state.g_count.numpy() == run.state.d_count.numpy() == 1

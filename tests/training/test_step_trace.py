@@ -13,7 +13,7 @@ import tensorflow as tf
 from trainer import config as config_lib
 from trainer.families.network import Latents
 from trainer.families.stylegan2.networks import Discriminator, Generator
-from trainer.objectives import stylegan
+from trainer.objectives import objective as objectives
 from trainer.objectives.phase import Networks, Phase
 from trainer.objectives.sampler import Draws
 from trainer.training.state import TrainState
@@ -77,7 +77,7 @@ class Trace:
     def __init__(self, golden: dict[str, np.ndarray], *, rounds: int, jit: bool) -> None:
         meta = json.loads(str(golden["meta_json"]))
         sizes = {"resolution": (32, 32), "channel_base": 512, "channel_max": 32, "c_dim": 0}
-        self.g = Generator(z_dim=32, w_dim=32, mapping_layers=2, **sizes)
+        self.g = Generator(z_dim=32, w_dim=32, mapping_layers=2, noise_mode="const", **sizes)
         self.d = Discriminator(mbstd_group_size=4, mapping_layers=2, **sizes)
         config = config_lib.from_dict(
             {
@@ -87,23 +87,21 @@ class Trace:
                     "rounds": rounds,
                     "g_lr": 0.0025,
                     "d_lr": 0.0025,
-                    "r1_gamma": meta["r1_gamma"],
-                    "pl_weight": meta["pl_weight"],
                     "ema_kimg": 0.02,
                 },
+                "objective": {"r1_gamma": meta["r1_gamma"], "pl_weight": meta["pl_weight"]},
                 "augment": {"mode": "none"},
             }
         )
         networks = Networks(
             generator=self.g,
             discriminator=self.d,
-            noise_mode="const",
             pipe=None,
             group_size=4,
             freeze_d=0,
             static_shapes=jit,
         )
-        objective = stylegan.objective(config.training, 4)
+        objective = objectives.objective(config.objective, 4)
         self.state = TrainState(networks, objective, seed=0)
         for prefix, network, table in (
             ("G0/", self.g, self.state.g),

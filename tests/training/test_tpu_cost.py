@@ -29,7 +29,8 @@ SMALL: dict[str, Any] = {
         "num_fp16_res": "all",
         "conv_clamp": 256,
     },
-    "training": {"batch_size": 32, "group_size": 4, "r1_gamma": 1.0, "rounds": 2},
+    "training": {"batch_size": 32, "group_size": 4, "rounds": 2},
+    "objective": {"r1_gamma": 1.0},
     "augment": {"mode": "ada", "pipe": "bgc"},
     "data": {"use_labels": True},
 }
@@ -158,7 +159,7 @@ def test_the_regularisers_shares_are_those_of_their_intervals(
     monkeypatch.setattr(tpu_compiler, "lower", lambda program, specs: b"")
     monkeypatch.setattr(tpu_compiler, "compile_hlo", lambda hlo, topology, replicas: None)
     monkeypatch.setattr(tpu_estimate, "estimate", lambda executable, topology: estimate(1.0, 1))
-    run = small(training={"g_reg_interval": 5, "d_reg_interval": 3})
+    run = small(objective={"g_reg_interval": 5, "d_reg_interval": 3})
     assert {p.name: p.share for p in run.compile_phases()} == {
         "Gmain": 1,
         "Greg": 1 / 5,
@@ -166,7 +167,7 @@ def test_the_regularisers_shares_are_those_of_their_intervals(
         "Dreg": 1 / 3,
         "finish": 1,
     }
-    without = small(training={"pl_weight": 0, "r1_gamma": 0.0})
+    without = small(objective={"pl_weight": 0, "r1_gamma": 0.0})
     assert [p.name for p in without.compile_phases()] == ["Gmain", "Dmain", "finish"]
 
 

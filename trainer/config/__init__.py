@@ -21,6 +21,7 @@ from trainer.config.schema import (
     TelemetryConfig,
     TrainingConfig,
 )
+from trainer.objectives.keys import ObjectiveConfig
 
 __all__ = [
     "AugmentConfig",
@@ -29,6 +30,7 @@ __all__ = [
     "Config",
     "Cost",
     "DataConfig",
+    "ObjectiveConfig",
     "RunConfig",
     "TelemetryConfig",
     "TrainingConfig",

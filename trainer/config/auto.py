@@ -22,11 +22,17 @@ def resolve(config: Config, *, resolution: tuple[int, int]) -> Config:
       ConfigError: the networks cannot make this resolution, or keys don't fit each other.
     """
     given = config.training.batch_size
-    values = config.model.training_values(resolution, None if given == "auto" else given)
+    values = config.model.auto_values(resolution, None if given == "auto" else given)
     resolved = dataclasses.replace(
         config,
         model=config.model.resolved(resolution),
-        training=fill(config.training, values),
+        objective=fill(config.objective, values["objective"]),
+        training=fill(config.training, values["training"]),
+    )
+    resolved.objective.check(
+        styles=config.model.STYLES,
+        family=config.model.family,
+        ada=config.augment.mode == "ada",
     )
     every, in_a_row = config.checkpoint.every_steps, config.run.steps_per_loop
     if every % in_a_row:

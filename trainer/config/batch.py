@@ -12,10 +12,12 @@ from trainer.core.errors import ConfigError
 class BatchArithmetic:
     """How the images of a step are laid out.
 
-    global_batch = groups_per_step * group_size = rounds * num_replicas * per_replica_batch, and
+    groups_per_step * group_size = batches * global_batch, since an objective may read several
+    batches of reals in a step; global_batch = rounds * num_replicas * per_replica_batch, and
     per_replica_batch, the images of one replica in one round, is whole groups too.
     """
 
+    batches: int
     global_batch: int
     rounds: int
     num_replicas: int
@@ -38,11 +40,11 @@ def batch_arithmetic(config: Config, num_replicas: int) -> BatchArithmetic:
     if batch == "auto" or group == "auto":
         raise ConfigError("training.batch_size and training.group_size must be resolved first")
     rounds = config.training.rounds
-    shrink = config.training.pl_batch_shrink
-    if config.training.pl_weight != 0 and group % shrink:
+    shrink = config.objective.pl_batch_shrink
+    if config.objective.pl_weight != 0 and group % shrink:
         raise ConfigError(
-            f"training.pl_batch_shrink = {shrink} does not divide a group of {group} images "
-            "(training.group_size); change one of them, or set training.pl_weight to 0"
+            f"objective.pl_batch_shrink = {shrink} does not divide a group of {group} images "
+            "(training.group_size); change one of them, or set objective.pl_weight to 0"
         )
     unit = rounds * num_replicas * group
     if batch % unit:
@@ -54,10 +56,11 @@ def batch_arithmetic(config: Config, num_replicas: int) -> BatchArithmetic:
             "training.rounds, training.group_size or the number of replicas"
         )
     return BatchArithmetic(
+        batches=config.objective.batches,
         global_batch=batch,
         rounds=rounds,
         num_replicas=num_replicas,
-        groups_per_step=batch // group,
+        groups_per_step=config.objective.batches * batch // group,
         group_size=group,
         per_replica_batch=batch // (rounds * num_replicas),
     )

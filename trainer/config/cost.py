@@ -19,7 +19,7 @@ class Cost:
     Attributes:
       g_params, d_params: trainable parameters.
       gflop_per_image: multiplications and additions of all convolutions, in 1e9, for each real
-        image shown: the four phases at their intervals, forward and backward.
+        image shown: all phases at their intervals, forward and backward.
       state_mib: variables of the run on each replica.
       activations_mib: estimate of the largest phase's feature maps on each replica.
     """
@@ -44,15 +44,9 @@ def estimate_cost(config: Config, arithmetic: BatchArithmetic, data: DataShape) 
       arithmetic: of its batch.
       data: what the networks are for.
     """
-    tables, training = config.model.tables(data), config.training
-    g, d = tables.generator.flop, tables.discriminator.flop
-    # In units of one forward pass: a gradient in the inputs and one in the weights cost as much
-    # each, and differentiating a gradient doubles what it cost.
-    flop: float = (3 * g + 2 * d) + (g + 6 * d)
-    if training.pl_weight != 0:
-        flop += 6 * g / training.pl_batch_shrink / training.g_reg_interval
-    if training.r1_gamma != 0:
-        flop += 6 * d / training.d_reg_interval
+    tables = config.model.tables(data)
+    g_passes, d_passes = config.objective.passes()
+    flop = g_passes * tables.generator.flop + d_passes * tables.discriminator.flop
     g_params, d_params = tables.generator.trainable, tables.discriminator.trainable
     # G has a moving average besides the parameters and two moments, and all have gradients once.
     full = 8 if config.run.precision == "float64" else 4

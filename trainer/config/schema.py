@@ -7,7 +7,6 @@ from typing import ClassVar, Literal
 
 from trainer.core.schedule import Number
 from trainer.core.sections import (
-    ABOVE_0_TO_1,
     AT_LEAST_0,
     AT_LEAST_1,
     BELOW_1,
@@ -20,6 +19,7 @@ from trainer.core.sections import (
 )
 from trainer.families import registry
 from trainer.families.protocol import Keys
+from trainer.objectives.keys import ObjectiveConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,9 +108,9 @@ class DataConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig(Section):
-    """Losses, optimizers and the batch.
+    """Optimizers and the batch.
 
-    Rates, decays and weights may follow a schedule, see `core.schedule`.
+    Rates, decays and the half-life may follow a schedule, see `core.schedule`.
 
     Attributes:
       batch_size: images in a step over all replicas and rounds (NVIDIA: --batch, `mb`). 'auto':
@@ -126,14 +126,6 @@ class TrainingConfig(Section):
       d_lr: D's learning rate, likewise.
       beta1: Adam's first moment decay, before the same correction (NVIDIA: 0).
       beta2: Adam's second moment decay, likewise (NVIDIA: 0.99).
-      r1_gamma: weight of the R1 penalty (NVIDIA: --gamma). 'auto': 0.0002 * resolution^2 / batch.
-      pl_weight: weight of the path length penalty, 0 to leave it out (NVIDIA: 2, or 0 in cifar).
-      pl_batch_shrink: the path length penalty takes the first 1/this of every group (NVIDIA: 2).
-      pl_decay: rate at which the path length mean follows (NVIDIA: 0.01).
-      g_reg_interval: steps between two path length phases (NVIDIA: 4).
-      d_reg_interval: steps between two R1 phases (NVIDIA: 16).
-      style_mixing_prob: probability of style mixing (NVIDIA: 0.9, or 0 in cifar).
-      noise_mode: G's noise inputs in training: 'random', 'const' or 'none' (NVIDIA: random).
       ema_kimg: half-life of G_ema in thousands of images (NVIDIA: `ema`). 'auto': batch * 10 / 32.
       ema_rampup: the half-life is at most this times the images seen so far; null for no ramp
         (NVIDIA: `ramp`, 0.05 in auto and cifar).
@@ -151,14 +143,6 @@ class TrainingConfig(Section):
     d_lr: Number | Auto = key(0.002, POSITIVE)
     beta1: Number = key(0.0, BELOW_1)
     beta2: Number = key(0.99, BELOW_1)
-    r1_gamma: Number | Auto = key(10.0, AT_LEAST_0)
-    pl_weight: Number = key(2.0, AT_LEAST_0)
-    pl_batch_shrink: int = key(2, AT_LEAST_1)
-    pl_decay: float = key(0.01, ABOVE_0_TO_1)
-    g_reg_interval: int = key(4, AT_LEAST_1)
-    d_reg_interval: int = key(16, AT_LEAST_1)
-    style_mixing_prob: float = key(0.9, FRACTION)
-    noise_mode: Literal["random", "const", "none"] = "random"
     ema_kimg: Number | Auto = key(10.0, AT_LEAST_0)
     ema_rampup: float | None = key(None, POSITIVE)
     freeze_d: int = key(0, AT_LEAST_0)
@@ -238,6 +222,7 @@ class Config:
     run: RunConfig = dataclasses.field(default_factory=lambda: RunConfig())
     data: DataConfig = dataclasses.field(default_factory=lambda: DataConfig())
     model: Keys = dataclasses.field(default_factory=lambda: registry.default_keys())
+    objective: ObjectiveConfig = dataclasses.field(default_factory=lambda: ObjectiveConfig())
     training: TrainingConfig = dataclasses.field(default_factory=lambda: TrainingConfig())
     augment: AugmentConfig = dataclasses.field(default_factory=lambda: AugmentConfig())
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=lambda: CheckpointConfig())
@@ -250,6 +235,7 @@ SECTIONS: dict[str, type[Section]] = {
         RunConfig,
         DataConfig,
         Keys,
+        ObjectiveConfig,
         TrainingConfig,
         AugmentConfig,
         CheckpointConfig,

@@ -28,6 +28,14 @@ class Purpose(enum.IntEnum):
     PL_NOISE = 10
     INIT = 11
     SNAPSHOT = 12
+    LABELS = 13
+    DREG = 14
+    AUGMENT_GMAIN_REAL = 15
+    AUGMENT_DREG_FAKE = 16
+    NOISE_GMAIN = 17
+    NOISE_DMAIN = 18
+    NOISE_DREG = 19
+    BETWEEN = 20
 
 
 _MASK = (1 << 64) - 1

@@ -24,7 +24,8 @@ Params = Mapping[str, tf.Tensor]
 # What a network's buffers follow: sums over the samples of a forward pass, by the buffers' names.
 Sums = dict[str, tf.Tensor]
 
-# NVIDIA's decay of the moving average of w.
+_W_AVG = "mapping.w_avg"
+# NVIDIA's decay of this moving average.
 _W_AVG_BETA = 0.995
 
 
@@ -32,16 +33,16 @@ class Output(NamedTuple):
     """What a forward pass returns: a network never moves state.
 
     Attributes:
-      images: [N, H, W, img_channels] in about [-1, 1].
+      values: [N, H, W, img_channels] images in about [-1, 1], or [N, 1] logits.
       sums: what buffers follow.
     """
 
-    images: tf.Tensor
+    values: tf.Tensor
     sums: Sums
 
 
 class Latents(NamedTuple):
-    """What a batch of fakes is made from.
+    """What a batch of fakes is made from; a field that the generator doesn't use is empty.
 
     Attributes:
       z: [N, z_dim], standard normal.
@@ -53,9 +54,9 @@ class Latents(NamedTuple):
 
     z: tf.Tensor
     c: tf.Tensor
-    mix_z: tf.Tensor
-    mix_cutoff: tf.Tensor
-    noise: tf.Tensor
+    mix_z: tf.Tensor = ()
+    mix_cutoff: tf.Tensor = ()
+    noise: tf.Tensor = ()
 
 
 class Network(abc.ABC):
@@ -93,6 +94,12 @@ class Network(abc.ABC):
         """The parameters an optimizer changes, in the order of creation."""
         return [name for name, spec in self.specs.items() if spec.trainable]
 
+    def follow(self, buffers: Mapping[str, tf.Tensor], means: Sums) -> Sums:
+        """The buffers after a step, from means over its batch of what they follow."""
+        if means:
+            raise TypeError(f"{type(self).__name__} has no rule for {', '.join(means)}")
+        return {}
+
     def from_nvidia(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Takes parameters over from NVIDIA's layouts (OIHW, [out, in], CHW).
 
@@ -120,13 +127,15 @@ class Network(abc.ABC):
         }
 
 
-class StyleGenerator(Network):
-    """z, c -> ws -> images: a mapping network, and a synthesis network that takes a w per layer.
+class Generator(Network):
+    """z, c -> ws -> images: a mapping, and a synthesis network that takes a w for each layer.
+
+    Networks without styles have one w, which is all that their first layer takes.
 
     Attributes:
-      z_dim, w_dim: lengths of the latents z and w.
+      z_dim, w_dim: lengths of z and w.
       num_ws: how many w the synthesis network takes.
-      noise_shapes: (height, width) of each layer's noise image.
+      noise_shapes: (height, width) of each layer's noise image; empty for networks without noise.
     """
 
     z_dim: int
@@ -136,7 +145,7 @@ class StyleGenerator(Network):
 
     @abc.abstractmethod
     def map(self, params: Params, z: tf.Tensor, c: tf.Tensor) -> tf.Tensor:
-        """The mapping network alone.
+        """The mapping alone.
 
         Args:
           params: the parameters by name.
@@ -145,19 +154,6 @@ class StyleGenerator(Network):
 
         Returns:
           w: [N, w_dim].
-        """
-
-    @abc.abstractmethod
-    def noise(self, params: Params, mode: str, random: tf.Tensor | None = None) -> list[tf.Tensor]:
-        """The noise image of every layer, before its strength.
-
-        Args:
-          params: the parameters by name.
-          mode: "const" (the network's own), "random" or "none".
-          random: [N, sum of height * width over the layers], standard normal, for "random".
-
-        Returns:
-          One [H, W] or [N, H, W] for each layer; empty for "none".
         """
 
     @abc.abstractmethod
@@ -175,37 +171,47 @@ class StyleGenerator(Network):
           [N, H, W, img_channels] in about [-1, 1], in the dtype of `ws`.
         """
 
-    def apply(self, params: Params, latents: Latents, noise_mode: str) -> Output:
+    def noise(self, params: Params, mode: str, random: tf.Tensor | None = None) -> list[tf.Tensor]:
+        """The noise image of every layer, before its strength.
+
+        Args:
+          params: the parameters by name.
+          mode: "const" (the network's own), "random" or "none".
+          random: [N, sum of height * width over the layers], standard normal, for "random".
+
+        Returns:
+          One [H, W] or [N, H, W] for each layer; empty for "none".
+        """
+        del params, mode, random
+        return []
+
+    def sample(self, seed: tf.Tensor, c: tf.Tensor) -> Latents:
+        """The latents of a group of fakes in training.
+
+        Args:
+          seed: [2] int32; all is a function of it.
+          c: [N, c_dim], one-hot labels.
+        """
+        return Latents(tf.random.stateless_normal([c.shape[0], self.z_dim], seed), c)
+
+    def apply(self, params: Params, latents: Latents) -> Output:
         """The images of latents in training.
 
         Args:
           params: the parameters by name.
-          latents: of the images.
-          noise_mode: see `noise`.
+          latents: from `sample`.
         """
-        ws, sums = self.ws(params, latents)
-        return Output(self.render(params, ws, latents, noise_mode), sums)
-
-    def follow(self, buffers: Mapping[str, tf.Tensor], means: Sums) -> Sums:
-        """The buffers after a step, from means over its batch of what they follow."""
-        return {name: mean + _W_AVG_BETA * (buffers[name] - mean) for name, mean in means.items()}
-
-    def ws(self, params: Params, latents: Latents) -> tuple[tf.Tensor, Sums]:
-        """[N, num_ws, w_dim] with style mixing (StyleGAN, section 3.1), and what w_avg follows."""
         w = self.map(params, latents.z, latents.c)
-        mixed = self.map(params, latents.mix_z, latents.c)
-        layer = tf.range(self.num_ws)[tf.newaxis, :, tf.newaxis]
-        first = layer < latents.mix_cutoff[:, tf.newaxis, tf.newaxis]
-        ws = tf.where(first, self.broadcast(w), self.broadcast(mixed))
-        return ws, {"mapping.w_avg": tf.reduce_sum(w, 0)}
-
-    def render(self, params: Params, ws: tf.Tensor, latents: Latents, noise_mode: str) -> tf.Tensor:
-        """The images of ws, with the noise that the latents hold; see `synthesis`."""
-        return self.synthesis(params, ws, self.noise(params, noise_mode, latents.noise))
+        return Output(self.synthesis(params, self.broadcast(w)), {})
 
     def broadcast(self, w: tf.Tensor) -> tf.Tensor:
         """One w for every layer: [N, w_dim] -> [N, num_ws, w_dim]."""
         return tf.tile(w[:, tf.newaxis], [1, self.num_ws, 1])
+
+    @property
+    def truncates(self) -> bool:
+        """Whether there is an average w to move latents to."""
+        return _W_AVG in self.specs
 
     def mapping(
         self,
@@ -221,18 +227,69 @@ class StyleGenerator(Network):
           params: the parameters by name.
           z: [N, z_dim].
           c: [N, c_dim].
-          truncation_psi: 1 leaves w, 0 gives the average w.
+          truncation_psi: 1 leaves w, 0 gives the average w; of no effect unless `truncates`.
           truncation_cutoff: only this many of the first layers are truncated; None is all.
 
         Returns:
           ws: [N, num_ws, w_dim].
         """
         ws = self.broadcast(self.map(params, z, c))
+        if not self.truncates:
+            return ws
         cutoff = self.num_ws if truncation_cutoff is None else truncation_cutoff
-        average = params["mapping.w_avg"]
+        average = params[_W_AVG]
         truncated = average + (ws - average) * tf.convert_to_tensor(truncation_psi, ws.dtype)
         layer = tf.range(self.num_ws)[tf.newaxis, :, tf.newaxis]
         return tf.where(layer < cutoff, truncated, ws)
+
+
+class StyleGenerator(Generator):
+    """A generator whose layers take styles, which training mixes and whose average it follows.
+
+    Attributes:
+      noise_mode: in training: "random", "const" or "none".
+      style_mixing_prob: how often the fakes of a group mix two latents.
+    """
+
+    noise_mode: str
+    style_mixing_prob: float
+
+    def sample(self, seed: tf.Tensor, c: tf.Tensor) -> Latents:
+        """See `Generator.sample`."""
+        size = c.shape[0]
+        noises = sum(height * width for height, width in self.noise_shapes)
+        sizes = [self.z_dim, self.z_dim, noises if self.noise_mode == "random" else 0]
+        z, mix_z, noise = tf.split(tf.random.stateless_normal([size, sum(sizes)], seed), sizes, 1)
+        # Flipping bits gives a second stream of the same seed. One pair of numbers decides for
+        # the whole group whether and where styles mix.
+        uniform = tf.random.stateless_uniform([2], tf.bitwise.invert(seed))
+        cutoff = 1 + tf.cast(uniform[1] * (self.num_ws - 1), tf.int32)
+        cutoff = tf.where(
+            uniform[0] < self.style_mixing_prob, tf.minimum(cutoff, self.num_ws - 1), self.num_ws
+        )
+        return Latents(z, c, mix_z, tf.repeat(cutoff, size), noise)
+
+    def apply(self, params: Params, latents: Latents) -> Output:
+        """See `Generator.apply`."""
+        ws, sums = self.ws(params, latents)
+        return Output(self.render(params, ws, latents), sums)
+
+    def follow(self, buffers: Mapping[str, tf.Tensor], means: Sums) -> Sums:
+        """See `Network.follow`."""
+        return {name: mean + _W_AVG_BETA * (buffers[name] - mean) for name, mean in means.items()}
+
+    def ws(self, params: Params, latents: Latents) -> tuple[tf.Tensor, Sums]:
+        """[N, num_ws, w_dim] with style mixing (StyleGAN, section 3.1), and what w_avg follows."""
+        w = self.map(params, latents.z, latents.c)
+        mixed = self.map(params, latents.mix_z, latents.c)
+        layer = tf.range(self.num_ws)[tf.newaxis, :, tf.newaxis]
+        first = layer < latents.mix_cutoff[:, tf.newaxis, tf.newaxis]
+        ws = tf.where(first, self.broadcast(w), self.broadcast(mixed))
+        return ws, {_W_AVG: tf.reduce_sum(w, 0)}
+
+    def render(self, params: Params, ws: tf.Tensor, latents: Latents) -> tf.Tensor:
+        """The images of ws, with the noise that the latents hold; see `synthesis`."""
+        return self.synthesis(params, ws, self.noise(params, self.noise_mode, latents.noise))
 
 
 class Discriminator(Network):
@@ -256,8 +313,12 @@ class Discriminator(Network):
         }
         return [name for name in super().trainable_names() if name not in frozen]
 
-    @abc.abstractmethod
     def __call__(self, params: Params, images: tf.Tensor, c: tf.Tensor) -> tf.Tensor:
+        """[N, 1], the logits of images; see `apply`."""
+        return self.apply(params, images, c).values
+
+    @abc.abstractmethod
+    def apply(self, params: Params, images: tf.Tensor, c: tf.Tensor) -> Output:
         """Scores images.
 
         Args:
@@ -266,7 +327,7 @@ class Discriminator(Network):
           c: [N, c_dim], one-hot labels; c_dim may be 0.
 
         Returns:
-          logits: [N, 1], positive for real, in the dtype of the parameters.
+          Logits [N, 1], positive for real, in the dtype of the parameters.
         """
 
 

@@ -103,10 +103,12 @@ class Keys(Section):
     """The `model:` section of a config; each family has its own keys besides.
 
     Attributes:
+      STYLES: whether the generator is a `network.StyleGenerator`.
       family: which pair of networks.
     """
 
     NAME: ClassVar[str] = "model"
+    STYLES: ClassVar[bool] = False
 
     family: str
 
@@ -126,10 +128,13 @@ class Keys(Section):
         """
         raise _abstract(type(self))
 
-    def training_values(
+    def auto_values(
         self, resolution: tuple[int, int], batch_size: int | None
-    ) -> dict[str, Any]:
-        """What each key of `training:` is that may be 'auto', for a batch size if one is given."""
+    ) -> dict[str, dict[str, Any]]:
+        """By section, what each key that may be 'auto' is, for a batch size if one is given.
+
+        Those of `training` and `objective`; `resolved` sees to those of `model`.
+        """
         raise _abstract(type(self))
 
     def tables(self, data: DataShape) -> Tables:

@@ -2,19 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
 import tensorflow as tf
 
 
-def r1_penalty(image_gradients: tf.Tensor) -> tf.Tensor:
-    """R1 (Mescheder et al. 2018, equation 9), before gamma / 2.
+@dataclass(frozen=True)
+class Penalty:
+    """A penalty on the slopes of the discriminator: gradients of an image's logit in its pixels.
 
-    Args:
-      image_gradients: [N, H, W, C], of each real image's logit.
-
-    Returns:
-      [N]: the squared length of each.
+    Attributes:
+      key: of its weight in the `objective` section.
+      images: at which the slopes are taken: "reals", "fakes", or "between" one of each.
+      of_slopes: [N, H, W, C] -> [N].
+      factor: of the weight.
+      report: its name in the statistics.
     """
-    return tf.reduce_sum(tf.square(image_gradients), [1, 2, 3])
+
+    key: str
+    images: Literal["reals", "fakes", "between"]
+    of_slopes: Callable[[tf.Tensor], tf.Tensor]
+    factor: float
+    report: str
+
+
+def squared_lengths(slopes: tf.Tensor) -> tf.Tensor:
+    """[N, H, W, C] -> [N], of each sample."""
+    return tf.reduce_sum(tf.square(slopes), [1, 2, 3])
+
+
+def distances_from_1(slopes: tf.Tensor) -> tf.Tensor:
+    """[N, H, W, C] -> [N], the squared distance of each sample's length from 1."""
+    # At 0 the root has an infinite derivative.
+    return tf.square(tf.sqrt(tf.maximum(squared_lengths(slopes), 1e-30)) - 1)
+
+
+PENALTIES = (
+    # Mescheder et al. 2018, equation 9.
+    Penalty("r1_gamma", "reals", squared_lengths, 0.5, "Loss/r1_penalty"),
+    # Gulrajani et al. 2017, equation 3.
+    Penalty("gradient_penalty", "between", distances_from_1, 1.0, "Loss/gradient_penalty"),
+)
 
 
 def path_lengths(ws_gradients: tf.Tensor) -> tf.Tensor:

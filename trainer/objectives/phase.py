@@ -7,6 +7,7 @@ depends on where or in how many pieces it runs.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -16,7 +17,7 @@ import tensorflow as tf
 from trainer.augment.pipe import AugmentPipe
 from trainer.augment.pipe import Draws as AugmentDraws
 from trainer.core.schedule import Number
-from trainer.families.network import Discriminator, Output, Params, StyleGenerator, Sums
+from trainer.families.network import Discriminator, Generator, Output, Params, Sums
 from trainer.layers.ops import Formulas
 from trainer.objectives.sampler import Draws, Sample
 
@@ -34,16 +35,14 @@ class Networks:
 
     Attributes:
       generator, discriminator: the networks.
-      noise_mode: "random", "const" or "none".
       pipe: the augmentation, or None.
       group_size: images in a group.
       freeze_d: layers of the discriminator that don't train.
       static_shapes: whether all shapes must be known while tracing (XLA, TPU).
     """
 
-    generator: StyleGenerator
+    generator: Generator
     discriminator: Discriminator
-    noise_mode: str
     pipe: AugmentPipe | None
     group_size: int
     freeze_d: int
@@ -98,32 +97,46 @@ class Batch:
     mean: tf.Tensor | None
     scale: tf.Tensor | None
 
+    def paired(self) -> Batch:
+        """The same, but each fake has the class of the real that it is compared with."""
+        latents = self.draws.latents._replace(c=self.c)
+        return dataclasses.replace(self, draws=self.draws._replace(latents=latents))
+
     def fakes(self) -> Output:
         """The generator's images of the latents that were drawn."""
-        networks = self.networks
-        return networks.generator.apply(self.g, self.draws.latents, networks.noise_mode)
+        return self.networks.generator.apply(self.g, self.draws.latents)
 
-    def score(self, images: tf.Tensor, c: tf.Tensor, draws: AugmentDraws) -> tf.Tensor:
-        """[N, 1], the discriminator's logits of images, augmented."""
-        images = self.networks.augment(images, draws, self.p)
-        return self.networks.discriminator(self.d, images, c)
+    def between(self, fakes: tf.Tensor) -> tf.Tensor:
+        """[N, H, W, C], each somewhere between a real and a fake."""
+        return fakes + self.draws.between * (self.reals - fakes)
 
     def score_fakes(self, fakes: tf.Tensor) -> tf.Tensor:
         """[N, 1], the logits of fakes."""
-        return self.score(fakes, self.draws.latents.c, self.draws.augment_fake)
+        seen = self._seen(fakes, self.draws.augment_fake, 0)
+        return self.networks.discriminator.apply(self.d, seen, self.draws.latents.c).values
 
     def score_reals(self, reals: tf.Tensor) -> tf.Tensor:
         """[N, 1], the logits of reals."""
-        return self.score(reals, self.c, self.draws.augment_real)
+        seen = self._seen(reals, self.draws.augment_real, 1)
+        return self.networks.discriminator.apply(self.d, seen, self.c).values
 
-    def score_both(self, fakes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """The logits of fakes and of the reals, [N, 1] each, in one pass."""
-        augment, draws = self.networks.augment, self.draws
-        fakes = augment(fakes, draws.augment_fake, self.p)
-        reals = augment(self.reals, draws.augment_real, self.p)
-        both, labels = tf.concat([fakes, reals], 0), tf.concat([draws.latents.c, self.c], 0)
-        fake, real = tf.split(self.networks.discriminator(self.d, both, labels), 2)
-        return fake, real
+    def score_both(self, fakes: tf.Tensor, reals: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, Sums]:
+        """The logits of fakes and of reals, [N, 1] each, in one pass, and what buffers follow."""
+        fakes = self._seen(fakes, self.draws.augment_fake, 0)
+        reals = self._seen(reals, self.draws.augment_real, 1)
+        labels = tf.concat([self.draws.latents.c, self.c], 0)
+        both = tf.concat([fakes, reals], 0)
+        logits, sums = self.networks.discriminator.apply(self.d, both, labels)
+        fake, real = tf.split(logits, 2)
+        # Means are taken over the samples, each of which is a fake and a real here.
+        return fake, real, {name: total / 2 for name, total in sums.items()}
+
+    def _seen(self, images: tf.Tensor, augment: AugmentDraws, kind: int) -> tf.Tensor:
+        """Images as the discriminator sees them: augmented, with noise of their kind."""
+        images = self.networks.augment(images, augment, self.p)
+        if isinstance(self.draws.noise, tuple):
+            return images
+        return images + self.numbers["instance_noise"] * self.draws.noise[:, kind]
 
     def gradient(self, tape: tf.GradientTape, total: tf.Tensor, sources: Any) -> Any:
         """The gradients of a sum, taken at `scale` times their size."""
@@ -165,7 +178,9 @@ class Phase:
       sample: what it draws.
       reports: names of the statistics that its loss reports.
       watched: the one among them that must stay finite.
-      reals: batches of reals that it reads: one or none.
+      reads_reals: whether its loss needs any.
+      batches: for each run of it in a step, which of the batches of reals that a step reads are its
+        own; fakes are drawn by the numbers of its groups, too.
       interval: it runs at every so many steps, and counts for as many (StyleGAN2, appendix B, "lazy
         regularization").
       shrink: it takes the first 1/this of every group.
@@ -179,7 +194,8 @@ class Phase:
     sample: Sample
     reports: tuple[str, ...]
     watched: str
-    reals: int = 0
+    reads_reals: bool = False
+    batches: tuple[int, ...] = (0,)
     interval: int = 1
     shrink: int = 1
     whole_batch: Callable[[Batch], tf.Tensor] | None = None
@@ -223,15 +239,15 @@ class Objective:
       numbers: of the config, which the losses need by name and which may follow a schedule.
       buffers: values that the losses carry from step to step, and where they start.
       follow: (buffers, means over the batch of what they follow) -> new buffers.
-      lazy: for each network the interval of the regulariser that shares its optimizer, for which
-        rate and decay of Adam are corrected.
+      lazy: for each network the updates between two of the regulariser that shares its optimizer,
+        for which rate and decay of Adam are corrected; None does without.
     """
 
     phases: tuple[Phase, ...]
     numbers: Mapping[str, Number]
     buffers: Mapping[str, float]
     follow: Callable[[Mapping[str, tf.Tensor], Sums], Sums]
-    lazy: Mapping[Trained, int]
+    lazy: Mapping[Trained, int | None]
 
     @property
     def reports(self) -> tuple[str, ...]:

@@ -10,8 +10,8 @@ import tensorflow as tf
 
 from trainer.augment.pipe import AugmentPipe
 from trainer.augment.pipe import Draws as AugmentDraws
-from trainer.core.seeds import Purpose, fold_in_groups
-from trainer.families.network import Latents, StyleGenerator
+from trainer.core.seeds import Purpose, fold_in, fold_in_groups
+from trainer.families.network import Generator, Latents
 
 
 class Draws(NamedTuple):
@@ -21,12 +21,16 @@ class Draws(NamedTuple):
       latents: of the fakes.
       image_noise: [N, H, W, C], standard normal.
       augment_fake, augment_real: for `AugmentPipe.apply`.
+      noise: [N, 2, H, W, C], standard normal: of a fake and of a real.
+      between: [N, 1, 1, 1], uniform: how far from a fake to a real.
     """
 
     latents: Latents = ()  # type: ignore[assignment]
     image_noise: tf.Tensor = ()
     augment_fake: AugmentDraws = {}  # noqa: RUF012 (never changed)
     augment_real: AugmentDraws = {}  # noqa: RUF012
+    noise: tf.Tensor = ()
+    between: tf.Tensor = ()
 
 
 @dataclass(frozen=True)
@@ -35,10 +39,8 @@ class Sampler:
 
     Attributes:
       seed: the run's seed.
-      generator: for the sizes of latents and noise.
+      generator: whose latents are drawn.
       group_size: images in a group.
-      style_mixing_prob: how often a group's fakes mix two latents.
-      noise_mode: "random", "const" or "none".
       label_counts: images of each class in the data set: fakes have classes as often as reals.
       pipe: the augmentation, or None.
       dtype: of the draws. They are made in float32 and converted, so that the numbers of a run
@@ -46,10 +48,8 @@ class Sampler:
     """
 
     seed: int
-    generator: StyleGenerator
+    generator: Generator
     group_size: int
-    style_mixing_prob: float
-    noise_mode: str
     label_counts: tuple[int, ...]
     pipe: AugmentPipe | None
     dtype: tf.DType = tf.float32
@@ -70,36 +70,38 @@ class Sampler:
 
     def image_noise(self, purpose: Purpose, group_index: tf.Tensor, size: int) -> tf.Tensor:
         """Draws [groups * size, H, W, C], standard normal: `size` images for each group."""
+        return self._normal(purpose, group_index, [size, *self._image_shape])
+
+    def noise_pair(self, purpose: Purpose, group_index: tf.Tensor) -> tf.Tensor:
+        """Draws [groups * group_size, 2, H, W, C], standard normal."""
+        return self._normal(purpose, group_index, [self.group_size, 2, *self._image_shape])
+
+    def uniform(self, purpose: Purpose, group_index: tf.Tensor) -> tf.Tensor:
+        """Draws [groups * group_size, 1, 1, 1] in [0, 1)."""
         seeds = fold_in_groups(self.seed, purpose, group_index)
-        shape = [size, *self._image_shape]
-        return tf.concat([tf.random.stateless_normal(shape, s) for s in tf.unstack(seeds)], 0)
+        shape = [self.group_size, 1, 1, 1]
+        return tf.concat([tf.random.stateless_uniform(shape, s) for s in tf.unstack(seeds)], 0)
 
     def latents(self, purpose: Purpose, group_index: tf.Tensor, size: int | None = None) -> Latents:
         """Draws the latents of `size` fakes for each group, by default of a whole one."""
-        seeds = fold_in_groups(self.seed, purpose, group_index)
-        parts = [self._group_latents(seed, size or self.group_size) for seed in tf.unstack(seeds)]
-        return Latents(*(tf.concat(field, 0) for field in zip(*parts, strict=True)))
+        size = size or self.group_size
+        seeds = tf.unstack(fold_in_groups(self.seed, purpose, group_index))
+        # Classes are drawn as if in a run with another seed.
+        label_seed = fold_in(self.seed, Purpose.LABELS)
+        label_seeds = tf.unstack(fold_in_groups(label_seed, purpose, group_index))
+        parts = [
+            self.generator.sample(seed, self._classes(tf.random.stateless_uniform([size], label)))
+            for seed, label in zip(seeds, label_seeds, strict=True)
+        ]
+        return tf.nest.map_structure(lambda *groups: tf.concat(groups, 0), *parts)
 
     @property
     def _image_shape(self) -> tuple[int, int, int]:
         return (*self.generator.resolution, self.generator.img_channels)
 
-    def _group_latents(self, seed: tf.Tensor, size: int) -> Latents:
-        generator = self.generator
-        noises = sum(height * width for height, width in generator.noise_shapes)
-        num_noises = noises if self.noise_mode == "random" else 0
-        row = 2 * generator.z_dim + num_noises
-        normal = tf.random.stateless_normal([size, row], seed)
-        z, mix_z, noise = tf.split(normal, [generator.z_dim, generator.z_dim, num_noises], 1)
-        # Flipping bits gives a second stream of the same seed. One pair of numbers decides for
-        # the whole group whether and where styles mix, one for each image its class.
-        uniform = tf.random.stateless_uniform([size + 2], tf.bitwise.invert(seed))
-        num_ws = generator.num_ws
-        cutoff = 1 + tf.cast(uniform[1] * (num_ws - 1), tf.int32)
-        cutoff = tf.where(
-            uniform[0] < self.style_mixing_prob, tf.minimum(cutoff, num_ws - 1), num_ws
-        )
-        return Latents(z, self._classes(uniform[2:]), mix_z, tf.repeat(cutoff, size), noise)
+    def _normal(self, purpose: Purpose, group_index: tf.Tensor, shape: list[int]) -> tf.Tensor:
+        seeds = fold_in_groups(self.seed, purpose, group_index)
+        return tf.concat([tf.random.stateless_normal(shape, s) for s in tf.unstack(seeds)], 0)
 
     def _classes(self, uniform: tf.Tensor) -> tf.Tensor:
         if not self.generator.c_dim:

@@ -9,10 +9,10 @@ from trainer.config import Config
 from trainer.core.schedule import Schedule
 from trainer.distribution.precision import full_dtype, half_dtype
 from trainer.families import registry
-from trainer.families.network import Discriminator, StyleGenerator
+from trainer.families.network import Discriminator, Generator
 from trainer.families.protocol import DataShape
 from trainer.layers.ops import Formulas
-from trainer.objectives import stylegan
+from trainer.objectives.objective import objective
 from trainer.objectives.phase import Networks, Objective
 from trainer.objectives.sampler import Sampler
 from trainer.training.state import TrainState
@@ -37,7 +37,7 @@ def networks(
     *,
     rounded: bool = True,
     clamped: bool | None = None,
-) -> tuple[StyleGenerator, Discriminator]:
+) -> tuple[Generator, Discriminator]:
     """Both networks.
 
     Args:
@@ -51,7 +51,7 @@ def networks(
     half, group_size = half_dtype(config.run.precision), config.training.group_size
     assert isinstance(group_size, int)
     build = registry.networks(config.model.family).build
-    made: tuple[StyleGenerator, Discriminator] = build(
+    made: tuple[Generator, Discriminator] = build(
         config.model,
         data,
         group_size=group_size,
@@ -98,7 +98,6 @@ def recipe(
     trained = Networks(
         generator=generator,
         discriminator=discriminator,
-        noise_mode=training.noise_mode,
         pipe=pipe,
         group_size=group_size,
         freeze_d=training.freeze_d,
@@ -108,13 +107,11 @@ def recipe(
         seed=config.run.seed,
         generator=generator,
         group_size=group_size,
-        style_mixing_prob=training.style_mixing_prob,
-        noise_mode=training.noise_mode,
         label_counts=data.label_counts,
         pipe=pipe,
         dtype=full_dtype(config.run.precision),
     )
-    return Recipe(trained, stylegan.objective(training, group_size), sampler)
+    return Recipe(trained, objective(config.objective, group_size), sampler)
 
 
 def state(config: Config, recipe: Recipe) -> TrainState:

@@ -45,11 +45,11 @@ from trainer.core.errors import CheckpointError, StorageError
 from trainer.core.fencing import Mark, Record
 from trainer.core.lease import Lease, LeaseLostError
 from trainer.core.storage import Digest
-from trainer.families.network import StyleGenerator
+from trainer.families.network import Generator
 from trainer.families.protocol import DataShape
 from trainer.training import build, run_info
 
-FORMAT = 3
+FORMAT = 4
 """Of markers, names and `state.json`."""
 
 _FOLDER = "checkpoints"
@@ -686,7 +686,7 @@ def read_parameters(found: Found, prefix: str) -> dict[str, np.ndarray]:
 
 def load_generator(
     path: str,
-) -> tuple[StyleGenerator, dict[str, np.ndarray], Config, dict[str, Any]]:
+) -> tuple[Generator, dict[str, np.ndarray], Config, dict[str, Any]]:
     """The moving-average generator of a run or a checkpoint.
 
     Args:

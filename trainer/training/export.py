@@ -24,7 +24,7 @@ from trainer.config import Config
 from trainer.core import documents, storage, tensorflow_log
 from trainer.core.errors import DivergedError, StorageError, TrainerError
 from trainer.distribution import host
-from trainer.families.network import StyleGenerator
+from trainer.families.network import Generator
 from trainer.families.protocol import DataShape
 from trainer.telemetry import images as grids
 from trainer.training import build, checkpoint, model_card, versions
@@ -169,7 +169,7 @@ def _origin(info: Mapping[str, Any]) -> tuple[Config, DataShape]:
     return config, DataShape((height, width), info["channels"], tuple(info["label_counts"]))
 
 
-def _network(config: Config, data: DataShape, precision: Precision, jit: Jit) -> StyleGenerator:
+def _network(config: Config, data: DataShape, precision: Precision, jit: Jit) -> Generator:
     """The generator as it is to be served."""
     formulas = build.formulas(jit.upper(), jit != "off")
     if precision == "float32":
@@ -201,24 +201,25 @@ def _save(served: Served, folder: str) -> None:
 # ---------------------------------------------------------------------------- the check
 
 
-def _latents(network: StyleGenerator) -> dict[str, np.ndarray]:
+def _latents(network: Generator) -> dict[str, np.ndarray]:
     """What the check draws: two images, of the first and the last class."""
     z = [np.random.RandomState(seed).randn(network.z_dim) for seed in range(2)]
-    inputs = {"z": np.asarray(z, np.float32), "psi": np.asarray([_CHECK_PSI], np.float32)}
+    psi = _CHECK_PSI if network.truncates else 1.0
+    inputs = {"z": np.asarray(z, np.float32), "psi": np.asarray([psi], np.float32)}
     if network.c_dim:
         inputs["label"] = np.asarray([0, network.c_dim - 1], np.int64)
     return inputs
 
 
 def _draw(
-    network: StyleGenerator, params: Mapping[str, np.ndarray], inputs: Mapping[str, np.ndarray]
+    network: Generator, params: Mapping[str, np.ndarray], inputs: Mapping[str, np.ndarray]
 ) -> np.ndarray:
     """The images of latents, [N, H, W, C] uint8, as `trainer.generate` makes them."""
     with tf.device("/CPU:0"):  # GPUs may round convolutions to ten bits
         values = {name: tf.constant(value) for name, value in params.items()}
         label = inputs.get("label", np.full([2], -1))
         c = (label[:, np.newaxis] == np.arange(network.c_dim)).astype(np.float32)
-        ws = network.mapping(values, tf.constant(inputs["z"]), tf.constant(c), _CHECK_PSI)
+        ws = network.mapping(values, tf.constant(inputs["z"]), tf.constant(c), inputs["psi"][0])
         images = network.synthesis(values, ws).numpy()
     if not np.isfinite(images).all():
         raise DivergedError(
@@ -284,9 +285,7 @@ def _check(
 # ---------------------------------------------------------------------------- the card
 
 
-def _facts(
-    family: str, network: StyleGenerator, params: Mapping[str, np.ndarray]
-) -> dict[str, Any]:
+def _facts(family: str, network: Generator, params: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return {
         "family": family,
         "resolution": list(network.resolution),

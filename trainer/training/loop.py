@@ -172,7 +172,7 @@ def train(
             group_size=arithmetic.group_size,
             groups_per_batch=arithmetic.groups_per_step * config.run.steps_per_loop,
             seed=config.run.seed,
-            start_group=images // arithmetic.group_size,
+            start_group=step * arithmetic.groups_per_step,
             worker=run.placement.worker,
             num_workers=run.placement.num_workers,
             use_labels=config.data.use_labels,
@@ -487,7 +487,7 @@ def _check_finite(
     flags = " ".join(f"--set=training.{name}={_halved(rate)}" for name, rate in rates.items())
     raise DivergedError(
         f"{message}; {last}: to go on from there with half the rates, run the same command with "
-        f"{flags}{allow}; a higher training.r1_gamma or run.precision=float32 can help, too"
+        f"{flags}{allow}; a higher objective.r1_gamma or run.precision=float32 can help, too"
     )
 
 

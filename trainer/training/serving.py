@@ -12,8 +12,9 @@ Their inputs, all but `label`, `z` of `mapping`, `c` and `ws` with defaults:
     seed             [N] int64, 0: of the latent where `z` has no columns, and of random noise
     z                [N, z_dim] float32, standard normal; [1, 0] takes the seeds' latents
     label            [N] int64, the class; only where the network has classes
-    truncation_psi   [N] float32, 1: 1 is all it has learned, 0 the average image
-    noise_mode       [N] text, const: const, random or none
+    truncation_psi   [N] float32, 1: 1 is all it has learned, 0 the average image; a network without
+                     styles has no such image, and takes 1 only
+    noise_mode       [N] text, const: const, random or none; without effect if it has no noise
     c                [N, c_dim] float32, one-hot; only where the network has classes
 
 N is any number and may differ from call to call. Each input has N rows, or one row for all. (With a
@@ -33,7 +34,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from trainer.families.network import StyleGenerator
+from trainer.families.network import Generator
 
 _LATENT, _NOISE = 0, 1  # what a seed is used for
 NOISE_MODES = ("const", "random", "none")
@@ -55,7 +56,7 @@ class Served(tf.Module):
     """
 
     def __init__(
-        self, generator: StyleGenerator, params: Mapping[str, np.ndarray], *, jit: bool = False
+        self, generator: Generator, params: Mapping[str, np.ndarray], *, jit: bool = False
     ) -> None:
         super().__init__()
         self._generator = generator
@@ -97,6 +98,16 @@ class Served(tf.Module):
     def _mapping(self, z: tf.Tensor, c: tf.Tensor, psi: tf.Tensor) -> tf.Tensor:
         return self._generator.mapping(self._values(), z, c, psi[:, tf.newaxis, tf.newaxis])
 
+    def _checked(self, psi: tf.Tensor) -> tf.Tensor:
+        """The truncation, if the network has any."""
+        if self._generator.truncates:
+            return psi
+        message = "this network has no average image: truncation_psi must be 1; it is"
+        with tf.control_dependencies(
+            [tf.debugging.Assert(tf.reduce_all(psi == 1), [message, psi])]
+        ):
+            return tf.identity(psi)
+
     def _synthesis(self, ws: tf.Tensor, noise: tf.Tensor) -> tf.Tensor:
         params = self._values()
         return self._generator.synthesis(params, ws, self._generator.noise(params, "random", noise))
@@ -104,6 +115,8 @@ class Served(tf.Module):
     def _const_noise(self) -> tf.Tensor:
         """[1, sum of height * width over the layers]: the network's own."""
         layers = self._generator.noise(self._values(), "const")
+        if not layers:
+            return tf.zeros([1, 0])
         return tf.concat([tf.reshape(layer, [1, -1]) for layer in layers], 1)
 
     # ---------------------------------------------------------------------------- signatures
@@ -139,10 +152,11 @@ class Served(tf.Module):
         def labelled(z, c, truncation_psi=full):  # type: ignore[no-untyped-def]
             count = tf.maximum(tf.shape(z)[0], tf.shape(c)[0])
             z, c = _repeated(z, count), _repeated(c, count)
-            return {"ws": self._map(z, c, truncation_psi)}
+            return {"ws": self._map(z, c, self._checked(truncation_psi))}
 
         def unlabelled(z, truncation_psi=full):  # type: ignore[no-untyped-def]
-            return {"ws": self._map(z, tf.zeros([tf.shape(z)[0], 0]), truncation_psi)}
+            no_class = tf.zeros([tf.shape(z)[0], 0])
+            return {"ws": self._map(z, no_class, self._checked(truncation_psi))}
 
         if c_dim:
             return tf.function(labelled, autograph=False, input_signature=[z, c, psi])
@@ -166,7 +180,7 @@ class Served(tf.Module):
         message = "inputs must have one row for each image, or one for all; they have"
         with tf.control_dependencies([tf.debugging.Assert(fits[0], [message, *rows])]):
             z = _repeated(z, count)
-        ws = self._map(z, self._one_hot(label, count), psi)
+        ws = self._map(z, self._one_hot(label, count), self._checked(psi))
         images = self._render(ws, self._noise(noise_mode, seed, count))
         pixels = tf.clip_by_value(images * 127.5 + 128.0, 0.0, 255.0)
         return tf.cast(pixels, tf.uint8)

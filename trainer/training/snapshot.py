@@ -14,7 +14,7 @@ from trainer.core.seeds import generator as random_generator
 from trainer.data import shards
 from trainer.data.manifest import Manifest
 from trainer.data.shards import BadRecords
-from trainer.families.network import StyleGenerator
+from trainer.families.network import Generator
 from trainer.telemetry import images
 from trainer.telemetry.images import GridLayout
 
@@ -60,7 +60,7 @@ class Snapshots:
 
     def __init__(
         self,
-        generator: StyleGenerator,
+        generator: Generator,
         manifest: Manifest,
         *,
         use_labels: bool,
@@ -83,7 +83,7 @@ class Snapshots:
         self._draw = tf.function(self._images, autograph=False)
 
     def _images(self, params: dict[str, tf.Tensor], z: tf.Tensor, c: tf.Tensor) -> tf.Tensor:
-        dtype = params["mapping.w_avg"].dtype
+        (dtype,) = {value.dtype for value in params.values()}
         ws = self._generator.mapping(params, tf.cast(z, dtype), tf.cast(c, dtype))
         return self._generator.synthesis(params, ws)
 

@@ -178,7 +178,8 @@ def measure(run: Run, repeats: int) -> StepSpeed:
     host, gpu = resources.peak_host_memory_gb(), resources.peak_gpu_memory_gb()
     main = _main_phases(run, train_step, objective, Batch(images, labels, numbers))
     timings = _in_turns({**whole, **main, **_convolutions(run)}, repeats, burst)
-    alone = {name: timings[name] * arithmetic.rounds for name in main}
+    runs = {phase.name: len(phase.batches) * arithmetic.rounds for phase in objective.phases}
+    alone = {name: timings[name] * runs[name] for name in main}
     steps = {due: timings[due] for due in plan}
     total = sum((steps[due] * share for due, (_, share) in plan.items()), Timing(0.0, 0.0))
     return StepSpeed(

@@ -110,7 +110,7 @@ class TrainStep:
 
         Args:
           images: [groups, size, H, W, C] uint8, or floats in [-1, 1]: the reals of this process, of
-            as many steps as there are whole batches of them.
+            as many steps as that is whole ones of.
           labels: [groups, size] int64, their classes, or -1.
           group_index: [groups] int64, the groups' numbers from the start of the run.
 
@@ -137,9 +137,10 @@ class TrainStep:
         self._steps.get_concrete_function(*self._arranged(images, labels, index))
 
     def _arranged(self, images: tf.Tensor, labels: tf.Tensor, group_index: tf.Tensor) -> list[Any]:
-        """A call's values by step and replica, and the number of its first step."""
-        values = images, labels, group_index
-        by_step = (tf.reshape(v, [-1, self._local_groups, *v.shape[1:]]) for v in values)
+        """A call's values by step, batch and replica, and the number of its first step."""
+        values, batches = (images, labels, group_index), self._arithmetic.batches
+        groups = self._local_groups // batches
+        by_step = (tf.reshape(v, [-1, batches, groups, *v.shape[1:]]) for v in values)
         first_step = group_index[0] // self._arithmetic.groups_per_step
         return [*(self._split(value) for value in by_step), first_step]
 
@@ -173,10 +174,10 @@ class TrainStep:
         return len(self._strategy.extended.worker_devices)
 
     def _split(self, value: tf.Tensor) -> Any:
-        """Shares out a process's [steps, groups, ...] to its replicas."""
+        """Shares out a process's [steps, batches, groups, ...] to its replicas."""
         if self._strategy.num_replicas_in_sync == 1:
             return value
-        parts = tf.split(value, self._local_replicas, axis=1)
+        parts = tf.split(value, self._local_replicas, axis=2)
         return self._strategy.experimental_distribute_values_from_function(
             lambda context: parts[context.replica_id_in_sync_group % len(parts)]
         )
@@ -199,14 +200,20 @@ class TrainStep:
     def _run_one(self, values: tuple[Any, ...], index: tf.Tensor, step: tf.Tensor) -> Reports:
         """Makes the step of which the values are at `index`."""
 
-        def run(phase: Phase) -> Report:
+        def run_on(phase: Phase, batch: int) -> Report:
             def of_this_step(index: tf.Tensor, *values: tf.Tensor) -> Report:
-                return self._run_phase(phase, *(value[index] for value in values))
+                return self._run_phase(phase, *(value[index, batch] for value in values))
 
             report = self._strategy.run(of_this_step, args=(index, *values))
             return tf.nest.map_structure(
                 lambda value: self._strategy.experimental_local_results(value)[0], report
             )
+
+        def run(phase: Phase) -> Report:
+            first, *others = [run_on(phase, batch) for batch in phase.batches]
+            for other in others:
+                first = tf.nest.map_structure(tf.add, first, other)
+            return first
 
         def when_due(phase: Phase) -> Report:
             if phase.interval == 1:
@@ -230,7 +237,7 @@ class TrainStep:
     def inputs(self, phase: Phase, groups: Batch, mean: tf.Tensor | None = None) -> dict[str, Any]:
         """What a phase's loss is computed from, for a round's groups; see `phase.Batch`."""
         state = self._state
-        reals, c = self._reals(groups) if phase.reals else (None, None)
+        reals, c = self._reals(groups) if phase.reads_reals else (None, None)
         return {
             "g": _read(state.g) if "G" in phase.applies else {},
             "d": _read(state.d) if "D" in phase.applies else {},
@@ -272,7 +279,7 @@ class TrainStep:
 
         grads, report, sums = self._sum_over_replicas(self._sum_over_rounds(part, batch))
         report, keep = self._judge(phase, grads, report)
-        self._update(phase.trains, grads, keep)
+        self._update(phase.trains, grads, report["gradients"], keep)
         self._follow(phase, sums, keep)
         return report
 
@@ -408,8 +415,14 @@ class TrainStep:
         # Without classes the label is -1 and the depth 0: [N, 0].
         return images, tf.one_hot(labels, depth, dtype=dtype)
 
-    def _update(self, network: Trained, grads: Grads, keep: tf.Tensor | None) -> None:
-        training = self._config.training
+    def _update(
+        self, network: Trained, grads: Grads, squares: tf.Tensor, keep: tf.Tensor | None
+    ) -> None:
+        """Moves the parameters of a network; `squares` is the sum of those of all gradients."""
+        training, clip = self._config.training, self._config.objective.gradient_clip
+        if clip is not None:
+            factor = clip / tf.maximum(tf.sqrt(squares), clip)
+            grads = {name: grad * factor for name, grad in grads.items()}
         rate = training.g_lr if network == "G" else training.d_lr
         assert rate != "auto"
         adam = Adam(*(self._number(each) for each in (rate, training.beta1, training.beta2)))
@@ -425,9 +438,10 @@ class TrainStep:
         state, networks = self._state, self._networks
         for owner, follow, table in (
             ("G", networks.generator.follow, state.g),
+            ("D", networks.discriminator.follow, state.d),
             ("objective", self._objective.follow, state.buffers),
         ):
-            if owner in sums:
+            if sums.get(owner):
                 means = {n: total / self._samples(phase) for n, total in sums[owner].items()}
                 new = follow(_read(table, means), means)
                 _assign([table[name] for name in new], list(new.values()), keep)

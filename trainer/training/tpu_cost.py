@@ -116,8 +116,10 @@ class TpuRun:
 
     def share(self, phase: str) -> float:
         """In which share of all steps a phase runs."""
-        intervals = {each.name: each.interval for each in self.recipe.objective.phases}
-        return 1 / intervals.get(phase, 1)
+        runs = {
+            each.name: len(each.batches) / each.interval for each in self.recipe.objective.phases
+        }
+        return runs.get(phase, 1.0)
 
     def largest_batch(self, phases: list[Phase]) -> LargestBatch:
         """The largest per-replica batch that fits, by a line through two sizes.
@@ -153,7 +155,7 @@ class TpuRun:
         return dataclasses.replace(
             a,
             global_batch=batch,
-            groups_per_step=batch // a.group_size,
+            groups_per_step=a.batches * batch // a.group_size,
             per_replica_batch=per_replica,
         )
 
@@ -169,8 +171,9 @@ class TpuRun:
         )
 
     def _specs(self, arithmetic: BatchArithmetic) -> Sequence[tf.TensorSpec]:
-        """What a replica is given in a step."""
-        groups = arithmetic.groups_per_step // arithmetic.num_replicas
+        """What a replica is given for a phase."""
+        a = arithmetic
+        groups = a.groups_per_step // a.batches // a.num_replicas
         size, shape = arithmetic.group_size, (*self.data.resolution, self.data.channels)
         return (
             tf.TensorSpec([groups, size, *shape], tf.uint8),

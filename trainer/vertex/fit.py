@@ -93,8 +93,8 @@ def _arithmetic(config: Config, target: Target) -> BatchArithmetic:
         return config_lib.batch_arithmetic(config, target.devices)
     except ConfigError:
         batch, group = config.training.batch_size, config.training.group_size
-        shrink = config.training.pl_batch_shrink
-        if config.training.pl_weight != 0 and int(group) % shrink:
+        shrink = config.objective.pl_batch_shrink
+        if config.objective.pl_weight != 0 and int(group) % shrink:
             raise
         raise ConfigError(
             f"a batch of {batch} doesn't divide into {config.training.rounds} rounds x "

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from trainer.core.errors import ConfigError
-from trainer.core.sections import AT_LEAST_0, AT_LEAST_1, POSITIVE, Auto, fill, key
+from trainer.core.sections import AT_LEAST_0, AT_LEAST_1, FRACTION, POSITIVE, Auto, fill, key
 from trainer.families import protocol
 from trainer.families.protocol import DataShape, Spec, Table, Tables
 
@@ -38,7 +38,11 @@ class Keys(protocol.Keys):
         standard deviation, logits and losses.
       conv_clamp: activations are clamped to +- this when `run.precision` is 16-bit, null for no
         clamp (NVIDIA: 256).
+      style_mixing_prob: probability of style mixing in training (NVIDIA: 0.9, or 0 in cifar).
+      noise_mode: G's noise inputs in training: 'random', 'const' or 'none' (NVIDIA: random).
     """
+
+    STYLES: ClassVar[bool] = True
 
     family: Literal["stylegan2"] = "stylegan2"
     z_dim: int = key(512, AT_LEAST_1)
@@ -51,6 +55,8 @@ class Keys(protocol.Keys):
     d_architecture: Literal["skip", "resnet", "orig"] = "resnet"
     num_fp16_res: int | Literal["all"] = key(4, AT_LEAST_0)
     conv_clamp: float | None = key(256.0, POSITIVE)
+    style_mixing_prob: float = key(0.9, FRACTION)
+    noise_mode: Literal["random", "const", "none"] = "random"
 
     @classmethod
     def nearest_resolutions(cls, height: int, width: int) -> list[tuple[int, int]]:
@@ -73,9 +79,9 @@ class Keys(protocol.Keys):
             )
         return found
 
-    def training_values(
+    def auto_values(
         self, resolution: tuple[int, int], batch_size: int | None
-    ) -> dict[str, Any]:
+    ) -> dict[str, dict[str, Any]]:
         """What NVIDIA's --cfg=auto takes; R1 weight and EMA half-life follow a given batch size."""
         side = max(resolution)
         batch, group = _auto_batch(side)
@@ -83,12 +89,14 @@ class Keys(protocol.Keys):
             batch, group = batch_size, min(batch_size, 4)
         lr = 0.002 if side >= 1024 else 0.0025
         return {
-            "batch_size": batch,
-            "group_size": group,
-            "g_lr": lr,
-            "d_lr": lr,
-            "r1_gamma": 0.0002 * side**2 / batch,
-            "ema_kimg": batch * 10 / 32,
+            "training": {
+                "batch_size": batch,
+                "group_size": group,
+                "g_lr": lr,
+                "d_lr": lr,
+                "ema_kimg": batch * 10 / 32,
+            },
+            "objective": {"r1_gamma": 0.0002 * side**2 / batch},
         }
 
     def tables(self, data: DataShape) -> Tables:

@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.families import network
-from trainer.families.network import Params
+from trainer.families.network import Output, Params
 from trainer.families.protocol import DataShape
 from trainer.families.stylegan2.keys import (
     MAPPING_LR,
@@ -66,6 +66,8 @@ def build(
         conv_clamp=clamp,
         half_dtype=half_dtype,
         formulas=formulas,
+        style_mixing_prob=keys.style_mixing_prob,
+        noise_mode=keys.noise_mode,
     )
     discriminator = Discriminator(
         c_dim=len(data.label_counts),
@@ -201,6 +203,7 @@ class Generator(network.StyleGenerator):
       conv_clamp: limit of activations in every block (NVIDIA's --fp32 has none).
       half_dtype: tf.float16, tf.bfloat16, or None for full precision throughout.
       formulas: how layers are computed.
+      style_mixing_prob, noise_mode: see `network.StyleGenerator`.
     """
 
     def __init__(
@@ -219,6 +222,8 @@ class Generator(network.StyleGenerator):
         conv_clamp: float | None = None,
         half_dtype: tf.DType | None = None,
         formulas: ops.Formulas = ops.Formulas.GENERIC,
+        style_mixing_prob: float = 0.9,
+        noise_mode: str = "random",
     ) -> None:
         super().__init__(
             generator_table(
@@ -237,6 +242,7 @@ class Generator(network.StyleGenerator):
         self.resolution, self.img_channels = resolution, img_channels
         self.mapping_layers, self.architecture = mapping_layers, architecture
         self.conv_clamp, self.formulas = conv_clamp, formulas
+        self.style_mixing_prob, self.noise_mode = style_mixing_prob, noise_mode
         height, width, doublings = base_grid(resolution)
         self.blocks: list[Block] = []
         inputs = 0
@@ -500,8 +506,8 @@ class Discriminator(network.Discriminator):
         ]
         self.cmap_dim = channels(0, channel_base, channel_max) if c_dim else 0
 
-    def __call__(self, params: Params, images: tf.Tensor, c: tf.Tensor) -> tf.Tensor:
-        """See `network.Discriminator`."""
+    def apply(self, params: Params, images: tf.Tensor, c: tf.Tensor) -> Output:
+        """See `network.Discriminator.apply`."""
         full = params["b4.out.weight"].dtype
         x, img = None, images
         for block in self.blocks:
@@ -511,9 +517,9 @@ class Discriminator(network.Discriminator):
             x += self._fromrgb(params, "b4.fromrgb", tf.cast(img, full))
         x = self._epilogue(params, x)
         if not self.c_dim:
-            return x
+            return Output(x, {})
         cmap = _mapping_layers(params, None, c, self.mapping_layers)
-        return tf.reduce_sum(x * cmap, 1, keepdims=True) / math.sqrt(self.cmap_dim)
+        return Output(tf.reduce_sum(x * cmap, 1, keepdims=True) / math.sqrt(self.cmap_dim), {})
 
     def _fromrgb(self, params: Params, name: str, img: tf.Tensor, side: int = 1) -> tf.Tensor:
         return _conv(
