@@ -87,7 +87,9 @@ def part_of(module: str) -> str:
     names = module.split(".")
     if len(names) == 1:
         return "core"
-    if re.match(r"trainer\.(families(\.(registry|protocol|\w+\.keys)\b|$)|objectives\.keys\b)", module):
+    if re.match(
+        r"trainer\.(families(\.(registry|protocol|\w+\.keys)\b|$)|objectives\.keys\b)", module
+    ):
         return "keys"
     return names[1] if names[1] in FLOORS else "commands"
 
