@@ -38,9 +38,13 @@ class ObjectiveConfig(Section):
     Weights may follow a schedule, see `core.schedule`. A penalty of weight 0 is left out.
 
     Attributes:
-      adversarial: the loss (objectives/adversarial.py): 'logistic' (non-saturating; NVIDIA's),
-        'minimax' (saturating), 'least_squares', 'wasserstein', or 'relativistic' (R3GAN's), for
-        which a fake is compared with a real of its place in the batch and its class.
+      adversarial: the loss, see objectives/adversarial.py.
+        'logistic': non-saturating, NVIDIA's.
+        'minimax': saturating.
+        'least_squares': LSGAN's.
+        'wasserstein': WGAN's.
+        'relativistic': R3GAN's; a fake is compared with the real of its place in the batch, whose
+        class it has.
       first: the network that a step trains first: 'G' as StyleGAN, or 'D' as WGAN and R3GAN.
       d_steps: updates of D in a step, each with a batch of reals of its own (WGAN: `n_critic`, 5).
         A step counts as one batch in kimg.
@@ -66,9 +70,13 @@ class ObjectiveConfig(Section):
 
     NAME: ClassVar[str] = "objective"
 
-    adversarial: Literal["logistic", "minimax", "least_squares", "wasserstein", "relativistic"] = (
-        "logistic"
-    )
+    adversarial: Literal[
+        "logistic",
+        "minimax",
+        "least_squares",
+        "wasserstein",
+        "relativistic",
+    ] = "logistic"
     first: Literal["G", "D"] = "G"
     d_steps: int = key(1, AT_LEAST_1)
     r1_gamma: Number | Auto = key(10.0, AT_LEAST_0)
