@@ -26,6 +26,7 @@ def softplus(x: np.ndarray) -> np.ndarray:
 FORMULAS: dict[str, tuple[Callable[..., np.ndarray], Callable[..., np.ndarray]]] = {
     "logistic": (lambda f, r: softplus(f) + softplus(-r), lambda f, r: softplus(-f)),
     "minimax": (lambda f, r: softplus(f) + softplus(-r), lambda f, r: -softplus(f)),
+    "hinge": (lambda f, r: np.maximum(0, 1 + f) + np.maximum(0, 1 - r), lambda f, r: -f),
     "least_squares": (
         lambda f, r: 0.5 * f**2 + 0.5 * (r - 1) ** 2,
         lambda f, r: 0.5 * (f - 1) ** 2,

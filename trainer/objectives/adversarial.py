@@ -52,6 +52,11 @@ def squared_distance_to_1(fake: tf.Tensor, real: tf.Tensor | None) -> tf.Tensor:
     return tf.square(fake - 1) / 2
 
 
+def hinge(fake: tf.Tensor, real: tf.Tensor) -> tf.Tensor:
+    """max(0, 1 + D(G(z))) + max(0, 1 - D(x)) (Lim and Ye 2017); G's loss is `negated`."""
+    return tf.nn.relu(1 + fake) + tf.nn.relu(1 - real)
+
+
 def difference(fake: tf.Tensor, real: tf.Tensor) -> tf.Tensor:
     """D(G(z)) - D(x) (Arjovsky et al. 2017)."""
     return fake - real
@@ -77,6 +82,7 @@ def relativistic_generator(fake: tf.Tensor, real: tf.Tensor | None) -> tf.Tensor
 LOSSES = {
     "logistic": Adversarial(cross_entropy, non_saturating),
     "minimax": Adversarial(cross_entropy, saturating),
+    "hinge": Adversarial(hinge, negated),
     "least_squares": Adversarial(squared_distances, squared_distance_to_1),
     "wasserstein": Adversarial(difference, negated),
     "relativistic": Adversarial(relativistic_discriminator, relativistic_generator),

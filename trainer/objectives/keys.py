@@ -41,6 +41,7 @@ class ObjectiveConfig(Section):
       adversarial: the loss, see objectives/adversarial.py.
         'logistic': non-saturating, NVIDIA's.
         'minimax': saturating.
+        'hinge': SAGAN's and BigGAN's.
         'least_squares': LSGAN's.
         'wasserstein': WGAN's.
         'relativistic': R3GAN's; a fake is compared with the real of its place in the batch, whose
@@ -73,6 +74,7 @@ class ObjectiveConfig(Section):
     adversarial: Literal[
         "logistic",
         "minimax",
+        "hinge",
         "least_squares",
         "wasserstein",
         "relativistic",
