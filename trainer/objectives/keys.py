@@ -27,8 +27,12 @@ _OF_PROBABILITIES = ("logistic", "minimax")
 _AROUND_0 = (*_OF_PROBABILITIES, "hinge")
 # Losses that anything but a penalty lets grow without bound.
 _UNBOUNDED = ("wasserstein",)
-# The weights of the discriminator's penalties.
-D_PENALTIES = ("r1_gamma", "gradient_penalty")
+# The discriminator's penalties: the key of the weight, and the images at which slopes are taken,
+# "between" being those between a real and a fake.
+D_PENALTIES: dict[str, Literal["reals", "fakes", "between"]] = {
+    "r1_gamma": "reals",
+    "gradient_penalty": "between",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,14 +162,13 @@ class ObjectiveConfig(Section):
         """
         # G's update; then fakes for D, and fakes and reals through D.
         g, d = 3.0 + self.d_steps, 2.0 + self.is_relativistic + 6.0 * self.d_steps
-        kinds = len(self.d_penalties)
-        between = self.gradient_penalty != 0
+        penalised = [D_PENALTIES[name] for name in self.d_penalties]
         if self.d_reg_interval is None:
-            # Of images between fakes and reals D has made no pass yet.
-            d += self.d_steps * (6 if between else 3 * kinds)
+            # Fakes and reals have passed D already.
+            d += self.d_steps * sum(6 if images == "between" else 3 for images in penalised)
         else:
-            d += 6 * kinds / self.d_reg_interval
-            g += between / self.d_reg_interval
+            d += 6 * len(penalised) / self.d_reg_interval
+            g += any(images != "reals" for images in penalised) / self.d_reg_interval
         if self.pl_weight != 0 and self.g_reg_interval:
             g += 6 / self.pl_batch_shrink / self.g_reg_interval
         return g, d

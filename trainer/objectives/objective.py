@@ -16,7 +16,7 @@ from trainer.core.seeds import Purpose
 from trainer.families.network import StyleGenerator, Sums
 from trainer.objectives import penalties
 from trainer.objectives.adversarial import LOSSES, smoothed
-from trainer.objectives.keys import ObjectiveConfig
+from trainer.objectives.keys import D_PENALTIES, ObjectiveConfig
 from trainer.objectives.penalties import (
     PENALTIES,
     Penalty,
@@ -37,14 +37,8 @@ def objective(keys: ObjectiveConfig, group_size: int) -> Objective:
       keys: resolved and checked.
       group_size: images in a group.
     """
-    gamma = keys.r1_gamma
-    assert gamma != "auto"
-    numbers: dict[str, Number] = {
-        "r1_gamma": gamma,
-        "gradient_penalty": keys.gradient_penalty,
-        "pl_weight": keys.pl_weight,
-        "instance_noise": keys.instance_noise,
-    }
+    names = (*D_PENALTIES, "pl_weight", "instance_noise")
+    numbers: dict[str, Number] = {name: getattr(keys, name) for name in names}
     of_d = [penalty for penalty in PENALTIES if penalty.key in keys.d_penalties]
     at_every_step = keys.d_reg_interval is None
     g_phases = [_generator_phase(keys)]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import tensorflow as tf
+
+from trainer.objectives.keys import D_PENALTIES
 
 
 @dataclass(frozen=True)
@@ -15,17 +16,20 @@ class Penalty:
 
     Attributes:
       key: of its weight in the `objective` section.
-      images: at which the slopes are taken: "reals", "fakes", or "between" one of each.
       of_slopes: [N, H, W, C] -> [N].
       factor: of the weight.
       report: its name in the statistics.
     """
 
     key: str
-    images: Literal["reals", "fakes", "between"]
     of_slopes: Callable[[tf.Tensor], tf.Tensor]
     factor: float
     report: str
+
+    @property
+    def images(self) -> str:
+        """At which the slopes are taken: see `D_PENALTIES`."""
+        return D_PENALTIES[self.key]
 
 
 def squared_lengths(slopes: tf.Tensor) -> tf.Tensor:
@@ -41,9 +45,9 @@ def distances_from_1(slopes: tf.Tensor) -> tf.Tensor:
 
 PENALTIES = (
     # Mescheder et al. 2018, equation 9.
-    Penalty("r1_gamma", "reals", squared_lengths, 0.5, "Loss/r1_penalty"),
+    Penalty("r1_gamma", squared_lengths, 0.5, "Loss/r1_penalty"),
     # Gulrajani et al. 2017, equation 3.
-    Penalty("gradient_penalty", "between", distances_from_1, 1.0, "Loss/gradient_penalty"),
+    Penalty("gradient_penalty", distances_from_1, 1.0, "Loss/gradient_penalty"),
 )
 
 
