@@ -223,6 +223,6 @@ def test_gradients_are_clipped_together(squares: Manifest, clip: float) -> None:
             if name.startswith(f"{network}_opt/first/")
         ]
         length = np.sqrt(sum(np.sum(np.square(value)) for value in moments))
-        before = np.sqrt(reports[f"{network}main"]["gradients"])
+        before = float(np.sqrt(reports[f"{network}main"]["gradients"]))
         assert before > 1e-3
         np.testing.assert_allclose(length, min(before, clip), rtol=1e-9)
