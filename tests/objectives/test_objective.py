@@ -134,7 +134,7 @@ def gradients(run: Run, name: str, batch: Batch, draws: Any = None) -> dict[str,
     return {key: value.numpy() for key, value in grads.items()}
 
 
-@pytest.mark.parametrize("penalty", ["r1_gamma", "gradient_penalty"])
+@pytest.mark.parametrize("penalty", ["r1_gamma", "r2_gamma", "gradient_penalty"])
 def test_a_penalty_at_every_step_is_the_same_as_at_intervals(
     squares: Manifest,  # noqa: F811
     penalty: str,

@@ -31,6 +31,7 @@ _UNBOUNDED = ("wasserstein",)
 # "between" being those between a real and a fake.
 D_PENALTIES: dict[str, Literal["reals", "fakes", "between"]] = {
     "r1_gamma": "reals",
+    "r2_gamma": "fakes",
     "gradient_penalty": "between",
 }
 
@@ -55,6 +56,7 @@ class ObjectiveConfig(Section):
         A step counts as one batch in kimg.
       r1_gamma: weight of the R1 penalty on slopes at reals (NVIDIA: --gamma). 'auto': 0.0002 *
         resolution^2 / batch.
+      r2_gamma: weight of the R2 penalty on slopes at fakes (R3GAN: the same as of R1).
       gradient_penalty: weight of the penalty on slopes other than 1 between reals and fakes
         (WGAN-GP: lambda, 10).
       d_reg_interval: steps between two phases of D's penalties, which count for as many steps; the
@@ -86,6 +88,7 @@ class ObjectiveConfig(Section):
     first: Literal["G", "D"] = "G"
     d_steps: int = key(1, AT_LEAST_1)
     r1_gamma: Number | Auto = key(10.0, AT_LEAST_0)
+    r2_gamma: Number = key(0.0, AT_LEAST_0)
     gradient_penalty: Number = key(0.0, AT_LEAST_0)
     d_reg_interval: int | None = key(16, AT_LEAST_1)
     pl_weight: Number = key(2.0, AT_LEAST_0)

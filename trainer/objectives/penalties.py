@@ -44,8 +44,9 @@ def distances_from_1(slopes: tf.Tensor) -> tf.Tensor:
 
 
 PENALTIES = (
-    # Mescheder et al. 2018, equation 9.
+    # Mescheder et al. 2018, equations 9 and 10.
     Penalty("r1_gamma", squared_lengths, 0.5, "Loss/r1_penalty"),
+    Penalty("r2_gamma", squared_lengths, 0.5, "Loss/r2_penalty"),
     # Gulrajani et al. 2017, equation 3.
     Penalty("gradient_penalty", distances_from_1, 1.0, "Loss/gradient_penalty"),
 )
