@@ -55,8 +55,9 @@ def tiny(tmp_path: Path) -> str:
     return str(path)
 
 
-def config(**objective: float) -> Config:
-    return config_lib.from_dict({"objective": {"r1_gamma": 1.0} | objective})
+def config(batch_size: int = 32, **objective: float) -> Config:
+    training = {"batch_size": batch_size}
+    return config_lib.from_dict({"training": training, "objective": {"r1_gamma": 1.0} | objective})
 
 
 def objective(**keys: float) -> Objective:

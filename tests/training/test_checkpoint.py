@@ -172,14 +172,14 @@ DAMAGE: dict[str, tuple[str, Callable[[pathlib.Path], object], str]] = {
     "an empty marker": ("COMMITTED", lambda p: p.write_bytes(b""), "COMMITTED-.* is damaged"),
     "a marker of nothing": (
         "COMMITTED",
-        lambda p: p.write_text('{"format": 3, "files": {}}'),
+        lambda p: p.write_text('{"format": 4, "files": {}}'),
         "state-.*.json is not",
     ),
     "a marker of another kind": ("COMMITTED", lambda p: p.write_text('{"files": 3}'), "is damaged"),
     "a marker of another format": (
         "COMMITTED",
-        lambda p: p.write_text('{"format": 4, "files": {}}'),
-        "it is of format 4, and this trainer reads format 3",
+        lambda p: p.write_text('{"format": 5, "files": {}}'),
+        "it is of format 5, and this trainer reads format 4",
     ),
     "a marker a thousand deep": (
         "COMMITTED",
@@ -415,7 +415,7 @@ def test_checkpoints_of_format_1_are_refused(tmp_path: pathlib.Path) -> None:
     for file in path.iterdir():
         file.rename(path / re.sub("-[0-9a-f]{16}", "", file.name))
     with pytest.raises(
-        CheckpointError, match=r"it is of format 1, and this trainer reads format 3"
+        CheckpointError, match=r"it is of format 1, and this trainer reads format 4"
     ):
         checkpoint.find(str(tmp_path))
     save(small(tmp_path, keep_last=1), 20, info())

@@ -315,7 +315,7 @@ def test_an_allowed_change_goes_on(
     printed = capsys.readouterr().out
     assert "resuming from" in printed
     assert "is of another config; left behind: loss_scale/counts/Greg" in printed
-    assert yaml.safe_load((finished / "config.yaml").read_text())["training"]["r1_gamma"] == 5.0
+    assert yaml.safe_load((finished / "config.yaml").read_text())["objective"]["r1_gamma"] == 5.0
 
 
 def test_other_networks_are_refused_even_if_allowed(

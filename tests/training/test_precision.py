@@ -45,7 +45,7 @@ class Run:
         formulas: Formulas = Formulas.GENERIC,
         all_reduce: Any = None,
         num_fp16_res: int | str = 4,
-        training: dict[str, Any] | None = None,
+        objective: dict[str, Any] | None = None,
         augment: dict[str, Any] | None = None,
     ) -> None:
         config = config_lib.from_dict(
@@ -53,7 +53,8 @@ class Run:
                 "run": {"precision": precision},
                 "data": {"use_labels": True, "window": 8},
                 "model": {**TINY_MODEL, "num_fp16_res": num_fp16_res},
-                "training": {"batch_size": batch, "rounds": rounds, **(training or {})},
+                "training": {"batch_size": batch, "rounds": rounds},
+                "objective": objective or {},
                 "augment": augment or {"mode": "none"},
             }
         )
