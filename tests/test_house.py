@@ -88,7 +88,7 @@ def part_of(module: str) -> str:
     if len(names) == 1:
         return "core"
     if re.match(
-        r"trainer\.(families(\.(registry|protocol|\w+\.keys)\b|$)|objectives\.keys\b)", module
+        r"trainer\.(families(\.(registry|protocol|sizes|\w+\.keys)\b|$)|objectives\.keys\b)", module
     ):
         return "keys"
     return names[1] if names[1] in FLOORS else "commands"

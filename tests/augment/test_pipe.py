@@ -455,11 +455,19 @@ def test_five_channels_are_refused() -> None:
 
 
 def test_presets_add_one_kind_of_operation_each() -> None:
-    ops = list(pipe_lib.PIPES.values())
+    ops = [pipe_lib.PIPES[name] for name in ("b", "bg", "bgc", "bgcf", "bgcfn", "bgcfnc")]
     assert [len(pipe) for pipe in ops] == [3, 7, 12, 13, 14, 15]
     assert all(small.items() <= large.items() for small, large in itertools.pairwise(ops))
     with pytest.raises(ConfigError, match="'bgz'; choose one of b, bg, bgc"):
         pipe_lib.AugmentPipe.preset("bgz")
+
+
+def test_colours_can_change_less_often_than_the_rest() -> None:
+    """R3GAN's pipeline: half as often, with cutout."""
+    pipe = pipe_lib.AugmentPipe.preset("bgc-cutout", color=0.5)
+    assert (pipe.brightness, pipe.contrast, pipe.lumaflip, pipe.hue, pipe.saturation) == (0.5,) * 5
+    assert (pipe.xflip, pipe.rotate90, pipe.xint, pipe.scale, pipe.rotate) == (1,) * 5
+    assert (pipe.aniso, pipe.xfrac, pipe.cutout, pipe.imgfilter, pipe.noise) == (1, 1, 1, 0, 0)
 
 
 class TestController:

@@ -82,6 +82,7 @@ def test_what_nvidias_presets_share(name: str) -> None:
     assert vars(config.augment) == {
         "mode": "ada",
         "pipe": "bgc",
+        "color": 1.0,
         "p": 0.0,
         "target": 0.6,
         "adjust_kimg": 500.0,

@@ -27,7 +27,8 @@ def test_a_familys_keys_choose_it(name: str) -> None:
 def test_tables_are_those_of_the_networks(name: str) -> None:
     from trainer.training import build
 
-    config = config_lib.from_dict({"model": {"family": name}})
+    objective = {} if registry.keys(name).STYLES else {"pl_weight": 0}
+    config = config_lib.from_dict({"model": {"family": name}, "objective": objective})
     config = config_lib.resolve(config, resolution=(64, 64))
     data = DataShape((64, 64), 3, (1, 2))
     tables = config.model.tables(data)

@@ -61,11 +61,11 @@ class Run:
         self.config = config = config_lib.resolve(config, resolution=manifest.resolution)
         shape = DataShape(manifest.resolution, 3, tuple(manifest.label_counts))
         recipe = build.recipe(config, shape, formulas, static_shapes=jit)
-        self.networks, objective, self.sampler = recipe
+        self.networks, recipe_objective, self.sampler = recipe
         self.state = TrainState(
             *recipe[:2], seed=0, augment_p=config.augment.p, dtype=full_dtype(precision)
         )
-        self.phases: dict[str, Phase] = {phase.name: phase for phase in objective.phases}
+        self.phases: dict[str, Phase] = {phase.name: phase for phase in recipe_objective.phases}
         self.step = TrainStep(
             config,
             config_lib.batch_arithmetic(config, 1),

@@ -39,6 +39,7 @@ PIPES: dict[str, dict[str, Any]] = {
         "bgcf": (*_BLIT, *_GEOMETRY, *_COLOR, "imgfilter"),
         "bgcfn": (*_BLIT, *_GEOMETRY, *_COLOR, "imgfilter", "noise"),
         "bgcfnc": (*_BLIT, *_GEOMETRY, *_COLOR, "imgfilter", "noise", "cutout"),
+        "bgc-cutout": (*_BLIT, *_GEOMETRY, *_COLOR, "cutout"),
     }.items()
 }
 
@@ -144,15 +145,22 @@ class AugmentPipe:
     cutout_size: float = 0.5
 
     @classmethod
-    def preset(cls, name: str) -> AugmentPipe:
+    def preset(cls, name: str, color: float = 1.0) -> AugmentPipe:
         """The pipe of that name in `PIPES`.
+
+        Args:
+          name: of the pipe.
+          color: a factor of the probability multipliers of `_COLOR`.
 
         Raises:
           ConfigError: there is none.
         """
         if name not in PIPES:
             raise ConfigError(f"augment.pipe: no pipe {name!r}; choose one of {', '.join(PIPES)}")
-        return cls(**PIPES[name])
+        multipliers = PIPES[name]
+        return cls(
+            **multipliers | {op: color * multipliers[op] for op in _COLOR if op in multipliers}
+        )
 
     def draw(self, seeds: tf.Tensor, group_size: int, image_shape: tuple[int, int, int]) -> Draws:
         """Every random number that `apply` needs, in the form in which NVIDIA's code draws it.

@@ -21,6 +21,7 @@ from trainer.config.schema import (
     TelemetryConfig,
     TrainingConfig,
 )
+from trainer.core.schedule import Schedule
 from trainer.objectives.keys import ObjectiveConfig
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "DataConfig",
     "ObjectiveConfig",
     "RunConfig",
+    "Schedule",
     "TelemetryConfig",
     "TrainingConfig",
     "batch_arithmetic",

@@ -157,6 +157,7 @@ class AugmentConfig(Section):
       mode: 'none', 'fixed' strength `p`, or 'ada', which steers p (NVIDIA: --aug).
       pipe: which transformations: b blit, g geometry, c colour, f filter, n noise, c cutout
         (NVIDIA: --augpipe).
+      color: how often colours change, compared with the other transformations (R3GAN: 0.5).
       p: the strength of 'fixed', which may follow a schedule, or where 'ada' starts (NVIDIA: --p).
       target: value of E[sign(D(real))] that 'ada' steers to (NVIDIA: --target).
       adjust_kimg: thousands of images in which 'ada' can take p from 0 to 1 (NVIDIA: 500, or 100
@@ -167,7 +168,8 @@ class AugmentConfig(Section):
     NAME: ClassVar[str] = "augment"
 
     mode: Literal["none", "fixed", "ada"] = "ada"
-    pipe: Literal["b", "bg", "bgc", "bgcf", "bgcfn", "bgcfnc"] = "bgc"
+    pipe: Literal["b", "bg", "bgc", "bgcf", "bgcfn", "bgcfnc", "bgc-cutout"] = "bgc"
+    color: float = key(1.0, FRACTION)
     p: Number = key(0.0, FRACTION)
     target: float = key(0.6, FRACTION)
     adjust_kimg: float = key(500.0, POSITIVE)

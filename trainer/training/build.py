@@ -94,7 +94,11 @@ def recipe(
     generator, discriminator = networks(config, data, formulas)
     training, group_size = config.training, config.training.group_size
     assert isinstance(group_size, int)
-    pipe = None if config.augment.mode == "none" else AugmentPipe.preset(config.augment.pipe)
+    pipe = (
+        None
+        if config.augment.mode == "none"
+        else AugmentPipe.preset(config.augment.pipe, config.augment.color)
+    )
     trained = Networks(
         generator=generator,
         discriminator=discriminator,

@@ -7,7 +7,7 @@ import hypothesis.strategies as st
 import pytest
 
 from trainer.core.errors import ConfigError
-from trainer.families.stylegan2.keys import base_grid, nearest_resolutions
+from trainer.families.sizes import base_grid, nearest_resolutions
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,10 @@ import tensorflow as tf
 from trainer.families import network
 from trainer.families.network import Output, Params
 from trainer.families.protocol import DataShape
+from trainer.families.sizes import base_grid
 from trainer.families.stylegan2.keys import (
     MAPPING_LR,
     Keys,
-    base_grid,
     channels,
     discriminator_table,
     generator_table,
