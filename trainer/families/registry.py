@@ -12,7 +12,7 @@ from trainer.core.errors import ConfigError
 from trainer.core.text import quoted
 from trainer.families.protocol import Keys
 
-NAMES = ("stylegan2",)
+NAMES = ("stylegan2", "r3gan")
 DEFAULT = "stylegan2"
 
 

@@ -1,0 +1,221 @@
+"""R3GAN's generator and discriminator (Huang et al. 2024, section 3), value for value the authors'.
+
+Names are those of the authors' parameters: `MainLayers.2.Layers.1` is the second layer of the third
+stage, counted from z in the generator and from the image in the discriminator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from trainer.families import network
+from trainer.families.network import Output, Params
+from trainer.families.protocol import DataShape
+from trainer.families.r3gan.keys import Keys, discriminator_table, generator_table
+from trainer.families.sizes import base_grid
+from trainer.layers import grouped, ops
+
+
+def build(
+    keys: Keys,
+    data: DataShape,
+    *,
+    group_size: int,
+    clamped: bool,
+    half_dtype: tf.DType | None,
+    formulas: ops.Formulas,
+) -> tuple[Generator, Discriminator]:
+    """Both networks.
+
+    Args:
+      keys: resolved.
+      data: what they make and judge.
+      group_size: without effect: no layer looks at several images.
+      clamped: without effect: activations aren't clamped.
+      half_dtype: of the stages in 16 bits; None for full precision throughout.
+      formulas: how layers are computed.
+    """
+    del group_size, clamped
+    widths = keys.widths(base_grid(data.resolution))
+    shared: dict[str, Any] = {
+        "c_dim": len(data.label_counts),
+        "resolution": data.resolution,
+        "img_channels": data.channels,
+        "widths": widths,
+        "blocks": [keys.blocks] * len(widths),
+        "group_channels": keys.group_channels,
+        "num_fp16_res": keys.num_fp16_res,
+        "half_dtype": half_dtype,
+        "formulas": formulas,
+    }
+    return Generator(z_dim=keys.z_dim, **shared), Discriminator(**shared)
+
+
+class Generator(network.Generator):
+    """z, c -> images. Its only w is z with the embedding of the class behind it.
+
+    Args:
+      z_dim: length of z, and of the embedding of a class.
+      c_dim: number of classes, 0 if unconditional.
+      resolution: (height, width), the base grid times 2 ** (stages - 1).
+      img_channels: 1 to 4.
+      widths: channels of each stage, from the base grid up.
+      blocks: residual blocks of each stage, likewise.
+      group_channels: hidden channels in a group of the grouped convolutions.
+      num_fp16_res: how many of the highest resolutions run in `half_dtype`.
+      half_dtype: tf.float16, tf.bfloat16, or None for full precision throughout.
+      formulas: how layers are computed.
+    """
+
+    def __init__(
+        self,
+        *,
+        z_dim: int,
+        c_dim: int,
+        resolution: tuple[int, int],
+        img_channels: int = 3,
+        widths: Sequence[int],
+        blocks: Sequence[int],
+        group_channels: int,
+        num_fp16_res: int = 0,
+        half_dtype: tf.DType | None = None,
+        formulas: ops.Formulas = ops.Formulas.GENERIC,
+    ) -> None:
+        super().__init__(
+            generator_table(
+                z_dim=z_dim,
+                c_dim=c_dim,
+                resolution=resolution,
+                img_channels=img_channels,
+                widths=widths,
+                blocks=blocks,
+                group_channels=group_channels,
+            )
+        )
+        self.z_dim, self.c_dim = z_dim, c_dim
+        self.w_dim, self.num_ws = 2 * z_dim if c_dim else z_dim, 1
+        self.noise_shapes = []
+        self.resolution, self.img_channels = resolution, img_channels
+        self.formulas = formulas
+        self._blocks = blocks
+        first_half = len(widths) - num_fp16_res
+        self._dtypes = [half_dtype if n >= first_half else None for n in range(len(widths))]
+
+    def map(self, params: Params, z: tf.Tensor, c: tf.Tensor) -> tf.Tensor:
+        """See `network.Generator.map`."""
+        if not self.c_dim:
+            return z
+        return tf.concat([z, tf.linalg.matmul(c, params["EmbeddingLayer.weight"])], 1)
+
+    def synthesis(
+        self, params: Params, ws: tf.Tensor, noise: list[tf.Tensor] | None = None
+    ) -> tf.Tensor:
+        """See `network.Generator.synthesis`."""
+        del noise
+        first = "MainLayers.0.Layers.0"
+        scales = tf.linalg.matmul(ws[:, 0], params[f"{first}.LinearLayer.weight"])
+        x = params[f"{first}.Basis"] * scales[:, tf.newaxis, tf.newaxis]
+        for stage, (blocks, dtype) in enumerate(zip(self._blocks, self._dtypes, strict=True)):
+            x = tf.cast(x, dtype or ws.dtype)
+            if stage:
+                x = _change_width(params, f"MainLayers.{stage}.Layers.0", x, self.formulas)
+                x = ops.upsample2d(x, ops.RESAMPLE_FILTER, self.formulas)
+            for block in range(blocks):
+                x = _block(params, f"MainLayers.{stage}.Layers.{block + 1}", x, self.formulas)
+        return tf.cast(_conv(params, "AggregationLayer.Layer", x, self.formulas), ws.dtype)
+
+
+class Discriminator(network.Discriminator):
+    """Images, c -> logits.
+
+    Args:
+      c_dim: number of classes, 0 if unconditional.
+      resolution: (height, width), the base grid times 2 ** (stages - 1).
+      img_channels: 1 to 4.
+      widths: channels of each stage, from the base grid up.
+      blocks: residual blocks of each stage, likewise.
+      group_channels: hidden channels in a group of the grouped convolutions.
+      num_fp16_res: how many of the highest resolutions run in `half_dtype`.
+      half_dtype: tf.float16, tf.bfloat16, or None for full precision throughout.
+      formulas: how layers are computed.
+    """
+
+    def __init__(
+        self,
+        *,
+        c_dim: int,
+        resolution: tuple[int, int],
+        img_channels: int = 3,
+        widths: Sequence[int],
+        blocks: Sequence[int],
+        group_channels: int,
+        num_fp16_res: int = 0,
+        half_dtype: tf.DType | None = None,
+        formulas: ops.Formulas = ops.Formulas.GENERIC,
+    ) -> None:
+        super().__init__(
+            discriminator_table(
+                c_dim=c_dim,
+                resolution=resolution,
+                img_channels=img_channels,
+                widths=widths,
+                blocks=blocks,
+                group_channels=group_channels,
+            )
+        )
+        self.c_dim = c_dim
+        self.resolution, self.img_channels = resolution, img_channels
+        self.formulas = formulas
+        self._blocks = list(reversed(blocks))
+        self._dtypes = [half_dtype if n < num_fp16_res else None for n in range(len(widths))]
+        self.freezable_layers = ["ExtractionLayer.Layer"]
+
+    def apply(self, params: Params, images: tf.Tensor, c: tf.Tensor) -> Output:
+        """See `network.Discriminator.apply`."""
+        full = params["ExtractionLayer.Layer.weight"].dtype
+        x = tf.cast(images, self._dtypes[0] or full)
+        x = _conv(params, "ExtractionLayer.Layer", x, self.formulas)
+        for stage, (blocks, dtype) in enumerate(zip(self._blocks, self._dtypes, strict=True)):
+            name = f"MainLayers.{stage}.Layers"
+            x = tf.cast(x, dtype or full)
+            for block in range(blocks):
+                x = _block(params, f"{name}.{block}", x, self.formulas)
+            if stage < len(self._blocks) - 1:
+                x = ops.downsample2d(x, ops.RESAMPLE_FILTER, self.formulas)
+                x = _change_width(params, f"{name}.{blocks}", x, self.formulas)
+        head = f"MainLayers.{len(self._blocks) - 1}.Layers.{self._blocks[-1]}"
+        # A depthwise convolution whose kernels are as large as the maps.
+        basis = params[f"{head}.Basis.weight"][:, :, 0]
+        x = tf.reduce_sum(tf.cast(x, full) * basis, [1, 2])
+        x = tf.linalg.matmul(x, params[f"{head}.LinearLayer.weight"])
+        if self.c_dim:
+            embedding = tf.linalg.matmul(c, params["EmbeddingLayer.weight"])
+            x = tf.reduce_sum(x * embedding, 1, keepdims=True)
+        return Output(x, {})
+
+
+def _conv(params: Params, name: str, x: tf.Tensor, formulas: ops.Formulas) -> tf.Tensor:
+    """A convolution without bias."""
+    return ops.conv2d(x, tf.cast(params[f"{name}.weight"], x.dtype), formulas)
+
+
+def _change_width(params: Params, name: str, x: tf.Tensor, formulas: ops.Formulas) -> tf.Tensor:
+    """A 1x1 convolution, where stages have different widths."""
+    layer = f"{name}.LinearLayer.Layer"
+    return _conv(params, layer, x, formulas) if f"{layer}.weight" in params else x
+
+
+def _block(params: Params, name: str, x: tf.Tensor, formulas: ops.Formulas) -> tf.Tensor:
+    """A residual block: 1x1 to the hidden channels, grouped 3x3, 1x1 back (figure 3)."""
+
+    def activation(layer: str, y: tf.Tensor) -> tf.Tensor:
+        bias = params[f"{name}.{layer}.Bias"]
+        return ops.bias_act(y, bias, "lrelu", gain=1.0, formulas=formulas)
+
+    y = activation("NonLinearity1", _conv(params, f"{name}.LinearLayer1.Layer", x, formulas))
+    weight = tf.cast(params[f"{name}.LinearLayer2.Layer.weight"], x.dtype)
+    y = activation("NonLinearity2", grouped.grouped_conv2d(y, weight, formulas))
+    return x + _conv(params, f"{name}.LinearLayer3.Layer", y, formulas)
