@@ -49,11 +49,12 @@ class Run:
         self,
         manifest: Manifest,
         *layers: dict[str, dict[str, Any]],
+        base: dict[str, dict[str, Any]] = TINY,
         replicas: int = 0,
         jit: bool = False,
     ) -> None:
         settings: dict[str, dict[str, Any]] = {}
-        for layer in (TINY, *layers):
+        for layer in (base, *layers):
             settings = {k: {**settings.get(k, {}), **layer.get(k, {})} for k in TINY}
         config = config_lib.from_dict(settings)
         self.config = config_lib.resolve(config, resolution=manifest.resolution)

@@ -89,9 +89,11 @@ def test_schedules(name: str) -> None:
     ],
 )
 def test_wrong_keys(model: dict[str, Any], message: str) -> None:
+    def resolve() -> None:
+        config_lib.from_dict({"model": {"family": "r3gan", **model}}).model.resolved((128, 128))
+
     with pytest.raises(ConfigError, match=message):
-        config = config_lib.from_dict({"model": {"family": "r3gan", **model}})
-        config.model.resolved((128, 128))
+        resolve()
 
 
 def test_a_size_it_cannot_make() -> None:

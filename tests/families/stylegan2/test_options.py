@@ -1,4 +1,4 @@
-"""Every network configuration against every property that training relies on."""
+"""Every option of the networks against every property that training relies on."""
 
 from __future__ import annotations
 
