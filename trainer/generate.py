@@ -204,9 +204,11 @@ def write_mixing_sheet(
     None means the first seven, as in NVIDIA's style_mixing.py. Returns the path.
 
     Raises:
-      UsageError: the network has no such layer.
+      UsageError: the network has no such layer, or no styles.
     """
     last = painter.num_ws - 1
+    if not last:
+        raise UsageError("--mix_rows: this network has no styles to mix; use --seeds or --walk")
     chosen = list(range(min(6, last) + 1)) if layers is None else layers
     if max(chosen) > last:
         raise UsageError(

@@ -22,7 +22,7 @@ from trainer.config import CheckpointConfig
 from trainer.core.errors import UsageError
 from trainer.data.manifest import Manifest
 from trainer.families import registry
-from trainer.generate import Painter
+from trainer.generate import Painter, write_mixing_sheet
 from trainer.training import checkpoint
 from trainer.training.checkpoint import Checkpoints
 from trainer.training.serving import Served
@@ -173,6 +173,18 @@ def test_truncation_or_why_not(family: str, squares: Manifest) -> None:  # noqa:
         return
     images = Painter(network, params, truncation_psi=0.0).images([1, 2], [0, 0])
     np.testing.assert_array_equal(*images)
+
+
+@every_family
+def test_mixing_or_why_not(family: str, squares: Manifest, tmp_path: pathlib.Path) -> None:  # noqa: F811
+    network, params = generator(family, squares)
+    painter = Painter(network, params)
+    if network.num_ws == 1:
+        with pytest.raises(UsageError, match="no styles to mix"):
+            write_mixing_sheet(painter, [1], [2], None, 0, str(tmp_path))
+        assert not list(tmp_path.iterdir())
+        return
+    assert pathlib.Path(write_mixing_sheet(painter, [1], [2], None, 0, str(tmp_path))).exists()
 
 
 @every_family

@@ -340,6 +340,14 @@ def test_another_data_set_is_refused(
     assert "resuming from" in capsys.readouterr().out
 
 
+def test_a_step_that_reads_more_than_there_is(tmp_path: pathlib.Path, squares: Manifest) -> None:
+    config = labelled(squares, training={"batch_size": 32}, objective={"d_steps": 3})
+    with pytest.raises(ConfigError, match=r"3 batches of 32 .*d_steps = 3.* the data set has 64"):
+        loop.train(config, str(tmp_path / "run"), dry_run=True)
+    config = labelled(squares, training={"batch_size": 32}, objective={"d_steps": 2})
+    loop.train(config, str(tmp_path / "run"), dry_run=True)
+
+
 def test_a_dry_run_starts_nothing(
     tmp_path: pathlib.Path, squares: Manifest, capsys: pytest.CaptureFixture[str]
 ) -> None:

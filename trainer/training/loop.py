@@ -44,7 +44,7 @@ from trainer.training import (
 )
 from trainer.training.checkpoint import Checkpoints, Inventory
 from trainer.training.preemption import Preemption
-from trainer.training.run import Run, shape_of
+from trainer.training.run import Run, check_data, shape_of
 from trainer.training.snapshot import AtSnapshot, Snapshot, Snapshots
 from trainer.training.state import TrainState
 from trainer.training.step import agree
@@ -89,6 +89,7 @@ def train(
     for path in (manifest.directory, workdir):
         storage.prepare_tensorflow(path)
     run = Run.create(config, shape_of(manifest, config), cluster, stop)
+    check_data(run, manifest.num_images)
     config, data, arithmetic = run.config, run.data, run.arithmetic
     strategy, is_chief = run.placement.strategy, run.placement.is_chief
     for line in _description(run, manifest):
@@ -352,7 +353,8 @@ def _description(run: Run, manifest: Manifest) -> list[str]:
         f"XLA {'on' if run.jit else 'off'}",
         *(["note      without XLA, bfloat16 takes 15 times as long on a CPU"] if slow else []),
         f"batch     {a.global_batch} images = {a.num_replicas} replicas x {a.rounds} rounds x "
-        f"{a.per_replica_batch} ({groups} groups of {a.group_size})",
+        f"{a.per_replica_batch} ({groups} groups of {a.group_size})"
+        + (f"; a step reads {a.batches} of them" if a.batches > 1 else ""),
         f"networks  G {costs.g_params:,} and D {costs.d_params:,} parameters, "
         f"{costs.gflop_per_image:.3g} GFLOP of convolutions per image, about "
         f"{1000 * costs.gflop_per_image / 130:.3g} s/kimg at 130 GFLOP/s",

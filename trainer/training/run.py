@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from trainer import config as config_lib
 from trainer.config import BatchArithmetic, Config, Cost
+from trainer.core.errors import ConfigError
 from trainer.data.manifest import Manifest
 from trainer.distribution import precision
 from trainer.distribution.cluster import Cluster
@@ -96,6 +97,22 @@ class Run:
         """The step that trains a state."""
         strategy = self.placement.strategy
         return TrainStep(self.config, self.arithmetic, strategy, state, *self.recipe, jit=self.jit)
+
+
+def check_data(run: Run, num_images: int) -> None:
+    """Refuses a data set that several batches of one step would show more than once.
+
+    Raises:
+      ConfigError: it is smaller than what a step reads.
+    """
+    a = run.arithmetic
+    read = a.groups_per_step * a.group_size
+    if a.batches > 1 and read > num_images:
+        raise ConfigError(
+            f"a step reads {a.batches} batches of {a.global_batch} images (objective.d_steps = "
+            f"{run.config.objective.d_steps}), and the data set has {num_images}; make "
+            "training.batch_size or objective.d_steps smaller"
+        )
 
 
 def decide(
