@@ -77,6 +77,17 @@ def _two_families(monkeypatch: pytest.MonkeyPatch) -> None:
     loading.known_keys.cache_clear()
 
 
+def test_a_group_too_small_for_batch_normalisation(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = registry.keys(registry.DEFAULT)
+    monkeypatch.setattr(keys, "SMALLEST_GROUP", 16)
+    training = {"batch_size": 32, "group_size": 8}
+    config = config_lib.from_dict({"training": training})
+    with pytest.raises(ConfigError, match=r"group_size = 8: .* a group, which needs 16 images"):
+        config_lib.resolve(config, resolution=(32, 32))
+    config = config_lib.from_dict({"training": {**training, "group_size": 16}})
+    assert config_lib.resolve(config, resolution=(32, 32)).training.group_size == 16
+
+
 @pytest.mark.usefixtures("_two_families")
 def test_keys_are_those_of_the_chosen_family(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "c.yaml"

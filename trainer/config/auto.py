@@ -29,6 +29,12 @@ def resolve(config: Config, *, resolution: tuple[int, int]) -> Config:
         objective=fill(config.objective, values["objective"]),
         training=fill(config.training, values["training"]),
     )
+    group, smallest = resolved.training.group_size, config.model.SMALLEST_GROUP
+    if isinstance(group, int) and group < smallest:
+        raise ConfigError(
+            f"training.group_size = {group}: {config.model.family} normalises by the statistics of a "
+            f"group, which needs {smallest} images or more"
+        )
     resolved.objective.check(
         styles=config.model.STYLES,
         family=config.model.family,

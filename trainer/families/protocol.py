@@ -104,11 +104,14 @@ class Keys(Section):
 
     Attributes:
       STYLES: whether the generator is a `network.StyleGenerator`.
+      SMALLEST_GROUP: images that a group must have: 16 for networks with batch normalisation, whose
+        statistics are those of a group.
       family: which pair of networks.
     """
 
     NAME: ClassVar[str] = "model"
     STYLES: ClassVar[bool] = False
+    SMALLEST_GROUP: ClassVar[int] = 1
 
     family: str
 
