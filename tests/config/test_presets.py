@@ -55,7 +55,14 @@ def spec(config: config_lib.Config) -> tuple[Any, ...]:
 
 def test_all_presets_are_there() -> None:
     r3gan = {"cifar10", "ffhq64", "ffhq256", "imagenet32", "imagenet64", "smoke"}
-    assert set(PRESETS) == {*NVIDIA, "auto", "smoke", "emoji64", *(f"r3gan-{n}" for n in r3gan)}
+    assert set(PRESETS) == {
+        *NVIDIA,
+        "auto",
+        "smoke",
+        "smoke-relativistic",
+        "emoji64",
+        *(f"r3gan-{n}" for n in r3gan),
+    }
 
 
 @pytest.mark.parametrize("name", NVIDIA)
