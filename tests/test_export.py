@@ -27,10 +27,11 @@ from trainer.core import storage
 from trainer.core.errors import CheckpointError, DivergedError, UsageError
 from trainer.families.protocol import DataShape
 from trainer.layers.ops import Formulas
-from trainer.training import build, export
+from trainer.serving import saved_model
+from trainer.serving.saved_model import ExportError
+from trainer.serving.signatures import Served
+from trainer.training import build
 from trainer.training.checkpoint import Checkpoints, load_generator
-from trainer.training.export import ExportError
-from trainer.training.serving import Served
 
 ROOT = pathlib.Path(__file__).parents[1]
 MODEL = {
@@ -257,7 +258,7 @@ def test_a_conditional_network_in_bfloat16(
 
 def test_a_checkpoint_on_gs(gcs: Gcs, monkeypatch: pytest.MonkeyPatch) -> None:
     """From gs:// to gs://, whence TensorFlow loads it."""
-    monkeypatch.setattr(export, "_check", lambda *_: GOOD)
+    monkeypatch.setattr(saved_model, "_check", lambda *_: GOOD)
     source = make_run(f"{gcs.url}/run", precision="float16")
     path = f"{source}/checkpoints/step-000000012"
     dest = f"{gcs.url}/models/cats"
@@ -279,9 +280,9 @@ def test_compiled(platform: str, tmp_path: pathlib.Path, monkeypatch: pytest.Mon
     card = json.loads((tmp_path / "1" / "model_card.json").read_text())
     assert card["export"]["check"]["max_difference"] <= 1
     assert b"_XlaMustCompile" in (tmp_path / "1" / "saved_model.pb").read_bytes()
-    config, data = export._origin(load_generator(source)[3])
+    config, data = saved_model._origin(load_generator(source)[3])
     wanted = Formulas.XLA_CPU if platform == "cpu" else Formulas.GENERIC
-    assert export._network(config, data, "float32", platform).formulas is wanted
+    assert saved_model._network(config, data, "float32", platform).formulas is wanted
 
 
 @pytest.mark.parametrize("trained", ["float32", "bfloat16"])
@@ -291,7 +292,7 @@ def test_the_clamp_is_that_of_training(trained: str) -> None:
     config = config_lib.from_dict(document)
     data = DataShape((16, 32), 3, ())
     for precision in ("float32", "bfloat16"):
-        network = export._network(config, data, precision, "off")
+        network = saved_model._network(config, data, precision, "off")
         assert network.conv_clamp == (64.0 if trained == "bfloat16" else None)
         assert {b.dtype for b in network.blocks[1:]} == {
             tf.bfloat16 if precision == "bfloat16" else None
@@ -300,11 +301,11 @@ def test_the_clamp_is_that_of_training(trained: str) -> None:
 
 def test_the_loop_can_export(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the values it has and what it says of them, and no word of a path."""
-    monkeypatch.setattr(export, "_check", lambda *_: GOOD)
+    monkeypatch.setattr(saved_model, "_check", lambda *_: GOOD)
     _, params, _, info = load_generator(make_run(str(tmp_path / "run")))
     (tmp_path / "run" / "export" / "4").mkdir(parents=True)
     (tmp_path / "run" / "export" / "4" / "saved_model.pb").write_bytes(b"the last one")
-    exported = export.publish(params, info, str(tmp_path / "run" / "export"))
+    exported = saved_model.publish(params, info, str(tmp_path / "run" / "export"))
     assert (exported.number, exported.path) == (5, str(tmp_path / "run" / "export" / "5"))
     assert exported.card["training"]["step"] == 12
 
@@ -336,7 +337,7 @@ def test_a_model_that_cannot_be_loaded_is_not_published(
     def broken(served: Served, folder: str) -> None:
         storage.write_text_atomic(f"{folder}/saved_model.pb", "no graph")
 
-    monkeypatch.setattr(export, "_save", broken)
+    monkeypatch.setattr(saved_model, "_save", broken)
     source = make_run(str(tmp_path / "run"))
     with pytest.raises(ExportError, match=r"could not load it .*exit code 1: ") as caught:
         run(f"--run={source}", f"--dest={tmp_path}/model", monkeypatch=monkeypatch)
@@ -370,9 +371,9 @@ def test_how_much_may_be_rounded(
     pixels = np.zeros([2, 4, 4, 3], np.uint8)
     if says:
         with pytest.raises(ExportError, match=says):
-            export._check("there", {}, pixels, precision)
+            saved_model._check("there", {}, pixels, precision)
     else:
-        assert export._check("there", {}, pixels, precision) == check
+        assert saved_model._check("there", {}, pixels, precision) == check
 
 
 @pytest.mark.parametrize(
@@ -493,9 +494,9 @@ def test_config_f_at_1024_loads_in_seconds(tmp_path: pathlib.Path) -> None:
     """A fresh process, TensorFlow's own start included; under 15 s on a machine that is idle."""
     config = config_lib.from_dict({})
     data = DataShape((1024, 1024), 3, ())
-    network = export._network(config, data, "float32", "off")
+    network = saved_model._network(config, data, "float32", "off")
     served = Served(network, network.init(seed=1))
-    export._save(served, str(tmp_path / "model"))
+    saved_model._save(served, str(tmp_path / "model"))
     code = "import sys, tensorflow as tf; tf.saved_model.load(sys.argv[1])"
     times = []
     for _ in range(2):

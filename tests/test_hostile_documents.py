@@ -18,8 +18,9 @@ from trainer.core.errors import ConfigError, DataError, TrainerError
 from trainer.core.lease import Owner
 from trainer.data import journal_entry, manifest, sources
 from trainer.distribution import cluster
+from trainer.serving import model_card, versions
 from trainer.telemetry import statsfile
-from trainer.training import model_card, run_info, versions
+from trainer.training import run_info
 from trainer.vertex import watch
 
 HOSTILE: list[Any] = [

@@ -16,15 +16,16 @@ from trainer import config as config_lib
 from trainer import probe
 from trainer.config import Config
 from trainer.core.errors import ConfigError, UsageError
-from trainer.data.speed import Reading
 from trainer.families.protocol import DataShape
 from trainer.objectives import objective as objectives
 from trainer.objectives.phase import Objective
-from trainer.training import speed, tpu_compiler, tpu_estimate
+from trainer.probing import step as speed
+from trainer.probing import tpu_compiler, tpu_estimate
+from trainer.probing.data import Reading
+from trainer.probing.step import Convolution, Row, Timing
+from trainer.probing.tpu_cost import LargestBatch, Phase
+from trainer.probing.tpu_estimate import Estimate
 from trainer.training.run import Run
-from trainer.training.speed import Convolution, Row, Timing
-from trainer.training.tpu_cost import LargestBatch, Phase
-from trainer.training.tpu_estimate import Estimate
 
 TINY = """
 data: {path: "package:data/fluent_emoji_32"}
@@ -231,7 +232,7 @@ def test_checkpoint_leaves_nothing_behind(
 
 def test_the_stall_is_a_share_of_a_tick() -> None:
     """A tick of 4 kimg at 100 images/s is 40 s; a step of 8 images 80 ms."""
-    from trainer.training.checkpoint_speed import CheckpointSpeed
+    from trainer.probing.checkpoint import CheckpointSpeed
 
     run = Run.create(config(batch_size=8), DataShape((8, 8), 3, ()))
     found = CheckpointSpeed(5, 400_000_000, Timing(2.0, 1.0), Timing(38.0, 30.0), Timing(4.0, 2.0))

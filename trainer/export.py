@@ -39,7 +39,8 @@ from absl import flags as absl_flags
 from trainer.core import flags, storage
 from trainer.core.errors import UsageError
 from trainer.core.text import printable
-from trainer.training import checkpoint, export
+from trainer.serving import saved_model
+from trainer.training import checkpoint
 
 FLAGS = absl_flags.FLAGS
 
@@ -80,7 +81,7 @@ def main(_: Sequence[str]) -> None:
     if not FLAGS.dest or bool(FLAGS.run) == bool(FLAGS.checkpoint):
         raise UsageError("--dest and one of --run and --checkpoint are needed")
     found = checkpoint.find(storage.resolve(FLAGS.checkpoint or FLAGS.run))
-    exported = export.publish(
+    exported = saved_model.publish(
         checkpoint.read_parameters(found, "G_ema"),
         found.info,
         storage.resolve(FLAGS.dest),

@@ -49,11 +49,11 @@ from trainer.families.protocol import DataShape
 # TensorFlow takes seconds to import; mistakes in the call are told before.
 if TYPE_CHECKING:
     from trainer.data.manifest import Manifest
-    from trainer.data.speed import Reading
-    from trainer.training.checkpoint_speed import CheckpointSpeed
+    from trainer.probing.checkpoint import CheckpointSpeed
+    from trainer.probing.data import Reading
+    from trainer.probing.step import Row, StepSpeed
+    from trainer.probing.tpu_cost import LargestBatch, Phase
     from trainer.training.run import Run
-    from trainer.training.speed import Row, StepSpeed
-    from trainer.training.tpu_cost import LargestBatch, Phase
 
 FLAGS = absl_flags.FLAGS
 
@@ -121,7 +121,7 @@ def probe_step(config: Config) -> None:
     data = _data_shape(config)
     workers = cluster.find(config.run.strategy)
     with membership.member(workers, config):
-        from trainer.training import speed
+        from trainer.probing import step as speed
         from trainer.training.run import Run
 
         run = Run.create(config, data, workers)
@@ -218,9 +218,9 @@ def probe_data(config: Config) -> None:
     """Times the input pipeline and says whether it keeps up with the step."""
     if not config.data.path:
         raise UsageError("no data set: give --data, the directory that trainer.convert wrote")
-    from trainer.data import speed as data_speed
     from trainer.data.pipeline import ImageStream
     from trainer.data.shards import BadRecords
+    from trainer.probing import data as data_speed
     from trainer.training.run import Run
 
     manifest = _manifest(config)
@@ -276,7 +276,7 @@ def _need(run: Run) -> tuple[float, str]:
     """Images per second that the step takes, and where that is from."""
     if FLAGS.step_sec_per_kimg:
         return 1000 / FLAGS.step_sec_per_kimg, "from --step_sec_per_kimg"
-    from trainer.training import speed
+    from trainer.probing import step as speed
 
     bare = speed.measure_convolution(run, FLAGS.steps).gflops.median
     gflop = run.cost().gflop_per_image
@@ -293,7 +293,7 @@ def probe_checkpoint(config: Config) -> None:
     if not FLAGS.workdir:
         raise UsageError("no place to write to: give --workdir, local or gs://")
     data = _data_shape(config)
-    from trainer.training import checkpoint_speed
+    from trainer.probing import checkpoint as checkpoint_speed
     from trainer.training.run import Run
 
     run = Run.create(config, data)
@@ -351,7 +351,7 @@ def probe_tpu(config: Config) -> None:
       UsageError: a phase doesn't compile, or the compiler is missing.
     """
     data = _data_shape(config)
-    from trainer.training.tpu_cost import TpuRun
+    from trainer.probing.tpu_cost import TpuRun
 
     run = TpuRun.create(config, data, FLAGS.topology, FLAGS.replicas, FLAGS.batch)
     a = run.arithmetic

@@ -94,7 +94,8 @@ def main(_: Sequence[str]) -> None:
         membership.member(workers, config) as members,
         preemption.Preemption(config.run, members) as stop,
     ):
-        from trainer.training import export, loop
+        from trainer.serving import saved_model
+        from trainer.training import loop
 
         model_dir, snapshots = storage.resolve(model.path), config.checkpoint.export_snapshots
         loop.train(
@@ -105,7 +106,7 @@ def main(_: Sequence[str]) -> None:
             start_over=FLAGS.start_over,
             cluster=workers,
             stop=stop,
-            at_snapshot=[export.exporter(model_dir, snapshots=snapshots)] if model_dir else [],
+            at_snapshot=[saved_model.exporter(model_dir, snapshots=snapshots)] if model_dir else [],
         )
 
 

@@ -16,16 +16,15 @@ import pytest
 import tensorflow as tf
 
 from tests.conformance.families import make
-from tests.training.conftest import eagerly, squares  # noqa: F401 (fixtures)
 from tests.training.test_step import Run, distance
 from trainer.config import CheckpointConfig
 from trainer.core.errors import UsageError
 from trainer.data.manifest import Manifest
 from trainer.families import registry
 from trainer.generate import Painter, write_mixing_sheet
+from trainer.serving.signatures import Served
 from trainer.training import checkpoint
 from trainer.training.checkpoint import Checkpoints
-from trainer.training.serving import Served
 
 pytestmark = pytest.mark.filterwarnings("ignore:Even though the `tf.config.experimental_run")
 every_family = pytest.mark.parametrize("family", registry.NAMES)
@@ -52,7 +51,7 @@ def assert_same(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray], lim
 
 
 @every_family
-def test_every_parameter_learns(family: str, squares: Manifest) -> None:  # noqa: F811
+def test_every_parameter_learns(family: str, squares: Manifest) -> None:
     run = trained(family, squares)
     for network in ("G", "D"):
         values, _, second, count = run.state.optimized(network)
@@ -65,7 +64,7 @@ def test_every_parameter_learns(family: str, squares: Manifest) -> None:  # noqa
 
 @every_family
 @pytest.mark.usefixtures("eagerly")
-def test_two_rounds_are_one(family: str, squares: Manifest) -> None:  # noqa: F811
+def test_two_rounds_are_one(family: str, squares: Manifest) -> None:
     halves = make(family, squares, rounds=2)
     halves.steps(2)
     assert_same(halves.values(), trained(family, squares).values(), 1e-9)
@@ -73,7 +72,7 @@ def test_two_rounds_are_one(family: str, squares: Manifest) -> None:  # noqa: F8
 
 @every_family
 @pytest.mark.slow
-def test_two_replicas_are_one(family: str, squares: Manifest, tmp_path: pathlib.Path) -> None:  # noqa: F811
+def test_two_replicas_are_one(family: str, squares: Manifest, tmp_path: pathlib.Path) -> None:
     """In another process: in one, TensorFlow would take collectives for those of another run."""
     out = tmp_path / "values.npz"
     module = "tests.conformance.families"
@@ -85,7 +84,7 @@ def test_two_replicas_are_one(family: str, squares: Manifest, tmp_path: pathlib.
 
 
 @every_family
-def test_a_graph_is_the_same(family: str, squares: Manifest) -> None:  # noqa: F811
+def test_a_graph_is_the_same(family: str, squares: Manifest) -> None:
     run = make(family, squares)
     reports = run.steps(2)
     assert_same(run.values(), trained(family, squares).values(), 1e-9)
@@ -97,7 +96,7 @@ def test_a_graph_is_the_same(family: str, squares: Manifest) -> None:  # noqa: F
 
 @every_family
 @pytest.mark.slow
-def test_xla_is_the_same(family: str, squares: Manifest) -> None:  # noqa: F811
+def test_xla_is_the_same(family: str, squares: Manifest) -> None:
     """Gradients and updates compiled, all draws being made outside."""
     run = make(family, squares, jit=True)
     run.steps(2)
@@ -106,7 +105,7 @@ def test_xla_is_the_same(family: str, squares: Manifest) -> None:  # noqa: F811
 
 @every_family
 @pytest.mark.usefixtures("eagerly")
-def test_bfloat16_is_close(family: str, squares: Manifest) -> None:  # noqa: F811
+def test_bfloat16_is_close(family: str, squares: Manifest) -> None:
     """The first losses, before what Adam makes of small differences."""
     full, half = make(family, squares), make(family, squares, precision="bfloat16")
     (wanted,), (found,) = full.steps(1), half.steps(1)
@@ -122,7 +121,7 @@ def test_bfloat16_is_close(family: str, squares: Manifest) -> None:  # noqa: F81
 @pytest.mark.usefixtures("eagerly")
 def test_a_checkpoint_goes_on_bit_for_bit(
     family: str,
-    squares: Manifest,  # noqa: F811
+    squares: Manifest,
     tmp_path: pathlib.Path,
 ) -> None:
     run, other = make(family, squares), make(family, squares)
@@ -147,7 +146,7 @@ def generator(family: str, manifest: Manifest) -> tuple[Any, dict[str, np.ndarra
 
 
 @every_family
-def test_an_image_does_not_depend_on_its_batch(family: str, squares: Manifest) -> None:  # noqa: F811
+def test_an_image_does_not_depend_on_its_batch(family: str, squares: Manifest) -> None:
     network, params = generator(family, squares)
     seeds, labels = [3, 1, 4, 15], [0, 2, 1, 0]
     together = list(Painter(network, params, batch=4).images(seeds, labels))
@@ -165,7 +164,7 @@ def test_an_image_does_not_depend_on_its_batch(family: str, squares: Manifest) -
 
 
 @every_family
-def test_truncation_or_why_not(family: str, squares: Manifest) -> None:  # noqa: F811
+def test_truncation_or_why_not(family: str, squares: Manifest) -> None:
     network, params = generator(family, squares)
     if not network.truncates:
         with pytest.raises(UsageError, match="no average image"):
@@ -176,7 +175,7 @@ def test_truncation_or_why_not(family: str, squares: Manifest) -> None:  # noqa:
 
 
 @every_family
-def test_mixing_or_why_not(family: str, squares: Manifest, tmp_path: pathlib.Path) -> None:  # noqa: F811
+def test_mixing_or_why_not(family: str, squares: Manifest, tmp_path: pathlib.Path) -> None:
     network, params = generator(family, squares)
     painter = Painter(network, params)
     if network.num_ws == 1:
@@ -190,7 +189,7 @@ def test_mixing_or_why_not(family: str, squares: Manifest, tmp_path: pathlib.Pat
 @every_family
 def test_a_saved_model_draws_the_same(
     family: str,
-    squares: Manifest,  # noqa: F811
+    squares: Manifest,
     tmp_path: pathlib.Path,
 ) -> None:
     network, params = generator(family, squares)

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from trainer.core import seeds, storage
 from trainer.core.errors import ConfigError, DataError, StorageError
-from trainer.data import fetch, manifest, pipeline, shards, speed
+from trainer.data import fetch, manifest, pipeline, shards
+from trainer.probing import data as speed
 
 # ---- the order, written down again in plain Python -----------------------------------------------
 

@@ -11,7 +11,6 @@ import pytest
 import tensorflow as tf
 
 from tests.layers import classic
-from tests.training.conftest import eagerly  # noqa: F401 (a fixture)
 from tests.training.test_step import distance
 from trainer.layers.normalization import batch_norm, follow_moments, spectral_norm
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.training.conftest import eagerly, squares  # noqa: F401 (fixtures)
 from tests.training.test_step import PLAIN, Run, distance
 from trainer.data.manifest import Manifest
 from trainer.objectives.phase import Phase
@@ -59,7 +58,7 @@ def made(manifest: Manifest, objective: Mapping[str, Any], **training: Any) -> R
 
 @EVERY
 @pytest.mark.usefixtures("eagerly")
-def test_two_rounds_are_one(squares: Manifest, name: str) -> None:  # noqa: F811
+def test_two_rounds_are_one(squares: Manifest, name: str) -> None:
     whole, halves = (made(squares, OBJECTIVES[name], rounds=rounds) for rounds in (1, 2))
     reports = whole.steps(2), halves.steps(2)
     found = halves.values()
@@ -72,7 +71,7 @@ def test_two_rounds_are_one(squares: Manifest, name: str) -> None:  # noqa: F811
 
 
 @pytest.mark.usefixtures("eagerly")
-def test_each_update_of_d_reads_reals_of_its_own(squares: Manifest) -> None:  # noqa: F811
+def test_each_update_of_d_reads_reals_of_its_own(squares: Manifest) -> None:
     drawn: list[tuple[str, list[int]]] = []
     objective = {**OBJECTIVES["relativistic"], "d_steps": 2}
     run = Run(squares, PLAIN, {"objective": objective})
@@ -99,7 +98,7 @@ def test_each_update_of_d_reads_reals_of_its_own(squares: Manifest) -> None:  # 
 
 
 def test_a_fake_has_the_class_of_the_real_that_it_is_compared_with(
-    squares: Manifest,  # noqa: F811
+    squares: Manifest,
 ) -> None:
     run = made(squares, OBJECTIVES["relativistic"])
     for name in ("Gmain", "Dmain"):
@@ -136,7 +135,7 @@ def gradients(run: Run, name: str, batch: Batch, draws: Any = None) -> dict[str,
 
 @pytest.mark.parametrize("penalty", ["r1_gamma", "r2_gamma", "gradient_penalty"])
 def test_a_penalty_at_every_step_is_the_same_as_at_intervals(
-    squares: Manifest,  # noqa: F811
+    squares: Manifest,
     penalty: str,
 ) -> None:
     """The gradients of D's loss with it are those without it, and those of a phase of its own."""
@@ -153,7 +152,7 @@ def test_a_penalty_at_every_step_is_the_same_as_at_intervals(
         np.testing.assert_allclose(value, main[name] + own[name] / 5, rtol=1e-8, atol=1e-10)
 
 
-def test_slopes_are_those_of_what_is_between(squares: Manifest) -> None:  # noqa: F811
+def test_slopes_are_those_of_what_is_between(squares: Manifest) -> None:
     """WGAN-GP's penalty by hand, of images that are partly a real and partly a fake."""
     run = Run(squares, EXACT, PLAIN, {"objective": OBJECTIVES["WGAN-GP"]})
     (phase,) = [each for each in run.objective.phases if each.name == "Dmain"]
@@ -176,7 +175,7 @@ def test_slopes_are_those_of_what_is_between(squares: Manifest) -> None:  # noqa
     np.testing.assert_allclose(report["Loss/D/reg"][1], 10 * expected.sum(), rtol=1e-10)
 
 
-def test_instance_noise_is_added_to_all_that_d_sees(squares: Manifest) -> None:  # noqa: F811
+def test_instance_noise_is_added_to_all_that_d_sees(squares: Manifest) -> None:
     run = Run(squares, EXACT, PLAIN, {"objective": {"instance_noise": 0.5}})
     seen: list[np.ndarray] = []
     networks = run.step._networks
@@ -210,7 +209,7 @@ def test_instance_noise_is_added_to_all_that_d_sees(squares: Manifest) -> None: 
 
 @pytest.mark.usefixtures("eagerly")
 @pytest.mark.parametrize("clip", [1e-3, 1e6])
-def test_gradients_are_clipped_together(squares: Manifest, clip: float) -> None:  # noqa: F811
+def test_gradients_are_clipped_together(squares: Manifest, clip: float) -> None:
     """To a length that they have over all replicas and rounds; a shorter one stays."""
     plain = {"pl_weight": 0, "r1_gamma": 0}
     run = Run(squares, EXACT, PLAIN, {"objective": {**plain, "gradient_clip": clip}})

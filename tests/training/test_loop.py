@@ -34,7 +34,8 @@ from trainer.core.errors import (
 from trainer.core.fencing import Record
 from trainer.core.lease import Owner
 from trainer.data.manifest import Manifest
-from trainer.training import checkpoint, export, loop
+from trainer.serving import saved_model
+from trainer.training import checkpoint, loop
 from trainer.training.preemption import Preemption
 from trainer.training.step import Reports, TrainStep
 
@@ -644,16 +645,16 @@ def published(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     def publish(
         params: dict[str, np.ndarray], info: dict[str, Any], dest: str, **_: Any
-    ) -> export.Exported:
+    ) -> saved_model.Exported:
         calls.append({"step": info["step"], "params": params})
         folder = pathlib.Path(dest) / str(len(calls))
         folder.mkdir(parents=True)
         made_from = {key: info[key] for key in ("step", "config_fingerprint")}
         (folder / "model_card.json").write_text(json.dumps({"training": made_from}))
         (folder / "saved_model.pb").touch()
-        return export.Exported(str(folder), len(calls), {})
+        return saved_model.Exported(str(folder), len(calls), {})
 
-    monkeypatch.setattr(export, "publish", publish)
+    monkeypatch.setattr(saved_model, "publish", publish)
     return calls
 
 
@@ -663,7 +664,7 @@ def test_a_run_exports_its_generator_once(
     squares: Manifest, tmp_path: pathlib.Path, published: list[dict[str, Any]], snapshots: bool
 ) -> None:
     config = make(squares)
-    exporter = export.exporter(str(tmp_path / "models"), snapshots=snapshots)
+    exporter = saved_model.exporter(str(tmp_path / "models"), snapshots=snapshots)
     for _ in range(2):  # the second start finds it all done
         loop.train(config, str(tmp_path / "run"), at_snapshot=[exporter])
         # Snapshots are at every second tick, and at the end.
@@ -679,7 +680,7 @@ def test_a_run_exports_its_generator_once(
 def test_a_run_that_goes_on_exports_anew(
     squares: Manifest, tmp_path: pathlib.Path, published: list[dict[str, Any]]
 ) -> None:
-    exporter = export.exporter(str(tmp_path / "models"), snapshots=False)
+    exporter = saved_model.exporter(str(tmp_path / "models"), snapshots=False)
     loop.train(make(squares), str(tmp_path / "run"), at_snapshot=[exporter])
     longer = {**TINY["training"], "total_kimg": 0.064}
     config = make(squares, training=longer)

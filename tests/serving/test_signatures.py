@@ -13,7 +13,7 @@ from PIL import Image
 from tests.test_generate import Network, assert_same_pixels, make_network
 from trainer.generate import Painter
 from trainer.layers.ops import Formulas
-from trainer.training.serving import Served
+from trainer.serving.signatures import Served
 
 
 def serve(network: Network, **options: Any) -> Served:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from trainer.training import tpu_compiler, tpu_estimate
+from trainer.probing import tpu_compiler, tpu_estimate
 
 PROGRAM = """HloModule step, is_scheduled=true
 

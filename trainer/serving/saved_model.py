@@ -1,5 +1,5 @@
 """From a generator's parameters to a published SavedModel, checked by a process that knows nothing
-of this package. What readers see meanwhile: `trainer.training.versions`.
+of this package. What readers see meanwhile: `trainer.serving.versions`.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from trainer.core.errors import DivergedError, StorageError, TrainerError
 from trainer.distribution import host
 from trainer.families.network import Generator
 from trainer.families.protocol import DataShape
+from trainer.serving import model_card, versions
+from trainer.serving.signatures import Served
 from trainer.telemetry import images as grids
-from trainer.training import build, checkpoint, model_card, versions
-from trainer.training.serving import Served
+from trainer.training import build, checkpoint
 from trainer.training.snapshot import AtSnapshot, Snapshot
 
 Precision = Literal["float32", "bfloat16"]
@@ -39,7 +40,7 @@ _MAX_DIFFERENCE = 1
 _MAX_MEAN_BFLOAT16 = 6.0
 _CHECK_SECONDS = 900  # that a checking process may take; at 1024x1024 it takes half a minute
 _CHECK_PSI = 0.7
-_CHECK_SCRIPT = pathlib.Path(__file__).with_name("export_check.py")
+_CHECK_SCRIPT = pathlib.Path(__file__).with_name("check.py")
 
 
 class ExportError(TrainerError):

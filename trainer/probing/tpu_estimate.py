@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.training.tpu_compiler import Topology
+from trainer.probing.tpu_compiler import Topology
 
 _USABLE_BANDWIDTH = 0.9
 _LEAST_SECONDS = 2e-6  # of an instruction

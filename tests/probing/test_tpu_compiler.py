@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from trainer.core.errors import ConfigError, UsageError
 from trainer.distribution import tpu
-from trainer.training import tpu_compiler, tpu_estimate
+from trainer.probing import tpu_compiler, tpu_estimate
 
 SPECS = [tf.TensorSpec([2, 8, 8, 4]), tf.TensorSpec([2], tf.int32)]
 

@@ -11,9 +11,9 @@ import tensorflow as tf
 from trainer import config as config_lib
 from trainer.config import CheckpointConfig
 from trainer.core import storage
+from trainer.probing.step import Timing
 from trainer.training.checkpoint import Checkpoints, Inventory
 from trainer.training.run import Run
-from trainer.training.speed import Timing
 
 
 @dataclass(frozen=True)

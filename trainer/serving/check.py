@@ -1,6 +1,6 @@
 """Loads a SavedModel as a stranger would, and says what it draws.
 
-Run by `trainer.training.export` as a script, in a process of its own that cannot import `trainer`:
+Run by `trainer.serving.saved_model` as a script, in a process of its own that cannot import `trainer`:
 
     python -I export_check.py SAVED_MODEL < inputs.npz
 

@@ -14,9 +14,9 @@ from trainer.data.manifest import Manifest
 from trainer.data.pipeline import ImageStream
 from trainer.distribution import tpu
 from trainer.families.protocol import DataShape
-from trainer.training import tpu_compiler, tpu_estimate
-from trainer.training.tpu_cost import LargestBatch, Phase, TpuRun
-from trainer.training.tpu_estimate import Estimate
+from trainer.probing import tpu_compiler, tpu_estimate
+from trainer.probing.tpu_cost import LargestBatch, Phase, TpuRun
+from trainer.probing.tpu_estimate import Estimate
 
 SMALL: dict[str, Any] = {
     "run": {"precision": "bfloat16"},

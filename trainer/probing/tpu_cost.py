@@ -15,13 +15,14 @@ from trainer.config import BatchArithmetic, Config
 from trainer.core.errors import ConfigError
 from trainer.distribution import tpu
 from trainer.families.protocol import DataShape
-from trainer.training import build, tpu_compiler, tpu_estimate
+from trainer.probing import tpu_compiler, tpu_estimate
+from trainer.probing.tpu_compiler import Topology
+from trainer.probing.tpu_estimate import Estimate
+from trainer.training import build
 from trainer.training.build import Recipe
 from trainer.training.run import decide
 from trainer.training.state import TrainState
 from trainer.training.step import TrainStep
-from trainer.training.tpu_compiler import Topology
-from trainer.training.tpu_estimate import Estimate
 
 
 @dataclass(frozen=True)

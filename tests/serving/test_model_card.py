@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from trainer import config as config_lib
-from trainer.training import model_card
+from trainer.serving import model_card
 
 
 def line(step: int, **results: float) -> str:

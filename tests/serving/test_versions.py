@@ -16,7 +16,7 @@ from trainer.core import lease as lease_lib
 from trainer.core import storage
 from trainer.core.errors import StorageError
 from trainer.core.lease import LeaseHeldError, LeaseLostError
-from trainer.training import versions
+from trainer.serving import versions
 
 ROOT = pathlib.Path(__file__).parents[2]
 FILES = {
@@ -193,7 +193,7 @@ def test_a_store_that_stops_taking_files(gcs: Gcs, monkeypatch: pytest.MonkeyPat
 # safe.
 KILLER = """
 import os, signal, sys
-from tests.training import test_versions as tests
+from tests.serving import test_versions as tests
 from trainer.core import storage
 
 dest, stride = sys.argv[1], int(sys.argv[2])

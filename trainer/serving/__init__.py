@@ -1,0 +1,1 @@
+"""A trained generator for others: signatures, SavedModels with their cards, versions of a model."""
