@@ -250,6 +250,26 @@ def test_configs_hold_no_unfinished_work_and_no_machine_paths() -> None:
             assert not re.search(pattern, path.read_text()), f"{path.name}: {reason}"
 
 
+def test_importing_changes_nothing_in_the_process() -> None:
+    """No excepthook, flag, handler or variable; what TensorFlow does to a process comes before."""
+    commands = {name for name in MODULES if part_of(name) == "commands"}
+    modules = sorted(set(MODULES) - commands - {"trainer.serving.check"})
+    code = f"""
+import importlib, os, signal, sys
+import absl.app, absl.flags, tensorflow
+def state():
+    signals = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
+    return sys.excepthook, sorted(absl.flags.FLAGS), signals, dict(os.environ), sys.stdout, sys.stderr
+before = state()
+for module in {modules}:
+    importlib.import_module(module)
+after = state()
+print([i for i, (a, b) in enumerate(zip(before, after)) if a != b])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr[-2000:]
+
+
 def test_light_modules_import_neither_tensorflow_nor_fsspec() -> None:
     code = (
         "import sys, trainer.__main__, trainer.config, trainer.core.flags, "

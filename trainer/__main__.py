@@ -45,6 +45,7 @@ def _listing(commands: Mapping[str, tuple[str, str]]) -> str:
 
 def main() -> None:
     """Hands the rest of the command line to the command that the first word names."""
+    flags.guard_imports()
     output.install()
     commands = _commands()
     name = sys.argv[1] if len(sys.argv) > 1 else ""

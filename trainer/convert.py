@@ -12,11 +12,15 @@ import sys
 import time
 from collections.abc import Sequence
 
+from trainer.core import flags as command
+
+if __name__ == "__main__":
+    command.guard_imports()
+
 from absl import flags
 from tqdm import tqdm
 
 from trainer import data
-from trainer.core import flags as command
 from trainer.core import storage
 from trainer.core.errors import UsageError
 from trainer.core.text import printable

@@ -29,14 +29,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
+from trainer.core import flags
 from trainer.distribution import host
 
 if __name__ == "__main__":
+    flags.guard_imports()
     host.prepare()  # before anything imports TensorFlow
 
 from absl import flags as absl_flags
 
-from trainer.core import flags, storage
+from trainer.core import storage
 from trainer.core.errors import UsageError
 from trainer.core.text import printable
 from trainer.serving import saved_model

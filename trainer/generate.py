@@ -18,16 +18,18 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 
+from trainer.core import flags
 from trainer.distribution import host
 
 if __name__ == "__main__":
+    flags.guard_imports()
     host.prepare()  # before anything imports TensorFlow
 
 import numpy as np
 import tensorflow as tf
 from absl import flags as absl_flags
 
-from trainer.core import flags, storage
+from trainer.core import storage
 from trainer.core.errors import UsageError
 from trainer.core.seeds import Purpose, generator
 from trainer.core.text import printable, quoted, shorten

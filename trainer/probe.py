@@ -36,11 +36,16 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from trainer.core import flags
+
+if __name__ == "__main__":
+    flags.guard_imports()
+
 from absl import flags as absl_flags
 
 from trainer import config as config_lib
 from trainer.config import BatchArithmetic, Config
-from trainer.core import flags, storage
+from trainer.core import storage
 from trainer.core.errors import ConfigError, UsageError
 from trainer.core.text import printable
 from trainer.distribution import cluster, membership

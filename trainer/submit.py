@@ -19,11 +19,16 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from trainer.core import flags
+
+if __name__ == "__main__":
+    flags.guard_imports()
+
 from absl import flags as absl_flags
 
 from trainer import config as config_lib
 from trainer.config import Config
-from trainer.core import documents, flags, storage
+from trainer.core import documents, storage
 from trainer.core.errors import DataError, StorageError, UsageError
 from trainer.core.text import printable, shorten
 from trainer.data import manifest as manifest_lib

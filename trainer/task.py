@@ -12,11 +12,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from trainer.core import flags
+
+if __name__ == "__main__":
+    flags.guard_imports()
+
 from absl import flags as absl_flags
 
 from trainer import config as config_lib
 from trainer.config import Config
-from trainer.core import flags, output, storage
+from trainer.core import output, storage
 from trainer.core.errors import StorageError, UsageError
 from trainer.core.text import printable
 from trainer.distribution import cluster, compilation, membership

@@ -136,7 +136,7 @@ def test_help_shows_usage_and_own_flags(flag: str, tmp_path: pathlib.Path) -> No
 )
 def test_error_while_importing_is_one_line(line: str, message: str, tmp_path: pathlib.Path) -> None:
     path = tmp_path / "broken.py"
-    path.write_text(f"from trainer.core import errors, flags\n{line}\n")
+    path.write_text(f"from trainer.core import errors, flags\nflags.guard_imports()\n{line}\n")
     done = subprocess.run(
         [sys.executable, str(path)],
         env={"PYTHONPATH": str(ROOT)},

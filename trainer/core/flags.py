@@ -18,8 +18,6 @@ from trainer.core import output
 from trainer.core.errors import PreemptedError, TrainerError, UsageError, require_tensorflow
 from trainer.core.text import shorten
 
-_DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error, too.")
-
 _LONGEST_MESSAGE = 4000  # characters
 _INTERRUPTED = 130  # what a shell reports for a program ended by ctrl-C
 
@@ -67,7 +65,7 @@ def run(
             raise UsageError(f"{text}; --help lists the flags") from None
 
     def guarded(argv: Sequence[str]) -> int | None:
-        if not _DEBUG.value:
+        if not flags.FLAGS.debug:
             logging.set_verbosity(logging.WARNING)  # TensorFlow's own remarks
         if len(argv) > 1 + max_positional:
             extra = argv[1 + max_positional]
@@ -76,6 +74,8 @@ def run(
         output.check()
         return code
 
+    if "debug" not in flags.FLAGS:
+        flags.DEFINE_bool("debug", False, "Show the traceback of an error, too.")
     output.install()
     # absl's handler has taken hold of the stream that was there before.
     logging.get_absl_handler().python_handler.setStream(sys.stderr)
@@ -94,6 +94,11 @@ def run(
         _ignore_stops()
 
 
+def _debugging() -> bool:
+    """Whether the command has come as far as its flags, and tracebacks are asked for."""
+    return "debug" in flags.FLAGS and flags.FLAGS.is_parsed() and bool(flags.FLAGS.debug)
+
+
 def _ignore_stops() -> None:
     """The process is ending already."""
     if threading.current_thread() is threading.main_thread():
@@ -105,7 +110,7 @@ def _interrupted() -> NoReturn:
     _ignore_stops()
     output.outlive_readers()
     output.hurry()
-    if sys.exc_info()[0] and flags.FLAGS.is_parsed() and _DEBUG.value:
+    if _debugging() and sys.exc_info()[0]:
         traceback.print_exc()
     print("interrupted; run the same command again to go on", file=sys.stderr)
     sys.exit(_INTERRUPTED)
@@ -138,7 +143,7 @@ def fail(error: TrainerError) -> NoReturn:
     """
     _ignore_stops()
     output.outlive_readers()
-    if flags.FLAGS.is_parsed() and _DEBUG.value:
+    if _debugging():
         traceback.print_exception(error)
     print(f"error: {shorten(str(error), _LONGEST_MESSAGE)}", file=sys.stderr)
     code, job = error.exit_code, env(_JOB)
@@ -179,10 +184,15 @@ def _wait_for_the_end(job: str, seconds: float) -> None:
     time.sleep(seconds)
 
 
+def guard_imports() -> None:
+    """Lets a command that cannot even be imported end in one line; a command's first call."""
+    sys.excepthook = _report_import_errors
+
+
 def _report_import_errors(
     kind: type[BaseException], error: BaseException, trace: types.TracebackType | None
 ) -> None:
-    """An excepthook: a command that cannot even be imported ends in one line."""
+    """An excepthook."""
     if isinstance(error, ModuleNotFoundError) and error.name == "tensorflow":
         try:
             require_tensorflow()
@@ -194,6 +204,3 @@ def _report_import_errors(
         _interrupted()
     output.outlive_readers()
     sys.__excepthook__(kind, error, trace)
-
-
-sys.excepthook = _report_import_errors
