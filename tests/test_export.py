@@ -99,8 +99,8 @@ def run(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def generated(source: str, **style: Any) -> np.ndarray:
     """What generate draws of seeds 3 and 7, of the first class if there are any: [2, H, W, C]."""
     network, params, *_ = load_generator(source)
-    painter = generate.Painter(network, params, **style)
-    return np.stack(list(painter.images([3, 7], [0 if network.c_dim else -1] * 2)))
+    renderer = generate.Renderer(network, params, **style)
+    return np.stack(list(renderer.images([3, 7], [0 if network.c_dim else -1] * 2)))
 
 
 # What the check in another process says, where that is another test's concern.

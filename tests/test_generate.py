@@ -18,7 +18,7 @@ from trainer import generate
 from trainer.core import storage
 from trainer.core.errors import UsageError
 from trainer.families.stylegan2.networks import Generator
-from trainer.generate import Painter, choose_classes, parse_seeds
+from trainer.generate import Renderer, choose_classes, parse_seeds
 from trainer.telemetry import images as grids
 
 Network = tuple[Generator, dict[str, tf.Tensor]]
@@ -143,7 +143,7 @@ def test_wrong_classes(wanted: str | None, names: list[str], count: int, says: s
 
 
 def test_images_are_those_of_the_seeds(plain: Network) -> None:
-    drawn = list(Painter(*plain, truncation_psi=0.5, batch=4).images([3, 0, 7, 3, 2], [-1] * 5))
+    drawn = list(Renderer(*plain, truncation_psi=0.5, batch=4).images([3, 0, 7, 3, 2], [-1] * 5))
     assert len(drawn) == 5
     for seed, image in zip([3, 0, 7, 3, 2], drawn, strict=True):
         assert_same_pixels(image, expected(plain, seed, psi=0.5))
@@ -152,39 +152,39 @@ def test_images_are_those_of_the_seeds(plain: Network) -> None:
 
 @pytest.mark.parametrize("noise_mode", ["const", "random", "none"])
 def test_an_image_alone_is_the_image_among_others(plain: Network, noise_mode: str) -> None:
-    painter = Painter(*plain, noise_mode=noise_mode, batch=4)
-    together = list(painter.images(range(6), [-1] * 6))
+    renderer = Renderer(*plain, noise_mode=noise_mode, batch=4)
+    together = list(renderer.images(range(6), [-1] * 6))
     for seed in (0, 3, 5):
-        (alone,) = painter.images([seed], [-1])
+        (alone,) = renderer.images([seed], [-1])
         assert np.array_equal(alone, together[seed])
 
 
 def test_noise_modes_differ(plain: Network) -> None:
     modes = ("const", "random", "none")
-    const, random, none = (next(Painter(*plain, noise_mode=m).images([5], [-1])) for m in modes)
+    const, random, none = (next(Renderer(*plain, noise_mode=m).images([5], [-1])) for m in modes)
     assert (const != none).mean() > 0.1
     assert (random != none).mean() > 0.1
     assert (random != const).mean() > 0.1
-    painter = Painter(*plain, noise_mode="random")
-    ws = np.repeat(painter.ws([5], [-1]), 2, axis=0)
-    one, two = painter.draw(ws, [1, 2])
+    renderer = Renderer(*plain, noise_mode="random")
+    ws = np.repeat(renderer.ws([5], [-1]), 2, axis=0)
+    one, two = renderer.render(ws, [1, 2])
     assert (one != two).mean() > 0.1
 
 
 def test_truncation_and_cutoff(plain: Network) -> None:
     average = plain[1]["mapping.w_avg"].numpy()
-    full = Painter(*plain).ws([1], [-1])
-    half = Painter(*plain, truncation_psi=0.5, truncation_cutoff=2).ws([1], [-1])
+    full = Renderer(*plain).ws([1], [-1])
+    half = Renderer(*plain, truncation_psi=0.5, truncation_cutoff=2).ws([1], [-1])
     np.testing.assert_allclose(half[:, :2], (full[:, :2] + average) / 2, atol=1e-5)
     np.testing.assert_allclose(half[:, 2:], full[:, 2:], atol=1e-6)
-    Painter(*plain, truncation_cutoff=0)
-    Painter(*plain, truncation_cutoff=6)
+    Renderer(*plain, truncation_cutoff=0)
+    Renderer(*plain, truncation_cutoff=6)
 
 
 @pytest.mark.parametrize("cutoff", [-1, 7])
 def test_cutoff_out_of_range(plain: Network, cutoff: int) -> None:
     with pytest.raises(UsageError, match=f"--truncation_cutoff={cutoff}.*0 to 6"):
-        Painter(*plain, truncation_cutoff=cutoff)
+        Renderer(*plain, truncation_cutoff=cutoff)
 
 
 def test_nothing_is_traced_twice(plain: Network, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,9 +196,9 @@ def test_nothing_is_traced_twice(plain: Network, monkeypatch: pytest.MonkeyPatch
         return synthesis(*args)
 
     monkeypatch.setattr(plain[0], "synthesis", counted)
-    painter = Painter(*plain, batch=4)
+    renderer = Renderer(*plain, batch=4)
     for count in (1, 3, 4, 9):
-        assert len(list(painter.images(range(count), [-1] * count))) == count
+        assert len(list(renderer.images(range(count), [-1] * count))) == count
     assert len(traced) == 1
 
 
@@ -210,8 +210,8 @@ def read(path: str | Path) -> np.ndarray:
 
 
 def test_write_images_of_one_class(conditional: Network, tmp_path: Path) -> None:
-    painter = Painter(*conditional, batch=3)
-    paths = generate.write_images(painter, [0, 12, 5], [2], NAMES, str(tmp_path))
+    renderer = Renderer(*conditional, batch=3)
+    paths = generate.write_images(renderer, [0, 12, 5], [2], NAMES, str(tmp_path))
     names = [Path(path).name for path in paths]
     assert names == ["seed0000.png", "seed0012.png", "seed0005.png", "grid.png"]
     for seed in (0, 12, 5):
@@ -230,8 +230,8 @@ def sheet_tiles(path: Path, rows: int, cols: int) -> np.ndarray:
 
 
 def test_all_classes_make_a_row_each(conditional: Network, tmp_path: Path) -> None:
-    painter = Painter(*conditional)
-    paths = generate.write_images(painter, [4, 9], [0, 1, 2, 3], NAMES, str(tmp_path))
+    renderer = Renderer(*conditional)
+    paths = generate.write_images(renderer, [4, 9], [0, 1, 2, 3], NAMES, str(tmp_path))
     assert len(paths) == 9
     tiles = sheet_tiles(tmp_path / "grid.png", 4, 2)
     for label in range(4):
@@ -243,7 +243,7 @@ def test_all_classes_make_a_row_each(conditional: Network, tmp_path: Path) -> No
 
 
 def test_grid_is_in_the_order_of_the_seeds(plain: Network, tmp_path: Path) -> None:
-    generate.write_images(Painter(*plain), [8, 1, 5, 2, 0], [-1], [], str(tmp_path))
+    generate.write_images(Renderer(*plain), [8, 1, 5, 2, 0], [-1], [], str(tmp_path))
     tiles = sheet_tiles(tmp_path / "grid.png", 2, 3).reshape(6, 16, 32, 3)
     for seed, tile in zip([8, 1, 5, 2, 0], tiles, strict=False):
         assert np.array_equal(tile, read(tmp_path / f"seed{seed:04d}.png"))
@@ -253,7 +253,7 @@ def test_grid_is_in_the_order_of_the_seeds(plain: Network, tmp_path: Path) -> No
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (2, "LA"), (4, "RGBA")])
 def test_other_channel_counts(tmp_path: Path, channels: int, mode: str) -> None:
     network = make_network(channels=channels)
-    generate.write_images(Painter(*network), [3], [-1], [], str(tmp_path))
+    generate.write_images(Renderer(*network), [3], [-1], [], str(tmp_path))
     assert Image.open(tmp_path / "seed0003.png").mode == mode
     image = read(tmp_path / "seed0003.png").reshape(16, 32, channels)
     assert_same_pixels(image, expected(network, 3))
@@ -261,22 +261,22 @@ def test_other_channel_counts(tmp_path: Path, channels: int, mode: str) -> None:
 
 def mixing_sheet(network: Network, folder: Path, layers: list[int] | None) -> np.ndarray:
     path = generate.write_mixing_sheet(
-        Painter(*network, batch=3), [1, 2], [5, 6, 7], layers, -1, str(folder)
+        Renderer(*network, batch=3), [1, 2], [5, 6, 7], layers, -1, str(folder)
     )
     return sheet_tiles(Path(path), 3, 4)
 
 
 def test_mixing_takes_the_named_layers_of_the_column(plain: Network, tmp_path: Path) -> None:
     tiles = mixing_sheet(plain, tmp_path, [0, 3])
-    painter = Painter(*plain)
+    renderer = Renderer(*plain)
     assert (tiles[0, 0] == 255).all()
     for c, column in enumerate((5, 6, 7), start=1):
         assert_same_pixels(tiles[0, c], expected(plain, column))
         for r, row in enumerate((1, 2), start=1):
             assert_same_pixels(tiles[r, 0], expected(plain, row))
-            row_ws, col_ws = painter.ws([row], [-1]), painter.ws([column], [-1])
+            row_ws, col_ws = renderer.ws([row], [-1]), renderer.ws([column], [-1])
             take = np.array([1, 0, 0, 1, 0, 0], bool)[:, None]
-            (wanted,) = painter.draw(np.where(take, col_ws, row_ws), [row])
+            (wanted,) = renderer.render(np.where(take, col_ws, row_ws), [row])
             assert_same_pixels(tiles[r, c], wanted)
             assert (tiles[r, c] != tiles[r, 0]).mean() > 0.2
             assert (tiles[r, c] != tiles[0, c]).mean() > 0.2
@@ -296,8 +296,8 @@ def test_mixing_a_layer_that_is_not_there(plain: Network, tmp_path: Path) -> Non
 
 def test_walk_passes_its_seeds_and_closes(plain: Network, tmp_path: Path) -> None:
     path = str(tmp_path / "walk.webp")
-    painter = Painter(*plain, noise_mode="none", batch=4)
-    generate.write_walk(painter, [1, 2, 3], -1, path, frames=6, fps=20)
+    renderer = Renderer(*plain, noise_mode="none", batch=4)
+    generate.write_walk(renderer, [1, 2, 3], -1, path, frames=6, fps=20)
     walk = Image.open(path)
     assert walk.n_frames == 18
 
@@ -305,7 +305,7 @@ def test_walk_passes_its_seeds_and_closes(plain: Network, tmp_path: Path) -> Non
         walk.seek(i % 18)
         return np.asarray(walk.convert("RGB"))[4::8, 4::8].astype(int)
 
-    for i, image in zip((0, 6, 12), painter.images([1, 2, 3], [-1] * 3), strict=True):
+    for i, image in zip((0, 6, 12), renderer.images([1, 2, 3], [-1] * 3), strict=True):
         assert np.abs(frame(i) - image).mean() < 12  # WebP is lossy
     steps = [np.abs(frame(i + 1) - frame(i)).mean() for i in range(18)]
     assert steps[17] <= 1.5 * max(steps[:17])

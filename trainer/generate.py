@@ -94,7 +94,7 @@ def choose_classes(wanted: str | None, label_names: Sequence[str], num_classes: 
     raise UsageError(f"--class={shorten(wanted)}: no such class{hint}; {choice}")
 
 
-class Painter:
+class Renderer:
     """Draws with one traced graph for each network, whatever the number of images.
 
     Args:
@@ -147,7 +147,7 @@ class Painter:
         parts = self._parts(len(seeds))
         return np.concatenate([self._run(self._mapping, z[part], c[part]) for part in parts])
 
-    def draw(self, ws: np.ndarray, noise_seeds: Numbers) -> Iterator[np.ndarray]:
+    def render(self, ws: np.ndarray, noise_seeds: Numbers) -> Iterator[np.ndarray]:
         """The [H, W, C] uint8 images of [N, num_ws, w_dim] styles, one after the other.
 
         With random noise an image takes its own from its noise seed.
@@ -160,7 +160,7 @@ class Painter:
     def images(self, seeds: Numbers, labels: Numbers) -> Iterator[np.ndarray]:
         """The image of each seed and label; the seed is that of random noise, too."""
         for part in self._parts(len(seeds)):
-            yield from self.draw(self.ws(seeds[part], labels[part]), seeds[part])
+            yield from self.render(self.ws(seeds[part], labels[part]), seeds[part])
 
     def _parts(self, count: int) -> list[slice]:
         return [slice(start, start + self._batch) for start in range(0, count, self._batch)]
@@ -172,7 +172,7 @@ class Painter:
 
 
 def write_images(
-    painter: Painter, seeds: Numbers, classes: Numbers, names: Sequence[str], out: str
+    renderer: Renderer, seeds: Numbers, classes: Numbers, names: Sequence[str], out: str
 ) -> list[str]:
     """Writes an image for each seed and class, and `grid.png` with captions.
 
@@ -182,7 +182,7 @@ def write_images(
     cells = [(label, seed) for label in classes for seed in seeds]
     paths: list[str] = []
     tiles: list[np.ndarray] = []
-    pictures = painter.images([seed for _, seed in cells], [label for label, _ in cells])
+    pictures = renderer.images([seed for _, seed in cells], [label for label, _ in cells])
     for (label, seed), image in zip(cells, pictures, strict=True):
         prefix = f"class{label:03d}-" if len(classes) > 1 else ""
         paths.append(storage.join(out, f"{prefix}seed{seed:04d}.png"))
@@ -198,7 +198,7 @@ def write_images(
 
 
 def write_mixing_sheet(
-    painter: Painter, rows: Numbers, cols: Numbers, layers: Numbers | None, label: int, out: str
+    renderer: Renderer, rows: Numbers, cols: Numbers, layers: Numbers | None, label: int, out: str
 ) -> str:
     """Writes `mixing.png`: columns' images on top, rows' at the left, their mixtures between.
 
@@ -208,7 +208,7 @@ def write_mixing_sheet(
     Raises:
       UsageError: the network has no such layer, or no styles.
     """
-    last = painter.num_ws - 1
+    last = renderer.num_ws - 1
     if not last:
         raise UsageError("--mix_rows: this network has no styles to mix; use --seeds or --walk")
     chosen = list(range(min(6, last) + 1)) if layers is None else layers
@@ -216,15 +216,17 @@ def write_mixing_sheet(
         raise UsageError(
             f"--mix_layers: the layers of this network are 0-{last}, not {max(chosen)}"
         )
-    ws = painter.ws([*rows, *cols], [label] * (len(rows) + len(cols)))
+    ws = renderer.ws([*rows, *cols], [label] * (len(rows) + len(cols)))
     row_ws, col_ws = ws[: len(rows)], ws[len(rows) :]
     mixed = np.repeat(row_ws[:, np.newaxis], len(cols), axis=1)
     mixed[:, :, chosen] = col_ws[np.newaxis][:, :, chosen]
-    top = list(painter.draw(col_ws, cols))
+    top = list(renderer.render(col_ws, cols))
     tiles = [np.full_like(top[0], 255), *top]
     captions = ["", *(f"seed {seed}" for seed in cols)]
     for seed, row, mixtures in zip(rows, row_ws, mixed, strict=True):
-        tiles += painter.draw(np.concatenate([row[np.newaxis], mixtures]), [seed] * (1 + len(cols)))
+        tiles += renderer.render(
+            np.concatenate([row[np.newaxis], mixtures]), [seed] * (1 + len(cols))
+        )
         captions += [f"seed {seed}", *[""] * len(cols)]
     path = storage.join(out, "mixing.png")
     grids.save_image(path, grids.labelled_sheet(tiles, captions, len(cols) + 1))
@@ -232,11 +234,11 @@ def write_mixing_sheet(
 
 
 def write_walk(
-    painter: Painter, seeds: Numbers, label: int, path: str, *, frames: int, fps: float
+    renderer: Renderer, seeds: Numbers, label: int, path: str, *, frames: int, fps: float
 ) -> None:
     """Writes a closed walk through the images of some seeds, `frames` from one to the next."""
-    walk = np.stack(list(video.closed_spline(painter.ws(seeds, [label] * len(seeds)), frames)))
-    video.save_video(path, painter.draw(walk, range(len(walk))), fps)
+    walk = np.stack(list(video.closed_spline(renderer.ws(seeds, [label] * len(seeds)), frames)))
+    video.save_video(path, renderer.render(walk, range(len(walk))), fps)
 
 
 def define_flags(values: absl_flags.FlagValues = FLAGS) -> None:
@@ -278,16 +280,16 @@ def main(_: Sequence[str]) -> None:
     if more and ("mix_rows" in seeds or "walk" in seeds):
         raise UsageError("--class=all is for single images; a sheet or a walk has one class")
     style = {name: FLAGS[name].value for name in _STYLE_FLAGS}
-    painter, out = Painter(network, params, **style), storage.resolve(FLAGS.out)
+    renderer, out = Renderer(network, params, **style), storage.resolve(FLAGS.out)
     storage.makedirs(out)
     if "mix_rows" in seeds:
         rows, cols, layers = seeds["mix_rows"], seeds["mix_cols"], seeds.get("mix_layers")
-        written = write_mixing_sheet(painter, rows, cols, layers, label, out)
+        written = write_mixing_sheet(renderer, rows, cols, layers, label, out)
     elif "walk" in seeds:
         written = storage.join(out, FLAGS.video)
-        write_walk(painter, seeds["walk"], label, written, frames=FLAGS.frames, fps=FLAGS.fps)
+        write_walk(renderer, seeds["walk"], label, written, frames=FLAGS.frames, fps=FLAGS.fps)
     else:
-        *images, grid = write_images(painter, seeds["seeds"], classes, names, out)
+        *images, grid = write_images(renderer, seeds["seeds"], classes, names, out)
         written = f"{len(images)} images and {grid}"
     print(f"wrote {printable(written)}")
 

@@ -161,7 +161,7 @@ def _stem(path: str) -> str:
 
 
 def _shape(config: Config) -> Shape:
-    """Of the data set: of --resolution, or read from the data set's manifest."""
+    """The shape of the images: from --resolution, or from the data set's manifest."""
     if FLAGS.resolution:
         found = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", FLAGS.resolution)
         if not found:

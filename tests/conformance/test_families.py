@@ -21,7 +21,7 @@ from trainer.config import CheckpointConfig
 from trainer.core.errors import UsageError
 from trainer.data.manifest import Manifest
 from trainer.families import registry
-from trainer.generate import Painter, write_mixing_sheet
+from trainer.generate import Renderer, write_mixing_sheet
 from trainer.serving.signatures import Served
 from trainer.training import checkpoint
 from trainer.training.checkpoint import Checkpoints
@@ -149,9 +149,9 @@ def generator(family: str, manifest: Manifest) -> tuple[Any, dict[str, np.ndarra
 def test_an_image_does_not_depend_on_its_batch(family: str, squares: Manifest) -> None:
     network, params = generator(family, squares)
     seeds, labels = [3, 1, 4, 15], [0, 2, 1, 0]
-    together = list(Painter(network, params, batch=4).images(seeds, labels))
+    together = list(Renderer(network, params, batch=4).images(seeds, labels))
     alone = [
-        next(Painter(network, params, batch=1).images([s], [c]))
+        next(Renderer(network, params, batch=1).images([s], [c]))
         for s, c in zip(seeds, labels, strict=True)
     ]
     for one, other in zip(together, alone, strict=True):
@@ -159,7 +159,7 @@ def test_an_image_does_not_depend_on_its_batch(family: str, squares: Manifest) -
         assert np.max(np.abs(one.astype(int) - other)) <= 1
     assert len({image.tobytes() for image in together}) == 4
     # Of the same seed, but another class.
-    other = next(Painter(network, params).images([3], [1]))
+    other = next(Renderer(network, params).images([3], [1]))
     assert np.any(other != together[0])
 
 
@@ -168,22 +168,22 @@ def test_truncation_or_why_not(family: str, squares: Manifest) -> None:
     network, params = generator(family, squares)
     if not network.truncates:
         with pytest.raises(UsageError, match="no average image"):
-            Painter(network, params, truncation_psi=0.5)
+            Renderer(network, params, truncation_psi=0.5)
         return
-    images = Painter(network, params, truncation_psi=0.0).images([1, 2], [0, 0])
+    images = Renderer(network, params, truncation_psi=0.0).images([1, 2], [0, 0])
     np.testing.assert_array_equal(*images)
 
 
 @every_family
 def test_mixing_or_why_not(family: str, squares: Manifest, tmp_path: pathlib.Path) -> None:
     network, params = generator(family, squares)
-    painter = Painter(network, params)
+    renderer = Renderer(network, params)
     if network.num_ws == 1:
         with pytest.raises(UsageError, match="no styles to mix"):
-            write_mixing_sheet(painter, [1], [2], None, 0, str(tmp_path))
+            write_mixing_sheet(renderer, [1], [2], None, 0, str(tmp_path))
         assert not list(tmp_path.iterdir())
         return
-    assert pathlib.Path(write_mixing_sheet(painter, [1], [2], None, 0, str(tmp_path))).exists()
+    assert pathlib.Path(write_mixing_sheet(renderer, [1], [2], None, 0, str(tmp_path))).exists()
 
 
 @every_family
@@ -211,7 +211,7 @@ def test_a_saved_model_draws_the_same(
 
     z = tf.constant(np.stack([np.random.RandomState(seed).randn(8) for seed in (5, 9)]), tf.float32)
     found = signature(z=z, label=tf.constant([2, 0], tf.int64))
-    wanted = np.stack(list(Painter(network, params).images([5, 9], [2, 0])))
+    wanted = np.stack(list(Renderer(network, params).images([5, 9], [2, 0])))
     assert np.max(np.abs(found.astype(int) - wanted)) <= 1
     seeded = signature(z=tf.zeros([1, 0]), label=tf.constant([1], tf.int64))
     assert seeded.shape == (1, 8, 8, 3)

@@ -11,7 +11,7 @@ import tensorflow as tf
 from PIL import Image
 
 from tests.test_generate import Network, assert_same_pixels, make_network
-from trainer.generate import Painter
+from trainer.generate import Renderer
 from trainer.layers.ops import Formulas
 from trainer.serving.signatures import Served
 
@@ -57,15 +57,15 @@ def labelled(conditional: Network) -> Served:
 
 @pytest.mark.parametrize("mode", ["const", "none"])
 def test_latents_make_the_images_of_generate(plain: Network, served: Served, mode: str) -> None:
-    painter = Painter(*plain, truncation_psi=0.7, noise_mode=mode)
+    renderer = Renderer(*plain, truncation_psi=0.7, noise_mode=mode)
     drawn = draw(served, z=latents([3, 0, 7]), truncation_psi=[0.7], noise_mode=[mode])
     assert drawn.dtype == np.uint8
-    for image, wanted in zip(drawn, painter.images([3, 0, 7], [-1] * 3), strict=True):
+    for image, wanted in zip(drawn, renderer.images([3, 0, 7], [-1] * 3), strict=True):
         assert_same_pixels(image, wanted)
 
 
 def test_classes_make_the_images_of_generate(conditional: Network, labelled: Served) -> None:
-    wanted = list(Painter(*conditional).images([1, 1, 2], [0, 3, 2]))
+    wanted = list(Renderer(*conditional).images([1, 1, 2], [0, 3, 2]))
     for image, one in zip(
         draw(labelled, z=latents([1, 1, 2]), label=[0, 3, 2]), wanted, strict=True
     ):
@@ -75,7 +75,7 @@ def test_classes_make_the_images_of_generate(conditional: Network, labelled: Ser
 def test_the_defaults_are_all_it_has_learned_with_constant_noise(
     plain: Network, served: Served
 ) -> None:
-    (wanted,) = Painter(*plain).images([4], [-1])
+    (wanted,) = Renderer(*plain).images([4], [-1])
     assert_same_pixels(draw(served, z=latents([4]))[0], wanted)
 
 
@@ -143,7 +143,7 @@ def test_random_noise_is_standard_normal(plain: Network, served: Served) -> None
 def test_mapping_and_synthesis_are_generate_in_two_steps(plain: Network, served: Served) -> None:
     ws = served.mapping(latents([1, 2]), tf.constant([0.7]))["ws"]
     np.testing.assert_allclose(
-        ws, Painter(*plain, truncation_psi=0.7).ws([1, 2], [-1] * 2), atol=1e-5
+        ws, Renderer(*plain, truncation_psi=0.7).ws([1, 2], [-1] * 2), atol=1e-5
     )
     images = served.synthesis(ws)["images"]
     assert images.dtype == tf.float32

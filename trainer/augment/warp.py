@@ -232,7 +232,7 @@ def _dilated_toeplitz(
 
 
 def _num_samples(size: int) -> int:
-    """Of the output, twice upsampled and still uncropped, along an axis."""
+    """The samples along an axis of the output, twice upsampled and still uncropped."""
     return 2 * (size + 2 * _REACH)
 
 

@@ -37,12 +37,12 @@ _UNFINISHED = re.compile(
 
 
 def shard_name(name: str, shard: int, shards: int) -> str:
-    """Of a record file."""
+    """The name of a record file."""
     return f"{name}-{shard:05d}-of-{shards:05d}.tfrecord"
 
 
 def fingerprint(plan: dict[str, Any]) -> str:
-    """Of everything that the bytes of the result depend on."""
+    """The hash of everything that the bytes of the result depend on."""
     return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
 
 

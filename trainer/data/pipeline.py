@@ -99,7 +99,7 @@ def blocks_per_window(manifest: Manifest, window: int) -> int:
 
 
 def _mean_bytes(manifest: Manifest) -> float:
-    """Of a record."""
+    """The mean size of a record in bytes."""
     return sum(shard.bytes for shard in manifest.shards) / manifest.num_images
 
 

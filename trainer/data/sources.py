@@ -61,7 +61,7 @@ class Ignored:
 
     @property
     def count(self) -> int:
-        """Of all kinds together."""
+        """Files of all kinds together."""
         return self._counts.total()
 
     def add(self, kind: str, name: str) -> None:

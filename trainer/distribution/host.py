@@ -82,7 +82,7 @@ def choose_emitters() -> None:
 
 
 def tensorflow_version() -> str:
-    """Of the installed TensorFlow, without importing it; empty if there is none."""
+    """The version of the installed TensorFlow, without importing it; empty if there is none."""
     for name in ("tensorflow", "tensorflow-cpu", "tensorflow-tpu"):
         try:
             return metadata.version(name)

@@ -38,7 +38,7 @@ _SMALL = 1 << 20
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one program on one device.
+    """What one program costs on one device.
 
     Attributes:
       flop: multiplications and additions, as the compiler counts them.

@@ -50,7 +50,7 @@ from trainer.families.protocol import DataShape
 from trainer.training import build, run_info
 
 FORMAT = 4
-"""Of markers, names and `state.json`."""
+"""The format of markers, file names and `state.json`."""
 
 _FOLDER = "checkpoints"
 _NAME = re.compile(r"step-(\d{9,})")
@@ -72,7 +72,7 @@ class _Names:
 
     @property
     def prefix(self) -> str:
-        """Of the files that TensorFlow writes."""
+        """The prefix of the files that TensorFlow writes."""
         return f"state-{self.token}"
 
     @property

@@ -80,13 +80,13 @@ class Job:
 
     @property
     def exit_code(self) -> int | None:
-        """Of the replica that ended the job, if Vertex AI tells."""
+        """The exit code of the replica that ended the job, if the error names one."""
         found = re.search(r"non-zero status of (\d{1,3})\b", self.error)
         return int(found[1]) if found else None
 
     @property
     def workdir(self) -> str:
-        """Of its run."""
+        """The workdir of the job's run."""
         base = self.document.get("jobSpec", {}).get("baseOutputDirectory", {})
         return str(base.get("outputUriPrefix", "")).rstrip("/")
 
@@ -130,7 +130,7 @@ class Reference:
 
     @classmethod
     def parse(cls, name: str) -> Reference | None:
-        """Of a full name, None if it is none."""
+        """The reference that a full name is, or None if it isn't one."""
         found = re.fullmatch(r"projects/([\w:.-]+)/locations/([\w-]+)/customJobs/(\d+)", name)
         return cls(*found.groups()) if found else None
 
