@@ -54,6 +54,7 @@ def make(counts: tuple[int, ...] = (), **changes: Any) -> dict[str, Any]:
         "label_counts": list(counts),
     }
     network = {"resolution": [16, 32], "channels": 3, "z_dim": 8, "c_dim": len(counts)}
+    network |= {"family": "some", "truncates": True}
     check = {"max_difference": 1, "mean_difference": 0.01, "load_seconds": 2.5}
     export = {
         "network": network | {"parameters": 123456},

@@ -77,7 +77,7 @@ _MEANINGS = {
     "seed": "of the latent where `z` has no columns, and of random noise",
     "z": "latents, standard normal",
     "label": "the class",
-    "truncation_psi": "1: all it has learned; 0: the average image",
+    "truncation_psi": "1: all it has learned; 0: the average image, if it has one",
     "noise_mode": "`const`, `random` or `none`",
     "c": "the class, one-hot",
     "ws": "styles of all layers",
@@ -93,7 +93,7 @@ def text(card: Mapping[str, Any]) -> str:
     height, width, channels = network["resolution"] + [network["channels"]]
     config = config_lib.to_yaml(config_lib.from_dict(training["config"], where="the checkpoint"))
     sections = [
-        f"# StyleGAN2 generator, {height}x{width}x{channels}\n",
+        f"# Generator of the family {network['family']}, {height}x{width}x{channels}\n",
         f"The moving average (G_ema) of a generator after {_kimg(training)}, as a TensorFlow "
         f"SavedModel: {network['parameters']:,} parameters, {_classes(data)}. It needs TensorFlow "
         "and nothing else.\n",
@@ -103,6 +103,7 @@ def text(card: Mapping[str, Any]) -> str:
             python_label="label=tf.constant([0], tf.int64), " if network["c_dim"] else "",
             c=f"tf.one_hot([0], {network['c_dim']}), " if network["c_dim"] else "",
             z_dim=network["z_dim"],
+            psi=0.7 if network["truncates"] else 1.0,
         ),
         "## Signatures\n",
         *_signatures(card["signatures"]),
@@ -130,7 +131,7 @@ import numpy as np
 import tensorflow as tf
 
 model = tf.saved_model.load(".")  # the directory of this file
-seed, psi = tf.constant([1, 2], tf.int64), tf.constant([0.7])
+seed, psi = tf.constant([1, 2], tf.int64), tf.constant([{psi}])
 images = model.generate({python_label}seed=seed, truncation_psi=psi)["images"]
 
 z = np.random.RandomState(1).randn(1, {z_dim})  # seed 1 of trainer.generate
@@ -141,7 +142,7 @@ images = model.synthesis(ws)["images"]  # as float32, and differentiable
 ```sh
 tensorflow_model_server --model_name=gan --rest_api_port=8501 --model_base_path=THE_DIRECTORY_ABOVE
 curl localhost:8501/v1/models/gan:predict -d '{{"signature_name": "png", "inputs": {{{label}\
-"seed": [1, 2], "z": [[]], "truncation_psi": [0.7], "noise_mode": ["const"]}}}}'
+"seed": [1, 2], "z": [[]], "truncation_psi": [{psi}], "noise_mode": ["const"]}}}}'
 ```
 
 Servers that know a signature's defaults do without what has one. In the row format

@@ -295,6 +295,7 @@ def _facts(family: str, network: Generator, params: Mapping[str, np.ndarray]) ->
         "w_dim": network.w_dim,
         "c_dim": network.c_dim,
         "num_ws": network.num_ws,
+        "truncates": network.truncates,
         "parameters": sum(params[name].size for name in network.trainable_names()),
     }
 
