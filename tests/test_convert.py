@@ -25,7 +25,7 @@ from PIL import Image
 from trainer import config, convert
 from trainer.core import lease, storage
 from trainer.core.errors import DataError, StorageError, TrainerError, UsageError
-from trainer.data import conversion, images, manifest, shards
+from trainer.data import conversion, encoding, images, manifest, shards
 
 RNG = np.random.default_rng(1)
 
@@ -521,7 +521,7 @@ def test_more_shards_than_images_is_an_error(folder, tmp_path):
 
 
 def test_a_worker_that_dies_is_reported(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(conversion, "_start_worker", os._exit)
+    monkeypatch.setattr(encoding, "_start_worker", os._exit)
     chosen = settings(folder, tmp_path / "dest", workers=2)
     with pytest.raises(TrainerError, match="a worker process died.*fewer --workers"):
         conversion.convert(chosen, lambda *_: None)
@@ -533,7 +533,7 @@ def test_few_images_are_under_way_at_a_time(folder, tmp_path, monkeypatch):
 
     class Pool:
         def __init__(self, *_, **__):
-            conversion._set_up_worker(str(folder), images.ImageOptions((8, 8)))
+            encoding._set_up_worker(str(folder), images.ImageOptions((8, 8)))
 
         def __enter__(self):
             return self
@@ -547,11 +547,11 @@ def test_few_images_are_under_way_at_a_time(folder, tmp_path, monkeypatch):
         def submit(self, function, chunk):
             under_way["now"] += len(chunk)
             under_way["most"] = max(under_way["most"], under_way["now"])
-            future = conversion.futures.Future()
+            future = encoding.futures.Future()
             future.set_result(function(chunk))
             return future
 
-    monkeypatch.setattr(conversion.futures, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(encoding.futures, "ProcessPoolExecutor", Pool)
     monkeypatch.setattr(conversion, "_MAX_CHUNK", 1)
     seen = []
 

@@ -30,7 +30,7 @@ WORKER = """
 import multiprocessing, os, sys
 from concurrent import futures
 sys.path.insert(0, os.getcwd())
-from trainer.data import conversion
+from trainer.data import encoding
 
 def version():
     import tensorflow
@@ -40,7 +40,7 @@ if __name__ == "__main__":
     from trainer.distribution import host
     host.quieten_tensorflow()
     spawn = multiprocessing.get_context("spawn")
-    with futures.ProcessPoolExecutor(1, spawn, conversion._start_worker, (".", None)) as pool:
+    with futures.ProcessPoolExecutor(1, spawn, encoding._start_worker, (".", None)) as pool:
         print(pool.submit(version).result())
 """
 

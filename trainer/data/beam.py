@@ -17,7 +17,8 @@ from trainer.core import documents, storage
 from trainer.core.errors import DataError, TrainerError, UsageError
 from trainer.data import journal as journal_lib
 from trainer.data import manifest, sources
-from trainer.data.conversion import Done, Frame, Task, encode_all, write_shard
+from trainer.data.conversion import Frame, write_shard
+from trainer.data.encoding import Done, Task, encode_all
 
 RUNNERS = ("DirectRunner", "DataflowRunner")
 _CHUNK = 32
