@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from trainer.core import seeds, storage
 from trainer.core.errors import ConfigError, DataError, StorageError
 from trainer.data import fetch, manifest, pipeline, shards
+from trainer.data.lanes import blocks_per_window
 from trainer.probing import data as speed
 
 # ---- the order, written down again in plain Python -----------------------------------------------
@@ -51,7 +52,7 @@ def group_numbers(
     data: manifest.Manifest, seed: int, size: int, window: int, groups: int
 ) -> list[list[int]]:
     """The global record numbers of the first groups."""
-    per_window = pipeline.blocks_per_window(data, window)
+    per_window = blocks_per_window(data, window)
     lanes = [lane_records(data, seed, lane, per_window) for lane in range(len(data.shards))]
     first = np.cumsum([0] + [shard.count for shard in data.shards])
     return [
@@ -92,7 +93,7 @@ def test_the_order_is_the_documented_one_from_anywhere_for_any_workers(
     counts, per_batch = counts * workers, per_batch * workers  # so that all are shared evenly
     with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
         if not held:  # as for records so large that lanes cannot hold their windows
-            patch.setattr(pipeline, "_HELD_BYTES", 0)
+            patch.setattr("trainer.data.lanes._HELD_BYTES", 0)
             block, window = next(b for b in (4, 1) if b <= size), 1
         data = build(Path(directory), counts, block=block)
         batches = 1 + 30 // per_batch
@@ -247,13 +248,13 @@ def test_windows_shrink_until_all_lanes_fit_in_memory():
         )
 
     small = data(8, 1500, 64)
-    assert pipeline.blocks_per_window(small, 256) == 4
-    assert pipeline.blocks_per_window(small, 1) == 1
+    assert blocks_per_window(small, 256) == 4
+    assert blocks_per_window(small, 1) == 1
     large = data(512, 1_300_000, 1)
-    assert pipeline.blocks_per_window(large, 256) == 1
+    assert blocks_per_window(large, 256) == 1
     medium = data(64, 50_000, 8)
-    assert 64 * pipeline.blocks_per_window(medium, 256) * 8 * 50_000 <= 1 << 27
-    assert pipeline.blocks_per_window(medium, 256) > 4
+    assert 64 * blocks_per_window(medium, 256) * 8 * 50_000 <= 1 << 27
+    assert blocks_per_window(medium, 256) > 4
 
 
 @pytest.mark.parametrize(
@@ -423,7 +424,7 @@ SHOWN = {35: 36, 48: 46, 49: 46}
 def test_damaged_records_give_way_to_their_neighbours(build, tmp_path, monkeypatch, start, held):
     """All other images stay where they are, wherever the stream starts."""
     options = {"start_group": start, "window": 8 if held else 1}
-    monkeypatch.setattr(pipeline, "_HELD_BYTES", 256 << 20 if held else 0)
+    monkeypatch.setattr("trainer.data.lanes._HELD_BYTES", 256 << 20 if held else 0)
     data = build(tmp_path, [30, 30], block=4)
     sound = take(stream_of(data, **options), 30)
     starts = damage(data)

@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from trainer import data
 from trainer.core import tfrecord
-from trainer.data import pipeline, shards
+from trainer.data import lanes, pipeline, shards
 from trainer.data.manifest import Manifest
 from trainer.data.shards import BadRecords
 
@@ -95,7 +95,7 @@ def _time_reading(
     records_each = blocks * manifest.block
 
     def read(place: tf.Tensor, path: tf.Tensor, offset: tf.Tensor) -> tf.data.Dataset:
-        found = pipeline.records_from(path, offset, pipeline.buffer_bytes(manifest, blocks))
+        found = lanes.records_from(path, offset, lanes.buffer_bytes(manifest, blocks))
         whole = found.take(records_each).batch(records_each)
         sizes = whole.map(lambda each: (tf.size(each), tf.reduce_sum(tf.strings.length(each))))
         # Whatever cannot be read gives nothing; `look` finds out why.

@@ -15,6 +15,9 @@ own file system would upload to temporary objects, copy them and remove them.)
 What is removed: whole checkpoints that need not be kept, once newer ones are known to be whole, and
 what jobs that lost the lease had not completed. Whatever else is there stays: damaged checkpoints,
 those whose marker is lost, and files of others.
+
+Finding, writing and reading are one file, longer than others, since all three must agree on names and
+markers.
 """
 
 from __future__ import annotations
