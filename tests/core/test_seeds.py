@@ -72,6 +72,14 @@ def test_numbers_of_a_run_never_change() -> None:
         "PL_NOISE": 10,
         "INIT": 11,
         "SNAPSHOT": 12,
+        "LABELS": 13,
+        "DREG": 14,
+        "AUGMENT_GMAIN_REAL": 15,
+        "AUGMENT_DREG_FAKE": 16,
+        "NOISE_GMAIN": 17,
+        "NOISE_DMAIN": 18,
+        "NOISE_DREG": 19,
+        "BETWEEN": 20,
     }
     assert seeds.fold_in(0, Purpose.GMAIN, 0) == FOLDED[0]
     assert seeds.fold_in(2024, Purpose.LANE_ORDER, 3, 5) == FOLDED[1]

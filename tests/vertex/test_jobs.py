@@ -25,7 +25,14 @@ PRESETS = {
     "paper256": 256,
     "paper512": 512,
     "paper1024": 1024,
+    "r3gan-cifar10": 32,
+    "r3gan-ffhq64": 64,
+    "r3gan-ffhq256": 256,
+    "r3gan-imagenet32": 32,
+    "r3gan-imagenet64": 64,
+    "r3gan-smoke": 32,
     "smoke": 32,
+    "smoke-relativistic": 32,
     "stylegan2": 1024,
 }
 SPLIT = ("a100x16=2x8", "a100x32=4x8", "t4x8=2x4", "l4x16=2x8", "cpux2=2x1", "cpux4=4x1")
@@ -78,7 +85,8 @@ def _check_refusal(asked: Request, message: str) -> None:
     names = re.match(r"on ([^;]*)", remedy)
     if overrides:
         changed = config_lib.load(f"configs/{asked.config_name}.yaml", overrides)
-        fit.plan(changed, asked.shape, asked.target)
+        target = targets.parse(names[1].split()[0]) if names else asked.target
+        fit.plan(changed, asked.shape, target)
     else:
         assert names, message
         for target in names[1].split(", "):

@@ -150,14 +150,22 @@ def _what_fits(config: Config, shape: Shape, target: Target) -> str:
     """What to change: flags with which the target would do, or else other targets."""
     keys = _remedy(config, shape, target)
     if keys:
-        return "it fits with " + " ".join(f"--set={key}={value}" for key, value in keys.items())
+        return f"it fits with {_overrides(keys)}"
     others = [targets.parse(name) for name in targets.names()]
-    others = [t for t in others if not (t.is_pod or t.spot_only) and _fits(config, shape, t)]
-    if not others:
-        batch = _fitting_batch(config, shape, target)
-        return f"it fits with {batch}" if batch else "no target fits: take a smaller network"
+    others = [t for t in others if not (t.is_pod or t.spot_only)]
     others.sort(key=lambda t: (t.kind != target.kind, t.platform != target.platform, -t.devices))
-    return f"it fits on {', '.join(t.name for t in others[:3])}"
+    if fitting := [t.name for t in others if _fits(config, shape, t)]:
+        return f"it fits on {', '.join(fitting[:3])}"
+    if batch := _fitting_batch(config, shape, target):
+        return f"it fits with {batch}"
+    for other in others:
+        if keys := _remedy(config, shape, other):
+            return f"it fits on {other.name} with {_overrides(keys)}"
+    return "no target fits: take a smaller network"
+
+
+def _overrides(keys: dict[str, Any]) -> str:
+    return " ".join(f"--set={key}={value}" for key, value in keys.items())
 
 
 def _remedy(config: Config, shape: Shape, target: Target) -> dict[str, Any]:
