@@ -85,8 +85,8 @@ def _check_refusal(asked: Request, message: str) -> None:
     names = re.match(r"on ([^;]*)", remedy)
     if overrides:
         changed = config_lib.load(f"configs/{asked.config_name}.yaml", overrides)
-        target = targets.parse(names[1].split()[0]) if names else asked.target
-        fit.plan(changed, asked.shape, target)
+        elsewhere = targets.parse(names[1].split()[0]) if names else asked.target
+        fit.plan(changed, asked.shape, elsewhere)
     else:
         assert names, message
         for target in names[1].split(", "):
