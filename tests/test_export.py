@@ -26,7 +26,7 @@ from trainer.config import CheckpointConfig
 from trainer.core import storage
 from trainer.core.errors import CheckpointError, DivergedError, UsageError
 from trainer.families.protocol import DataShape
-from trainer.layers.ops import Formulas
+from trainer.layers.ops import Backend
 from trainer.serving import saved_model
 from trainer.serving.saved_model import ExportError
 from trainer.serving.signatures import Served
@@ -274,15 +274,15 @@ def test_a_checkpoint_on_gs(gcs: Gcs, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
 def test_compiled(platform: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the platform's formulas; that the pixels are the same is for the command to check."""
+    """With the platform's backend; that the pixels are the same is for the command to check."""
     source = make_run(str(tmp_path / "run"), channels=1)
     run(f"--run={source}", f"--dest={tmp_path}", f"--jit={platform}", monkeypatch=monkeypatch)
     card = json.loads((tmp_path / "1" / "model_card.json").read_text())
     assert card["export"]["check"]["max_difference"] <= 1
     assert b"_XlaMustCompile" in (tmp_path / "1" / "saved_model.pb").read_bytes()
     config, data = saved_model._origin(load_generator(source)[3])
-    wanted = Formulas.XLA_CPU if platform == "cpu" else Formulas.GENERIC
-    assert saved_model._network(config, data, "float32", platform).formulas is wanted
+    wanted = Backend.XLA_CPU if platform == "cpu" else Backend.GENERIC
+    assert saved_model._network(config, data, "float32", platform).backend is wanted
 
 
 @pytest.mark.parametrize("trained", ["float32", "bfloat16"])

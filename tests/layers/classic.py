@@ -14,7 +14,7 @@ from trainer.families import network
 from trainer.families.network import Output, Params, Sums
 from trainer.families.protocol import Spec, Table
 from trainer.layers import normalization
-from trainer.layers.ops import Formulas
+from trainer.layers.ops import Backend
 from trainer.objectives.objective import objective
 from trainer.objectives.phase import Networks
 from trainer.objectives.sampler import Sampler
@@ -37,7 +37,7 @@ class Generator(network.Generator):
         super().__init__(table)
         self.z_dim = self.w_dim = 8
         self.num_ws, self.noise_shapes, self.c_dim = 1, [], 0
-        self.resolution, self.img_channels, self.formulas = (4, 4), 3, Formulas.GENERIC
+        self.resolution, self.img_channels, self.backend = (4, 4), 3, Backend.GENERIC
 
     def map(self, params: Params, z: tf.Tensor, c: tf.Tensor) -> tf.Tensor:
         return z
@@ -73,7 +73,7 @@ class Discriminator(network.Discriminator):
         table.dense("out", 16 * CHANNELS, 1)
         super().__init__(table)
         self.c_dim, self.freezable_layers = 0, []
-        self.resolution, self.img_channels, self.formulas = (4, 4), 3, Formulas.GENERIC
+        self.resolution, self.img_channels, self.backend = (4, 4), 3, Backend.GENERIC
 
     def apply(self, params: Params, images: tf.Tensor, c: tf.Tensor) -> Output:
         weight, u = normalization.spectral_norm(params["conv.weight"], params["conv.u"])

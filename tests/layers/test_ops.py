@@ -14,7 +14,7 @@ import tensorflow as tf
 from trainer.layers import ops
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
-FORMULAS = pytest.mark.parametrize("formulas", list(ops.Formulas))
+BACKENDS = pytest.mark.parametrize("backend", list(ops.Backend))
 # The goldens' own rounding is about 4e-7; gradients of weights sum over more terms.
 TOLERANCE = 2e-6
 
@@ -63,9 +63,9 @@ def rng() -> np.random.Generator:
 # ---------------------------------------------------------------- upfirdn2d
 
 
-@FORMULAS
+@BACKENDS
 @pytest.mark.parametrize("case", cases("op_upfirdn2d.npz"))
-def test_upfirdn2d_golden(case: dict[str, Any], formulas: ops.Formulas) -> None:
+def test_upfirdn2d_golden(case: dict[str, Any], backend: ops.Backend) -> None:
     golden = load("op_upfirdn2d.npz")
     prefix = f"{case['case']}/"
     taps = golden[prefix + "f"].astype(np.float64) if case["has_f"] else np.ones([1])
@@ -84,7 +84,7 @@ def test_upfirdn2d_golden(case: dict[str, Any], formulas: ops.Formulas) -> None:
             (top, bottom, left, right),
             case["gain"],
             case["flip_filter"],
-            formulas,
+            backend,
         ),
         [tf.constant(nhwc(golden[prefix + "x"]))],
         nhwc(golden[prefix + "dy"]),
@@ -93,17 +93,17 @@ def test_upfirdn2d_golden(case: dict[str, Any], formulas: ops.Formulas) -> None:
     assert error(dx, nhwc(golden[prefix + "dx"])) < TOLERANCE
 
 
-@FORMULAS
+@BACKENDS
 @pytest.mark.parametrize("name", ["upsample2d", "downsample2d", "filter2d"])
-def test_resampling_golden(name: str, formulas: ops.Formulas) -> None:
+def test_resampling_golden(name: str, backend: ops.Backend) -> None:
     golden = load("op_upfirdn2d.npz")
     taps = golden[f"{name}/f"].astype(np.float64)
     size = len(taps)
     functions: dict[str, Callable[[tf.Tensor], tf.Tensor]] = {
-        "upsample2d": lambda x: ops.upsample2d(x, taps, formulas),
-        "downsample2d": lambda x: ops.downsample2d(x, taps, formulas),
+        "upsample2d": lambda x: ops.upsample2d(x, taps, backend),
+        "downsample2d": lambda x: ops.downsample2d(x, taps, backend),
         "filter2d": lambda x: ops.upfirdn2d(
-            x, taps, padding=(size // 2, (size - 1) // 2) * 2, formulas=formulas
+            x, taps, padding=(size // 2, (size - 1) // 2) * 2, backend=backend
         ),
     }
     y, (dx,) = value_and_gradients(
@@ -113,7 +113,7 @@ def test_resampling_golden(name: str, formulas: ops.Formulas) -> None:
     assert error(dx, nhwc(golden[f"{name}/dx"])) < TOLERANCE
 
 
-@FORMULAS
+@BACKENDS
 @pytest.mark.parametrize(
     ("up", "down", "padding"), [(2, 1, (2, 1, 2, 1)), (1, 2, (1, 1, 1, 1)), (2, 3, (3, 0, -1, 2))]
 )
@@ -121,7 +121,7 @@ def test_second_derivative_of_upfirdn2d(
     up: int,
     down: int,
     padding: tuple[int, int, int, int],
-    formulas: ops.Formulas,
+    backend: ops.Backend,
     rng: np.random.Generator,
 ) -> None:
     """The derivative of a function of the gradient, as R1 and path length take it."""
@@ -131,7 +131,7 @@ def test_second_derivative_of_upfirdn2d(
     def squared_gradient(x: tf.Tensor) -> tf.Tensor:
         with tf.GradientTape() as tape:
             tape.watch(x)
-            y = tf.reduce_sum(tf.tanh(ops.upfirdn2d(x, taps, up, down, padding, formulas=formulas)))
+            y = tf.reduce_sum(tf.tanh(ops.upfirdn2d(x, taps, up, down, padding, backend=backend)))
         return tf.reduce_sum(tf.square(tape.gradient(y, x)))
 
     with tf.GradientTape() as tape:
@@ -146,22 +146,22 @@ def test_second_derivative_of_upfirdn2d(
 def test_unknown_batch_size(rng: np.random.Generator) -> None:
     """A graph whose batch is open gives what one of known shapes gives."""
     x = tf.constant(rng.standard_normal([3, 6, 4, 2]), tf.float32)
-    for formulas in ops.Formulas:
+    for backend in ops.Backend:
 
-        def resample(x: tf.Tensor, formulas: ops.Formulas = formulas) -> tf.Tensor:
-            x = ops.upsample2d(x, ops.RESAMPLE_FILTER, formulas)
-            return ops.downsample2d(x, ops.RESAMPLE_FILTER, formulas)
+        def resample(x: tf.Tensor, backend: ops.Backend = backend) -> tf.Tensor:
+            x = ops.upsample2d(x, ops.RESAMPLE_FILTER, backend)
+            return ops.downsample2d(x, ops.RESAMPLE_FILTER, backend)
 
         signature = [tf.TensorSpec([None, 6, 4, 2])]
         graph = tf.function(resample, input_signature=signature)
         np.testing.assert_allclose(graph(x), resample(x), rtol=1e-6, atol=1e-6)
 
 
-@FORMULAS
-def test_constant_images_keep_their_value(formulas: ops.Formulas) -> None:
+@BACKENDS
+def test_constant_images_keep_their_value(backend: ops.Backend) -> None:
     image = tf.fill([1, 12, 8, 1], 3.0)
-    larger = ops.upsample2d(image, ops.RESAMPLE_FILTER, formulas)
-    smaller = ops.downsample2d(image, ops.RESAMPLE_FILTER, formulas)
+    larger = ops.upsample2d(image, ops.RESAMPLE_FILTER, backend)
+    smaller = ops.downsample2d(image, ops.RESAMPLE_FILTER, backend)
     assert larger.shape == [1, 24, 16, 1]
     assert smaller.shape == [1, 6, 4, 1]
     # Zeros beyond the border darken it.
@@ -177,14 +177,14 @@ def flip_like_nvidia(weight: tf.Tensor, case: dict[str, Any]) -> tf.Tensor:
     return weight[::-1, ::-1] if case["flip_weight"] != (case["up"] == 1) else weight
 
 
-@FORMULAS
+@BACKENDS
 @pytest.mark.parametrize("case", cases("op_conv_resample_bias_act.npz"))
-def test_conv2d_resample_golden(case: dict[str, Any], formulas: ops.Formulas) -> None:
+def test_conv2d_resample_golden(case: dict[str, Any], backend: ops.Backend) -> None:
     golden = load("op_conv_resample_bias_act.npz")
     prefix = f"{case['case']}/"
     y, (dx, dw) = value_and_gradients(
         lambda x, w: ops.conv2d_resample(
-            x, flip_like_nvidia(w, case), up=case["up"], down=case["down"], formulas=formulas
+            x, flip_like_nvidia(w, case), up=case["up"], down=case["down"], backend=backend
         ),
         [tf.constant(nhwc(golden[prefix + "x"])), tf.constant(hwio(golden[prefix + "w"]))],
         nhwc(golden[prefix + "dy"]),
@@ -218,7 +218,7 @@ def naive_conv2d_resample(x: np.ndarray, kernel: np.ndarray, up: int, down: int)
     return naive_correlation(np.pad(x, [(pad, pad)] * 2 + [(0, 0)]), kernel)
 
 
-@FORMULAS
+@BACKENDS
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize(
     ("shape", "up", "down"),
@@ -229,14 +229,12 @@ def test_conv2d_resample_against_its_definition(
     up: int,
     down: int,
     size: int,
-    formulas: ops.Formulas,
+    backend: ops.Backend,
     rng: np.random.Generator,
 ) -> None:
     x = rng.standard_normal([2, *shape, 3])
     weight = rng.standard_normal([size, size, 3, 4])
-    y = ops.conv2d_resample(
-        tf.constant(x), tf.constant(weight), up=up, down=down, formulas=formulas
-    )
+    y = ops.conv2d_resample(tf.constant(x), tf.constant(weight), up=up, down=down, backend=backend)
     expected = np.stack([naive_conv2d_resample(image, weight, up, down) for image in x])
     np.testing.assert_allclose(y, expected, rtol=1e-10, atol=1e-10)
 
@@ -257,14 +255,14 @@ def derivatives(
 
 
 def compare_formulas(function: Callable[..., tf.Tensor], inputs: list[np.ndarray]) -> None:
-    """All formulas in float64, to the second derivative."""
+    """Every backend in float64, to the second derivative."""
     results = [
         derivatives(
-            lambda *tensors, formulas=formulas: function(*tensors, formulas=formulas),
+            lambda *tensors, backend=backend: function(*tensors, backend=backend),
             [tf.constant(array) for array in inputs],
             np.random.default_rng(1),
         )
-        for formulas in ops.Formulas
+        for backend in ops.Backend
     ]
     for values in zip(*results, strict=True):
         for ours in values[:-1]:
@@ -306,10 +304,10 @@ def test_formulas_of_conv2d_agree(
     assert bool(calls) == fast
 
 
-@FORMULAS
-def test_conv2d_is_a_correlation(formulas: ops.Formulas, rng: np.random.Generator) -> None:
+@BACKENDS
+def test_conv2d_is_a_correlation(backend: ops.Backend, rng: np.random.Generator) -> None:
     x, weight = rng.standard_normal([2, 16, 18, 16]), rng.standard_normal([3, 3, 16, 18])
-    y = ops.conv2d(tf.constant(x), tf.constant(weight), formulas)
+    y = ops.conv2d(tf.constant(x), tf.constant(weight), backend)
     expected = [naive_correlation(np.pad(v, [(1, 1), (1, 1), (0, 0)]), weight) for v in x]
     np.testing.assert_allclose(y, expected, rtol=1e-10, atol=1e-10)
 
@@ -319,21 +317,21 @@ def test_formulas_of_modulated_conv2d_agree(up: int, rng: np.random.Generator) -
     shapes = [2, 16, 16, 16], [3, 3, 16, 17], [2, 16]
     x, weight, styles = (rng.standard_normal(shape) for shape in shapes)
     compare_formulas(
-        lambda x, w, s, formulas: ops.modulated_conv2d(x, w, s, up=up, formulas=formulas),
+        lambda x, w, s, backend: ops.modulated_conv2d(x, w, s, up=up, backend=backend),
         [x, weight, styles],
     )
 
 
 def test_formulas_of_bias_act_agree(rng: np.random.Generator) -> None:
     compare_formulas(
-        lambda x, bias, formulas: ops.bias_act(x, bias, "swish", formulas=formulas),
+        lambda x, bias, backend: ops.bias_act(x, bias, "swish", backend=backend),
         [rng.standard_normal([2, 4, 3, 5]), rng.standard_normal([5])],
     )
 
 
-@FORMULAS
+@BACKENDS
 @pytest.mark.parametrize("case", cases("op_modulated_conv2d.npz"))
-def test_modulated_conv2d_golden(case: dict[str, Any], formulas: ops.Formulas) -> None:
+def test_modulated_conv2d_golden(case: dict[str, Any], backend: ops.Backend) -> None:
     golden = load("op_modulated_conv2d.npz")
     prefix = f"{case['case']}/"
     noise = tf.constant(nhwc(golden[prefix + "noise"])) if case["noise"] else None
@@ -345,7 +343,7 @@ def test_modulated_conv2d_golden(case: dict[str, Any], formulas: ops.Formulas) -
             noise,
             case["up"],
             case["demodulate"],
-            formulas=formulas,
+            backend=backend,
         ),
         [
             tf.constant(nhwc(golden[prefix + "x"])),
@@ -396,9 +394,9 @@ def test_float16_modulation_stays_in_range(scale: float, rng: np.random.Generato
 # ---------------------------------------------------------------- everything else
 
 
-@FORMULAS
+@BACKENDS
 @pytest.mark.parametrize("case", cases("op_conv_resample_bias_act.npz", "bias_act"))
-def test_bias_act_golden(case: dict[str, Any], formulas: ops.Formulas) -> None:
+def test_bias_act_golden(case: dict[str, Any], backend: ops.Backend) -> None:
     golden = load("op_conv_resample_bias_act.npz")
     prefix = f"bias_act{case['bias_act']}/"
     y, (dx, db) = value_and_gradients(
@@ -409,7 +407,7 @@ def test_bias_act_golden(case: dict[str, Any], formulas: ops.Formulas) -> None:
             case.get("alpha", 0.2),
             case.get("gain"),
             case.get("clamp"),
-            formulas,
+            backend,
         ),
         [tf.constant(nhwc(golden[prefix + "x"])), tf.constant(golden[prefix + "b"])],
         nhwc(golden[prefix + "dy"]),

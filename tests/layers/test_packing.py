@@ -113,8 +113,8 @@ def test_a_wide_pointwise_kernel_on_a_tpu_is_the_plain_one(
         )
     )
     apart = [
-        ops.conv2d_resample(x, weight, ops.setup_filter([1, 2, 3, 4]), up, down, formulas)
-        for formulas in (ops.Formulas.TPU, ops.Formulas.GENERIC)
+        ops.conv2d_resample(x, weight, ops.setup_filter([1, 2, 3, 4]), up, down, backend)
+        for backend in (ops.Backend.TPU, ops.Backend.GENERIC)
     ]
     assert error(*apart) < 1e-12
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.test_generate import Network, assert_same_pixels, make_network
 from trainer.generate import Renderer
-from trainer.layers.ops import Formulas
+from trainer.layers.ops import Backend
 from trainer.serving.signatures import Served
 
 
@@ -199,7 +199,7 @@ def test_unknown_classes(labelled: Served, label: int) -> None:
 def test_compiled_it_draws_the_same_of_seeds_too(plain: Network, served: Served) -> None:
     """XLA's random numbers are others: they must stay outside."""
     compiled = make_network()[0]
-    compiled.formulas = Formulas.XLA_CPU
+    compiled.backend = Backend.XLA_CPU
     jitted = serve((compiled, plain[1]), jit=True)
     inputs = {"seed": [1, 2], "noise_mode": ["random", "const"]}
     assert_same_pixels(draw(jitted, **inputs), draw(served, **inputs))

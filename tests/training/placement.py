@@ -32,7 +32,7 @@ from tests.training import conftest
 from trainer import task
 from trainer.core import flags as flags_lib
 from trainer.data.pipeline import ImageStream
-from trainer.layers.ops import Formulas
+from trainer.layers.ops import Backend
 from trainer.training import build, checkpoint
 from trainer.training.step import TrainStep
 
@@ -56,8 +56,8 @@ telemetry: {tensorboard: false}
 class Placement:
     """Where and in how many pieces a batch is computed; `replicas` are those of one worker.
 
-    With several steps in each call, ticks come at other steps. `tpu` computes by the formulas that
-    TPUs have.
+    With several steps in each call, ticks come at other steps. `tpu` computes as on
+    TPUs.
     """
 
     workers: int = 1
@@ -238,7 +238,7 @@ def distances(found: Outcome, wanted: Outcome) -> dict[str, float]:
 def _train(order: str, tpu: bool, flags: list[str]) -> None:
     """The training command, with a record of the images it takes and of what crosses replicas."""
     if tpu:
-        build.formulas = lambda *_: Formulas.TPU
+        build.backend = lambda *_: Backend.TPU
     # Rewriting graphs takes longer than the few steps made with them.
     tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
     original = ImageStream.__next__

@@ -19,7 +19,7 @@ from trainer.data.pipeline import ImageStream
 from trainer.distribution import precision as precision_lib
 from trainer.distribution.precision import full_dtype
 from trainer.families.protocol import DataShape
-from trainer.layers.ops import Formulas
+from trainer.layers.ops import Backend
 from trainer.objectives.phase import Phase
 from trainer.training import build, loop, loss_scale
 from trainer.training.checkpoint import Checkpoints
@@ -42,7 +42,7 @@ class Run:
         batch: int = GROUP,
         rounds: int = 1,
         jit: bool = False,
-        formulas: Formulas = Formulas.GENERIC,
+        backend: Backend = Backend.GENERIC,
         all_reduce: Any = None,
         num_fp16_res: int | str = 4,
         objective: dict[str, Any] | None = None,
@@ -60,7 +60,7 @@ class Run:
         )
         self.config = config = config_lib.resolve(config, resolution=manifest.resolution)
         shape = DataShape(manifest.resolution, 3, tuple(manifest.label_counts))
-        recipe = build.recipe(config, shape, formulas, static_shapes=jit)
+        recipe = build.recipe(config, shape, backend, static_shapes=jit)
         self.networks, recipe_objective, self.sampler = recipe
         self.state = TrainState(
             *recipe[:2], seed=0, augment_p=config.augment.p, dtype=full_dtype(precision)
@@ -242,9 +242,9 @@ def test_what_overflows_on_another_replica_counts(squares: Manifest) -> None:
 # ------------------------------------------------------------------------------ second derivatives
 
 
-def regularised(manifest: Manifest, precision: str, formulas: Formulas) -> dict[str, np.ndarray]:
+def regularised(manifest: Manifest, precision: str, backend: Backend) -> dict[str, np.ndarray]:
     """The gradients of path length and R1 in all parameters, each network's as one vector."""
-    run = Run(manifest, precision, formulas=formulas)
+    run = Run(manifest, precision, backend=backend)
     # What starts at zero or one is moved, so that nothing is trivially right.
     rng = np.random.default_rng(5)
     g, d = (
@@ -254,7 +254,7 @@ def regularised(manifest: Manifest, precision: str, formulas: Formulas) -> dict[
     index = tf.constant([0], tf.int64)
     images = tf.constant(rng.uniform(-1, 1, [GROUP, 8, 8, 3]), tf.float32)
     c = tf.one_hot([0, 1, 2, 0], 3)
-    jit = formulas is Formulas.XLA_CPU
+    jit = backend is Backend.XLA_CPU
     inputs: dict[str, Any] = {
         "g": g,
         "d": d,
@@ -279,16 +279,16 @@ def regularised(manifest: Manifest, precision: str, formulas: Formulas) -> dict[
 
 @pytest.mark.usefixtures("eagerly")
 def test_regularisers_in_bfloat16(squares: Manifest) -> None:
-    exact = regularised(squares, "float32", Formulas.GENERIC)
-    found = regularised(squares, "bfloat16", Formulas.GENERIC)
+    exact = regularised(squares, "float32", Backend.GENERIC)
+    found = regularised(squares, "bfloat16", Backend.GENERIC)
     for name, wanted in exact.items():
         assert 1e-4 < distance(found[name], wanted) < 0.1, name
 
 
 @pytest.mark.slow
 def test_regularisers_in_bfloat16_under_xla(squares: Manifest) -> None:
-    exact = regularised(squares, "float32", Formulas.GENERIC)
-    found = regularised(squares, "bfloat16", Formulas.XLA_CPU)
+    exact = regularised(squares, "float32", Backend.GENERIC)
+    found = regularised(squares, "bfloat16", Backend.XLA_CPU)
     for name, wanted in exact.items():
         assert 1e-4 < distance(found[name], wanted) < 0.1, name
 

@@ -15,7 +15,7 @@ from trainer import config as config_lib
 from trainer.data.manifest import Manifest
 from trainer.data.pipeline import ImageStream
 from trainer.families.protocol import DataShape
-from trainer.layers.ops import Formulas
+from trainer.layers.ops import Backend
 from trainer.objectives.phase import Phase
 from trainer.training import build
 from trainer.training.step import TrainStep
@@ -65,8 +65,8 @@ class Run:
         arithmetic = config_lib.batch_arithmetic(self.config, max(replicas, 1))
         counts = manifest.condition_counts(self.config.data.use_labels)
         shape = DataShape(manifest.resolution, manifest.channels, counts)
-        formulas = Formulas.XLA_CPU if jit else Formulas.GENERIC
-        recipe = build.recipe(self.config, shape, formulas, static_shapes=jit)
+        backend = Backend.XLA_CPU if jit else Backend.GENERIC
+        recipe = build.recipe(self.config, shape, backend, static_shapes=jit)
         networks, self.objective, sampler = recipe
         with strategy.scope():
             self.state = build.state(self.config, recipe)

@@ -18,7 +18,7 @@ import tensorflow as tf
 
 from trainer.core import seeds
 from trainer.families.protocol import Spec, Table
-from trainer.layers.ops import Formulas
+from trainer.layers.ops import Backend
 
 Params = Mapping[str, tf.Tensor]
 # What a network's buffers follow: sums over the samples of a forward pass, by the buffers' names.
@@ -67,13 +67,13 @@ class Network(abc.ABC):
       c_dim: number of classes, 0 if unconditional.
       resolution: (height, width) of the images.
       img_channels: 1 to 4.
-      formulas: how layers are computed.
+      backend: how layers are computed.
     """
 
     c_dim: int
     resolution: tuple[int, int]
     img_channels: int
-    formulas: Formulas
+    backend: Backend
 
     def __init__(self, specs: Table) -> None:
         self.specs = specs

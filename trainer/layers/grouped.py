@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.layers import ops
-from trainer.layers.ops import Formulas
+from trainer.layers.ops import Backend
 
 # Channels that fill the lanes of a TPU's matrix unit. Modelled by the compiler for a v5e, in bfloat16,
 # with both gradients, 16 channels in a group: 32 x 16 x 16 maps of 1536 channels take 3.2 ms natively and
@@ -27,7 +27,7 @@ _MOST_CONVOLUTIONS = 16
 
 
 def grouped_conv2d(
-    x: tf.Tensor, weight: tf.Tensor, formulas: Formulas = Formulas.GENERIC
+    x: tf.Tensor, weight: tf.Tensor, backend: Backend = Backend.GENERIC
 ) -> tf.Tensor:
     """A convolution with zero padding, group by group.
 
@@ -35,23 +35,23 @@ def grouped_conv2d(
       x: [N, H, W, C].
       weight: [k, k, C / groups, out]; the first out / groups kernels are those of the first group,
         and so on.
-      formulas: how it is computed.
+      backend: how it is computed.
 
     Returns:
       [N, H, W, out].
     """
     inputs = weight.shape[2]
     groups = x.shape[3] // inputs
-    together = _together(groups, inputs, formulas)
+    together = _together(groups, inputs, backend)
     kernels = _block_diagonal(weight, groups, together)
     parts = tf.split(x, groups // together, 3)
-    done = [ops.conv2d(part, kernel, formulas) for part, kernel in zip(parts, kernels, strict=True)]
+    done = [ops.conv2d(part, kernel, backend) for part, kernel in zip(parts, kernels, strict=True)]
     return tf.concat(done, 3) if len(done) > 1 else done[0]
 
 
-def _together(groups: int, inputs: int, formulas: Formulas) -> int:
+def _together(groups: int, inputs: int, backend: Backend) -> int:
     """How many groups are convolved at once: a divisor of their number."""
-    if formulas is Formulas.TPU:
+    if backend is Backend.TPU:
         wanted = max(_LANES // inputs, 1)
     else:
         wanted = math.ceil(groups / _MOST_CONVOLUTIONS)

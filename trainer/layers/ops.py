@@ -8,7 +8,7 @@ with limited data"); how they are computed was chosen by measurement:
   its output by the demodulation factor, instead of making one weight tensor for each sample;
 * a strided or transposed convolution is the sum, or the interleaving, of four dense convolutions
   over even and odd rows and columns, since compilers run dilated ones several times slower;
-* what remains depends on the compiler, and `Formulas` chooses: on a CPU under XLA a FIR filter is a
+* what remains depends on the compiler, and `Backend` chooses: on a CPU under XLA a FIR filter is a
   sum of shifted slices, a 3x3 convolution Winograd's, and a sum over pixels a matrix product.
 
 Weights are [kh, kw, in, out] and [in, out]. Filters are NumPy constants.
@@ -26,8 +26,8 @@ import tensorflow as tf
 from trainer.layers import packing
 
 
-class Formulas(enum.Enum):
-    """Which formulas compute the layers; the values are the same, the speed is not.
+class Backend(enum.Enum):
+    """What computes the layers: the values are the same, the speed is not.
 
     Attributes:
       XLA_CPU: for XLA on CPUs. It fuses shifted slices into one loop, and runs depthwise
@@ -152,15 +152,15 @@ def _fir_axis(
     up: int,
     down: int,
     pad: tuple[int, int],
-    formulas: Formulas,
+    backend: Backend,
 ) -> tf.Tensor:
     """Upsamples by zero stuffing, pads, correlates with `taps` and keeps every `down`-th sample.
 
     The derivative of a FIR filter is the FIR filter with reversed taps and `up` and `down`
     exchanged. Saying so keeps gradients of every order as fast as the filter itself.
     """
-    few = formulas is Formulas.TPU and x.shape[3] <= _SHIFT_MAX_CHANNELS
-    compute = _fir_shift if formulas is Formulas.XLA_CPU or few else _fir_depthwise
+    few = backend is Backend.TPU and x.shape[3] <= _SHIFT_MAX_CHANNELS
+    compute = _fir_shift if backend is Backend.XLA_CPU or few else _fir_depthwise
 
     @tf.custom_gradient
     def apply(x: tf.Tensor) -> tuple[tf.Tensor, object]:
@@ -169,7 +169,7 @@ def _fir_axis(
         back = (len(taps) - 1 - pad[0], size * up - out * down + pad[0] - up + 1)
 
         def gradient(dy: tf.Tensor) -> tf.Tensor:
-            return _fir_axis(dy, taps[::-1], axis, down, up, back, formulas)
+            return _fir_axis(dy, taps[::-1], axis, down, up, back, backend)
 
         return y, gradient
 
@@ -193,7 +193,7 @@ def upfirdn2d(
     padding: tuple[int, int, int, int] = (0, 0, 0, 0),
     gain: float = 1.0,
     flip_filter: bool = False,
-    formulas: Formulas = Formulas.GENERIC,
+    backend: Backend = Backend.GENERIC,
 ) -> tf.Tensor:
     """Upsamples, filters and downsamples a batch of images.
 
@@ -205,7 +205,7 @@ def upfirdn2d(
       padding: zeros added to the stuffed image, (top, bottom, left, right); negative crops.
       gain: a factor on the result.
       flip_filter: False convolves, True correlates, as in NVIDIA's function of this name.
-      formulas: how it is computed.
+      backend: how it is computed.
 
     Returns:
       [N, H', W', C] with H' = (H * up + top + bottom - taps) // down + 1.
@@ -216,37 +216,35 @@ def upfirdn2d(
     for taps_y, taps_x in _separate(taps):
         if not flip_filter:
             taps_y, taps_x = taps_y[::-1], taps_x[::-1]
-        y = _fir_axis(x, taps_y * gain, 1, up_y, down_y, padding[:2], formulas)
-        results.append(_fir_axis(y, taps_x, 2, up_x, down_x, padding[2:], formulas))
+        y = _fir_axis(x, taps_y * gain, 1, up_y, down_y, padding[:2], backend)
+        results.append(_fir_axis(y, taps_x, 2, up_x, down_x, padding[2:], backend))
     return tf.add_n(results) if len(results) > 1 else results[0]
 
 
-def upsample2d(x: tf.Tensor, taps: np.ndarray, formulas: Formulas = Formulas.GENERIC) -> tf.Tensor:
+def upsample2d(x: tf.Tensor, taps: np.ndarray, backend: Backend = Backend.GENERIC) -> tf.Tensor:
     """[N, H, W, C] -> [N, 2H, 2W, C]; a constant image keeps its value."""
     size = len(taps)
     before, after = (size + 1) // 2, (size - 2) // 2
-    return upfirdn2d(x, taps, up=2, padding=(before, after) * 2, gain=4.0, formulas=formulas)
+    return upfirdn2d(x, taps, up=2, padding=(before, after) * 2, gain=4.0, backend=backend)
 
 
-def downsample2d(
-    x: tf.Tensor, taps: np.ndarray, formulas: Formulas = Formulas.GENERIC
-) -> tf.Tensor:
+def downsample2d(x: tf.Tensor, taps: np.ndarray, backend: Backend = Backend.GENERIC) -> tf.Tensor:
     """[N, H, W, C] -> [N, H/2, W/2, C]; a constant image keeps its value."""
     size = len(taps)
     before, after = (size - 1) // 2, (size - 2) // 2
-    return upfirdn2d(x, taps, down=2, padding=(before, after) * 2, formulas=formulas)
+    return upfirdn2d(x, taps, down=2, padding=(before, after) * 2, backend=backend)
 
 
 # --------------------------------------------------------------------------------------
 # Convolution
 
 
-def conv2d(x: tf.Tensor, weight: tf.Tensor, formulas: Formulas = Formulas.GENERIC) -> tf.Tensor:
+def conv2d(x: tf.Tensor, weight: tf.Tensor, backend: Backend = Backend.GENERIC) -> tf.Tensor:
     """Dense correlation with "same" zero padding: [N, H, W, in] -> [N, H, W, out]."""
     size, _, inputs, outputs = weight.shape
     _, height, width, _ = x.shape
     if (
-        formulas is Formulas.XLA_CPU
+        backend is Backend.XLA_CPU
         and size == 3
         and min(inputs, outputs) >= _WINOGRAD_MIN_CHANNELS
         and height * width >= _WINOGRAD_MIN_PIXELS
@@ -400,7 +398,7 @@ def conv2d_resample(
     taps: np.ndarray = RESAMPLE_FILTER,
     up: int = 1,
     down: int = 1,
-    formulas: Formulas = Formulas.GENERIC,
+    backend: Backend = Backend.GENERIC,
     sides: tuple[int, int] = (1, 1),
 ) -> tf.Tensor:
     """Convolution with optional 2x up- or downsampling (StyleGAN2, section 4.2 and appendix B).
@@ -412,7 +410,7 @@ def conv2d_resample(
       taps: the resampling filter.
       up: 1 or 2.
       down: 1 or 2.
-      formulas: how it is computed.
+      backend: how it is computed.
       sides: how `x` is packed and the result shall be, see `packing.block_conv2d`.
 
     Returns:
@@ -422,24 +420,24 @@ def conv2d_resample(
         assert sides[0] * up == sides[1] * down
         return packing.resample(x, weight, taps, sides)
     size, _, inputs, outputs = weight.shape
-    if formulas is Formulas.TPU and up == 2 and outputs <= _BLOCKS_MAX_CHANNELS:
+    if backend is Backend.TPU and up == 2 and outputs <= _BLOCKS_MAX_CHANNELS:
         return packing.unpack(packing.resample(x, weight, taps, (1, 2)), 2)
-    if formulas is Formulas.TPU and down == 2 and inputs <= _BLOCKS_MAX_CHANNELS:
+    if backend is Backend.TPU and down == 2 and inputs <= _BLOCKS_MAX_CHANNELS:
         return packing.resample(packing.pack(x, 2), weight, taps, (2, 1))
     if up == 2 and size == 1:
-        return upsample2d(conv2d(x, weight, formulas), taps, formulas)
+        return upsample2d(conv2d(x, weight, backend), taps, backend)
     if up == 2:
         y = _transposed_conv3x3(x, weight)
         before, after = (len(taps) + 1) // 2 - 1, (len(taps) - 2) // 2
-        return upfirdn2d(y, taps, padding=(before, after) * 2, gain=4.0, formulas=formulas)
+        return upfirdn2d(y, taps, padding=(before, after) * 2, gain=4.0, backend=backend)
     if down == 2 and size == 1:
-        return conv2d(downsample2d(x, taps, formulas), weight, formulas)
+        return conv2d(downsample2d(x, taps, backend), weight, backend)
     if down == 2:
         before, after = (len(taps) - 1) // 2 + 1, (len(taps) - 2) // 2 + 1
         return _strided_conv3x3(
-            upfirdn2d(x, taps, padding=(before, after) * 2, formulas=formulas), weight
+            upfirdn2d(x, taps, padding=(before, after) * 2, backend=backend), weight
         )
-    return conv2d(x, weight, formulas)
+    return conv2d(x, weight, backend)
 
 
 # --------------------------------------------------------------------------------------
@@ -454,7 +452,7 @@ def modulated_conv2d(
     up: int = 1,
     demodulate: bool = True,
     taps: np.ndarray = RESAMPLE_FILTER,
-    formulas: Formulas = Formulas.GENERIC,
+    backend: Backend = Backend.GENERIC,
     sides: tuple[int, int] = (1, 1),
 ) -> tf.Tensor:
     """Convolution whose weights are scaled by each sample's style (StyleGAN2, section 2.2).
@@ -467,7 +465,7 @@ def modulated_conv2d(
       up: 1 or 2.
       demodulate: whether each output channel is scaled to unit expected variance (equation 3).
       taps: the resampling filter.
-      formulas: how it is computed.
+      backend: how it is computed.
       sides: how `x` is packed and the result shall be, see `packing.block_conv2d`.
 
     Returns:
@@ -481,12 +479,12 @@ def modulated_conv2d(
             * float(np.prod(weight.shape[:3]))
         )
         styles *= tf.math.rsqrt(tf.reduce_max(tf.square(styles), 1, keepdims=True))
-    y = _scale(x, _for_each_pixel(tf.cast(styles, dtype), sides[0]), formulas)
-    y = conv2d_resample(y, tf.cast(weight, dtype), taps, up, 1, formulas, sides)
+    y = _scale(x, _for_each_pixel(tf.cast(styles, dtype), sides[0]), backend)
+    y = conv2d_resample(y, tf.cast(weight, dtype), taps, up, 1, backend, sides)
     if demodulate:
         energy = tf.reduce_sum(tf.square(weight), [0, 1])
         factors = tf.math.rsqrt(tf.linalg.matmul(tf.square(styles), energy) + 1e-8)
-        y = _scale(y, _for_each_pixel(tf.cast(factors, dtype), sides[1]), formulas)
+        y = _scale(y, _for_each_pixel(tf.cast(factors, dtype), sides[1]), backend)
     return y if noise is None else y + tf.cast(noise, dtype)
 
 
@@ -521,23 +519,23 @@ def _sum_over_pixels(x: tf.Tensor) -> tf.Tensor:
     return apply(x)
 
 
-def _scale(x: tf.Tensor, factors: tf.Tensor, formulas: Formulas) -> tf.Tensor:
+def _scale(x: tf.Tensor, factors: tf.Tensor, backend: Backend) -> tf.Tensor:
     """[N, H, W, C] times one factor [N, C] for each feature map."""
-    if formulas is not Formulas.XLA_CPU:
+    if backend is not Backend.XLA_CPU:
         return x * _as_maps(factors)
 
     @tf.custom_gradient
     def apply(x: tf.Tensor, factors: tf.Tensor) -> tuple[tf.Tensor, object]:
         def gradient(dy: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-            return _scale(dy, factors, formulas), _sum_over_pixels(x * dy)
+            return _scale(dy, factors, backend), _sum_over_pixels(x * dy)
 
         return x * _as_maps(factors), gradient
 
     return apply(x, factors)
 
 
-def _add_bias(x: tf.Tensor, bias: tf.Tensor, formulas: Formulas) -> tf.Tensor:
-    if formulas is not Formulas.XLA_CPU or x.shape.rank != 4:
+def _add_bias(x: tf.Tensor, bias: tf.Tensor, backend: Backend) -> tf.Tensor:
+    if backend is not Backend.XLA_CPU or x.shape.rank != 4:
         return x + bias
 
     @tf.custom_gradient
@@ -561,7 +559,7 @@ def bias_act(
     alpha: float = 0.2,
     gain: float | None = None,
     clamp: float | None = None,
-    formulas: Formulas = Formulas.GENERIC,
+    backend: Backend = Backend.GENERIC,
     side: int = 1,
 ) -> tf.Tensor:
     """Adds a bias, applies an activation, scales, and limits.
@@ -573,11 +571,11 @@ def bias_act(
       alpha: the slope of "lrelu" below zero.
       gain: a factor after the activation; None takes the one that keeps the variance.
       clamp: the result is limited to [-clamp, clamp]; None doesn't.
-      formulas: how it is computed.
+      backend: how it is computed.
       side: pixels along each side of the blocks of `x`, 1 if it is not packed.
     """
     if bias is not None:
-        x = _add_bias(x, _for_each_pixel(tf.cast(bias, x.dtype), side), formulas)
+        x = _add_bias(x, _for_each_pixel(tf.cast(bias, x.dtype), side), backend)
     if gain is None:
         gain = _ACTIVATION_GAINS[activation]
     if activation == "lrelu":

@@ -18,7 +18,7 @@ from trainer.augment.pipe import AugmentPipe
 from trainer.augment.pipe import Draws as AugmentDraws
 from trainer.core.schedule import Number
 from trainer.families.network import Discriminator, Generator, Output, Params, Sums
-from trainer.layers.ops import Formulas
+from trainer.layers.ops import Backend
 from trainer.objectives.sampler import Draws, Sample
 
 Trained = Literal["G", "D"]
@@ -64,7 +64,7 @@ class Networks:
             draws,
             group_size=self.group_size,
             static_shapes=self.static_shapes,
-            windows=self.generator.formulas is Formulas.TPU,
+            windows=self.generator.backend is Backend.TPU,
         )
 
 

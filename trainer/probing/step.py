@@ -30,7 +30,7 @@ from trainer.training.step import Batch, TrainStep
 _CHANNELS = 128
 _MAX_SIDE, _MAX_IMAGES = 64, 16  # of the bare convolution: enough to fill a machine, not its memory
 
-_FORMULAS = {"TensorFlow": False, "XLA": True}  # of the bare convolution: whether it is compiled
+_COMPILERS = {"TensorFlow": False, "XLA": True}  # of the bare convolution: whether it is compiled
 
 Due = frozenset[str]  # the regularisers of one step
 _Key = TypeVar("_Key", bound=Hashable)
@@ -277,9 +277,9 @@ def _convolutions(run: Run) -> dict[str, Callable[[], None]]:
         function = tf.function(forward_and_backward, autograph=False, jit_compile=jit)
         return lambda: function(x, dy, weight)
 
-    return {name: timed(jit) for name, jit in _FORMULAS.items()}
+    return {name: timed(jit) for name, jit in _COMPILERS.items()}
 
 
 def _faster(run: Run, timings: Mapping[Any, Timing]) -> Convolution:
-    formula = min(_FORMULAS, key=lambda name: timings[name].median)
+    formula = min(_COMPILERS, key=lambda name: timings[name].median)
     return Convolution(_convolution_shape(run), formula, timings[formula])

@@ -193,9 +193,7 @@ def _shape(sizes: Sequence[int | None]) -> str:
 
 def _export(how: Mapping[str, Any]) -> str:
     check = how["check"]
-    compiled = (
-        "" if how["jit"] == "off" else f", compiled by XLA with the formulas for {how['jit']}"
-    )
+    compiled = "" if how["jit"] == "off" else f", compiled by XLA with the backend for {how['jit']}"
     return (
         f"Exported {how['time']} by trainer {how['trainer']} with TensorFlow {how['tensorflow']}, "
         f"computing in {how['precision']}{compiled}. Loaded in a process without the trainer, its "

@@ -85,7 +85,7 @@ def publish(
       workdir: of the run, for what metrics it knows.
       precision: in which convolutions are computed; in bfloat16 those of as many resolutions as
         the config names, and everything else in float32.
-      jit: "cpu" or "gpu": compile with XLA, with the formulas that are fast there.
+      jit: "cpu" or "gpu": compile with XLA, with the backend that is fast there.
       data_licence: for the model card.
       say: is told of a wait.
 
@@ -172,13 +172,13 @@ def _origin(info: Mapping[str, Any]) -> tuple[Config, DataShape]:
 
 def _network(config: Config, data: DataShape, precision: Precision, jit: Jit) -> Generator:
     """The generator as it is to be served."""
-    formulas = build.formulas(jit.upper(), jit != "off")
+    backend = build.backend(jit.upper(), jit != "off")
     if precision == "float32":
-        return build.networks(config, data, formulas, rounded=False)[0]
+        return build.networks(config, data, backend, rounded=False)[0]
     # bfloat16 has float32's range: a network that was trained without a clamp needs none.
     trained_with_clamp = config.run.precision in ("bfloat16", "float16")
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, precision=precision))
-    return build.networks(config, data, formulas, clamped=trained_with_clamp)[0]
+    return build.networks(config, data, backend, clamped=trained_with_clamp)[0]
 
 
 def _save(served: Served, folder: str) -> None:

@@ -11,14 +11,14 @@ from trainer.distribution.precision import full_dtype, half_dtype
 from trainer.families import registry
 from trainer.families.network import Discriminator, Generator
 from trainer.families.protocol import DataShape
-from trainer.layers.ops import Formulas
+from trainer.layers.ops import Backend
 from trainer.objectives.objective import objective
 from trainer.objectives.phase import Networks, Objective
 from trainer.objectives.sampler import Sampler
 from trainer.training.state import TrainState
 
 
-def formulas(platform: str, jit: bool) -> Formulas:
+def backend(platform: str, jit: bool) -> Backend:
     """How layers are computed fastest.
 
     Args:
@@ -26,14 +26,14 @@ def formulas(platform: str, jit: bool) -> Formulas:
       jit: whether the step is compiled.
     """
     if platform == "TPU":
-        return Formulas.TPU
-    return Formulas.XLA_CPU if jit and platform == "CPU" else Formulas.GENERIC
+        return Backend.TPU
+    return Backend.XLA_CPU if jit and platform == "CPU" else Backend.GENERIC
 
 
 def networks(
     config: Config,
     data: DataShape,
-    formulas: Formulas = Formulas.GENERIC,
+    backend: Backend = Backend.GENERIC,
     *,
     rounded: bool = True,
     clamped: bool | None = None,
@@ -43,7 +43,7 @@ def networks(
     Args:
       config: resolved.
       data: what they make and judge.
-      formulas: how layers are computed.
+      backend: how layers are computed.
       rounded: whether 16-bit blocks are; without, they keep their clamp. Pictures are drawn so:
         uncompiled, CPUs take 16 bits an order of magnitude slower than 32.
       clamped: whether activations are clamped; by default where `run.precision` is in 16 bits.
@@ -57,7 +57,7 @@ def networks(
         group_size=group_size,
         clamped=half is not None if clamped is None else clamped,
         half_dtype=half if rounded else None,
-        formulas=formulas,
+        backend=backend,
     )
     return made
 
@@ -79,7 +79,7 @@ class Recipe(NamedTuple):
 def recipe(
     config: Config,
     data: DataShape,
-    formulas: Formulas = Formulas.GENERIC,
+    backend: Backend = Backend.GENERIC,
     *,
     static_shapes: bool = False,
 ) -> Recipe:
@@ -88,10 +88,10 @@ def recipe(
     Args:
       config: resolved.
       data: what is trained on.
-      formulas: how layers are computed.
+      backend: how layers are computed.
       static_shapes: whether all shapes must be known while tracing (XLA, TPU).
     """
-    generator, discriminator = networks(config, data, formulas)
+    generator, discriminator = networks(config, data, backend)
     training, group_size = config.training, config.training.group_size
     assert isinstance(group_size, int)
     pipe = (

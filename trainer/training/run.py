@@ -132,5 +132,5 @@ def decide(
     """
     precision.prepare(config.run.precision, platform)
     arithmetic = config_lib.batch_arithmetic(config, replicas)
-    formulas = build.formulas(platform, jit)
-    return arithmetic, build.recipe(config, data, formulas, static_shapes=jit)
+    backend = build.backend(platform, jit)
+    return arithmetic, build.recipe(config, data, backend, static_shapes=jit)

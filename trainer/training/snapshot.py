@@ -50,7 +50,7 @@ class Snapshots:
     """The grids of one run; the same tiles and latents from its start to its end.
 
     Args:
-      generator: the network; applied uncompiled, so it should use generic formulas.
+      generator: the network; applied uncompiled, so it should use the generic backend.
       manifest: the data set.
       use_labels: give each row a class.
       seed: of the run.

@@ -16,7 +16,7 @@ from trainer.augment.pipe import AugmentPipe
 from trainer.config import ObjectiveConfig
 from trainer.families.network import Latents
 from trainer.families.r3gan.networks import Discriminator, Generator
-from trainer.layers.ops import Formulas
+from trainer.layers.ops import Backend
 from trainer.objectives.objective import objective
 from trainer.objectives.phase import Networks
 from trainer.objectives.sampler import Draws
@@ -66,9 +66,9 @@ class Recorded:
 
 
 @pytest.mark.parametrize("name", GOLDENS)
-@pytest.mark.parametrize("formulas", Formulas)
-def test_values(name: str, formulas: Formulas) -> None:
-    recorded = Recorded(name, formulas=formulas)
+@pytest.mark.parametrize("backend", Backend)
+def test_values(name: str, backend: Backend) -> None:
+    recorded = Recorded(name, backend=backend)
     golden, images = recorded.golden, recorded.images()
     assert error(images, nhwc(golden["out/img"])) < VALUES
     for kind, shown in (("real", recorded.reals), ("fake", images)):

@@ -86,7 +86,7 @@ def nothing64(batch: int) -> tf.Tensor:
 # ---------------------------------------------------------------- goldens
 
 
-def golden_generator(formulas: ops.Formulas = ops.Formulas.XLA_CPU) -> Generator:
+def golden_generator(backend: ops.Backend = ops.Backend.XLA_CPU) -> Generator:
     return Generator(
         z_dim=64,
         c_dim=0,
@@ -95,7 +95,7 @@ def golden_generator(formulas: ops.Formulas = ops.Formulas.XLA_CPU) -> Generator
         mapping_layers=3,
         channel_base=2048,
         channel_max=64,
-        formulas=formulas,
+        backend=backend,
     )
 
 
@@ -140,9 +140,9 @@ def test_style_mixing_golden(net64: tuple[Arrays, Generator, dict[str, Any]]) ->
     assert error(generator.synthesis(params, ws), nhwc(golden["out/img_mix5"])) < VALUES
 
 
-@pytest.mark.parametrize("formulas", list(ops.Formulas))
+@pytest.mark.parametrize("backend", list(ops.Backend))
 def test_path_length_gradients_golden(
-    net64: tuple[Arrays, Generator, dict[str, Any]], formulas: ops.Formulas
+    net64: tuple[Arrays, Generator, dict[str, Any]], backend: ops.Backend
 ) -> None:
     """Second-order gradients through the whole generator, parameter by parameter.
 
@@ -151,7 +151,7 @@ def test_path_length_gradients_golden(
     processor's convolution rounds, and the gradient jumps by 5e-3 of the largest.
     """
     golden, dtype = net64[0], tf.float64
-    generator = golden_generator(formulas)
+    generator = golden_generator(backend)
     params = constants(generator.from_nvidia(part(golden, "G/")), dtype)
     z, pl_noise = (tf.constant(a, dtype) for a in (golden["in/z"][:4], nhwc(golden["pl/noise"])))
     weights = {name: params[name] for name in generator.trainable_names()}
@@ -386,15 +386,15 @@ def test_formulas_give_the_same_networks(
     monkeypatch.setattr(packing, "PACK_CHANNELS", pack_channels)
     monkeypatch.setattr(packing, "_PACK_MAX_SIDE", max_side)
     results = []
-    for formulas in ops.Formulas:
+    for backend in ops.Backend:
         shared: dict[str, Any] = {
             "resolution": (32, 16),
             "channel_base": 128,
-            "formulas": formulas,
+            "backend": backend,
         }
         generator = small_generator(architecture=g_architecture, **shared)
         discriminator = small_discriminator(architecture=d_architecture, **shared)
-        expected = sides if formulas is ops.Formulas.TPU else [1, 1, 1]
+        expected = sides if backend is ops.Backend.TPU else [1, 1, 1]
         assert [block.side for block in generator.blocks] == expected
         assert [block.side for block in discriminator.blocks] == expected[:0:-1]
         g, d = (constants(randomized(n), tf.float64) for n in (generator, discriminator))
@@ -438,7 +438,7 @@ def test_strips_give_the_same_networks(
     shared: dict[str, Any] = {
         "resolution": (64, 32),
         "channel_base": 128,
-        "formulas": ops.Formulas.TPU,
+        "backend": ops.Backend.TPU,
     }
     generator = small_generator(architecture=g_architecture, **shared)
     discriminator = small_discriminator(architecture=d_architecture, mbstd_group_size=1, **shared)

@@ -65,7 +65,7 @@ class Pair:
 def build(g: str, d: str, **options: Any) -> Pair:
     half: dict[str, Any] = {
         name: options.pop(name)
-        for name in ("half_dtype", "num_fp16_res", "conv_clamp", "formulas")
+        for name in ("half_dtype", "num_fp16_res", "conv_clamp", "backend")
         if name in options
     }
     shared: dict[str, Any] = {
@@ -90,7 +90,7 @@ PAIRS: dict[str, Callable[..., Pair]] = {
     "orig-orig": lambda **o: build("orig", "orig", resolution=(8, 8), **o),
     "conditional": lambda **o: build("skip", "resnet", c_dim=3, resolution=(8, 8), **o),
     "oblong-gray": lambda **o: build(
-        "skip", "resnet", resolution=(16, 8), img_channels=1, formulas=ops.Formulas.GENERIC, **o
+        "skip", "resnet", resolution=(16, 8), img_channels=1, backend=ops.Backend.GENERIC, **o
     ),
     "odd-grid-rgba": lambda **o: build(
         "resnet", "orig", resolution=(10, 14), img_channels=4, c_dim=2, **o

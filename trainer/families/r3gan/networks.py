@@ -26,7 +26,7 @@ def build(
     group_size: int,
     clamped: bool,
     half_dtype: tf.DType | None,
-    formulas: ops.Formulas,
+    backend: ops.Backend,
 ) -> tuple[Generator, Discriminator]:
     """Both networks.
 
@@ -36,7 +36,7 @@ def build(
       group_size: without effect: no layer looks at several images.
       clamped: without effect: activations aren't clamped.
       half_dtype: of the stages in 16 bits; None for full precision throughout.
-      formulas: how layers are computed.
+      backend: how layers are computed.
     """
     del group_size, clamped
     widths = keys.widths(base_grid(data.resolution))
@@ -49,7 +49,7 @@ def build(
         "group_channels": keys.group_channels,
         "num_fp16_res": keys.num_fp16_res,
         "half_dtype": half_dtype,
-        "formulas": formulas,
+        "backend": backend,
     }
     return Generator(z_dim=keys.z_dim, **shared), Discriminator(**shared)
 
@@ -67,7 +67,7 @@ class Generator(network.Generator):
       group_channels: hidden channels in a group of the grouped convolutions.
       num_fp16_res: how many of the highest resolutions run in `half_dtype`.
       half_dtype: tf.float16, tf.bfloat16, or None for full precision throughout.
-      formulas: how layers are computed.
+      backend: how layers are computed.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Generator(network.Generator):
         group_channels: int,
         num_fp16_res: int = 0,
         half_dtype: tf.DType | None = None,
-        formulas: ops.Formulas = ops.Formulas.GENERIC,
+        backend: ops.Backend = ops.Backend.GENERIC,
     ) -> None:
         super().__init__(
             generator_table(
@@ -99,7 +99,7 @@ class Generator(network.Generator):
         self.w_dim, self.num_ws = 2 * z_dim if c_dim else z_dim, 1
         self.noise_shapes = []
         self.resolution, self.img_channels = resolution, img_channels
-        self.formulas = formulas
+        self.backend = backend
         self._blocks = blocks
         first_half = len(widths) - num_fp16_res
         self._dtypes = [half_dtype if n >= first_half else None for n in range(len(widths))]
@@ -121,11 +121,11 @@ class Generator(network.Generator):
         for stage, (blocks, dtype) in enumerate(zip(self._blocks, self._dtypes, strict=True)):
             x = tf.cast(x, dtype or ws.dtype)
             if stage:
-                x = _change_width(params, f"MainLayers.{stage}.Layers.0", x, self.formulas)
-                x = ops.upsample2d(x, ops.RESAMPLE_FILTER, self.formulas)
+                x = _change_width(params, f"MainLayers.{stage}.Layers.0", x, self.backend)
+                x = ops.upsample2d(x, ops.RESAMPLE_FILTER, self.backend)
             for block in range(blocks):
-                x = _block(params, f"MainLayers.{stage}.Layers.{block + 1}", x, self.formulas)
-        return tf.cast(_conv(params, "AggregationLayer.Layer", x, self.formulas), ws.dtype)
+                x = _block(params, f"MainLayers.{stage}.Layers.{block + 1}", x, self.backend)
+        return tf.cast(_conv(params, "AggregationLayer.Layer", x, self.backend), ws.dtype)
 
 
 class Discriminator(network.Discriminator):
@@ -140,7 +140,7 @@ class Discriminator(network.Discriminator):
       group_channels: hidden channels in a group of the grouped convolutions.
       num_fp16_res: how many of the highest resolutions run in `half_dtype`.
       half_dtype: tf.float16, tf.bfloat16, or None for full precision throughout.
-      formulas: how layers are computed.
+      backend: how layers are computed.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class Discriminator(network.Discriminator):
         group_channels: int,
         num_fp16_res: int = 0,
         half_dtype: tf.DType | None = None,
-        formulas: ops.Formulas = ops.Formulas.GENERIC,
+        backend: ops.Backend = ops.Backend.GENERIC,
     ) -> None:
         super().__init__(
             discriminator_table(
@@ -168,7 +168,7 @@ class Discriminator(network.Discriminator):
         )
         self.c_dim = c_dim
         self.resolution, self.img_channels = resolution, img_channels
-        self.formulas = formulas
+        self.backend = backend
         self._blocks = list(reversed(blocks))
         self._dtypes = [half_dtype if n < num_fp16_res else None for n in range(len(widths))]
         self.freezable_layers = ["ExtractionLayer.Layer"]
@@ -177,15 +177,15 @@ class Discriminator(network.Discriminator):
         """See `network.Discriminator.apply`."""
         full = params["ExtractionLayer.Layer.weight"].dtype
         x = tf.cast(images, self._dtypes[0] or full)
-        x = _conv(params, "ExtractionLayer.Layer", x, self.formulas)
+        x = _conv(params, "ExtractionLayer.Layer", x, self.backend)
         for stage, (blocks, dtype) in enumerate(zip(self._blocks, self._dtypes, strict=True)):
             name = f"MainLayers.{stage}.Layers"
             x = tf.cast(x, dtype or full)
             for block in range(blocks):
-                x = _block(params, f"{name}.{block}", x, self.formulas)
+                x = _block(params, f"{name}.{block}", x, self.backend)
             if stage < len(self._blocks) - 1:
-                x = ops.downsample2d(x, ops.RESAMPLE_FILTER, self.formulas)
-                x = _change_width(params, f"{name}.{blocks}", x, self.formulas)
+                x = ops.downsample2d(x, ops.RESAMPLE_FILTER, self.backend)
+                x = _change_width(params, f"{name}.{blocks}", x, self.backend)
         head = f"MainLayers.{len(self._blocks) - 1}.Layers.{self._blocks[-1]}"
         # A depthwise convolution whose kernels are as large as the maps.
         basis = params[f"{head}.Basis.weight"][:, :, 0]
@@ -197,25 +197,25 @@ class Discriminator(network.Discriminator):
         return Output(x, {})
 
 
-def _conv(params: Params, name: str, x: tf.Tensor, formulas: ops.Formulas) -> tf.Tensor:
+def _conv(params: Params, name: str, x: tf.Tensor, backend: ops.Backend) -> tf.Tensor:
     """A convolution without bias."""
-    return ops.conv2d(x, tf.cast(params[f"{name}.weight"], x.dtype), formulas)
+    return ops.conv2d(x, tf.cast(params[f"{name}.weight"], x.dtype), backend)
 
 
-def _change_width(params: Params, name: str, x: tf.Tensor, formulas: ops.Formulas) -> tf.Tensor:
+def _change_width(params: Params, name: str, x: tf.Tensor, backend: ops.Backend) -> tf.Tensor:
     """A 1x1 convolution, where stages have different widths."""
     layer = f"{name}.LinearLayer.Layer"
-    return _conv(params, layer, x, formulas) if f"{layer}.weight" in params else x
+    return _conv(params, layer, x, backend) if f"{layer}.weight" in params else x
 
 
-def _block(params: Params, name: str, x: tf.Tensor, formulas: ops.Formulas) -> tf.Tensor:
+def _block(params: Params, name: str, x: tf.Tensor, backend: ops.Backend) -> tf.Tensor:
     """A residual block: 1x1 to the hidden channels, grouped 3x3, 1x1 back (figure 3)."""
 
     def activation(layer: str, y: tf.Tensor) -> tf.Tensor:
         bias = params[f"{name}.{layer}.Bias"]
-        return ops.bias_act(y, bias, "lrelu", gain=1.0, formulas=formulas)
+        return ops.bias_act(y, bias, "lrelu", gain=1.0, backend=backend)
 
-    y = activation("NonLinearity1", _conv(params, f"{name}.LinearLayer1.Layer", x, formulas))
+    y = activation("NonLinearity1", _conv(params, f"{name}.LinearLayer1.Layer", x, backend))
     weight = tf.cast(params[f"{name}.LinearLayer2.Layer.weight"], x.dtype)
-    y = activation("NonLinearity2", grouped.grouped_conv2d(y, weight, formulas))
-    return x + _conv(params, f"{name}.LinearLayer3.Layer", y, formulas)
+    y = activation("NonLinearity2", grouped.grouped_conv2d(y, weight, backend))
+    return x + _conv(params, f"{name}.LinearLayer3.Layer", y, backend)

@@ -38,7 +38,7 @@ def build(
     group_size: int,
     clamped: bool,
     half_dtype: tf.DType | None,
-    formulas: ops.Formulas,
+    backend: ops.Backend,
 ) -> tuple[Generator, Discriminator]:
     """Both networks.
 
@@ -48,7 +48,7 @@ def build(
       group_size: images over which minibatch standard deviation is taken.
       clamped: whether activations are clamped, as they are where blocks are in 16 bits.
       half_dtype: of the blocks that are; None for full precision throughout.
-      formulas: how layers are computed.
+      backend: how layers are computed.
     """
     assert isinstance(keys.channel_base, int)
     clamp = keys.conv_clamp if clamped else None
@@ -65,7 +65,7 @@ def build(
         num_fp16_res=keys.num_fp16_res,
         conv_clamp=clamp,
         half_dtype=half_dtype,
-        formulas=formulas,
+        backend=backend,
         style_mixing_prob=keys.style_mixing_prob,
         noise_mode=keys.noise_mode,
     )
@@ -81,7 +81,7 @@ def build(
         num_fp16_res=keys.num_fp16_res,
         conv_clamp=clamp,
         half_dtype=half_dtype,
-        formulas=formulas,
+        backend=backend,
     )
     return generator, discriminator
 
@@ -118,12 +118,12 @@ def _conv(
     down: int = 1,
     gain: float = 1.0,
     clamp: float | None = None,
-    formulas: ops.Formulas,
+    backend: ops.Backend,
     sides: tuple[int, int] = (1, 1),
 ) -> tf.Tensor:
     """A convolution with equalised learning rate, bias and activation."""
     weight = tf.cast(_equalized(params[f"{name}.weight"]), x.dtype)
-    x = ops.conv2d_resample(x, weight, up=up, down=down, formulas=formulas, sides=sides)
+    x = ops.conv2d_resample(x, weight, up=up, down=down, backend=backend, sides=sides)
     act_gain = gain * (math.sqrt(2) if activation == "lrelu" else 1.0)
     act_clamp = None if clamp is None else clamp * gain
     bias = params.get(f"{name}.bias")
@@ -133,7 +133,7 @@ def _conv(
         activation,
         gain=act_gain,
         clamp=act_clamp,
-        formulas=formulas,
+        backend=backend,
         side=sides[1],
     )
 
@@ -171,9 +171,9 @@ class Block:
     side: int
 
 
-def _side(level: int, channels: int, formulas: ops.Formulas) -> int:
+def _side(level: int, channels: int, backend: ops.Backend) -> int:
     """Of a block `level` doublings above the base grid, which a block of pixels must divide."""
-    return min(packing.pack_side(channels), 1 << level) if formulas is ops.Formulas.TPU else 1
+    return min(packing.pack_side(channels), 1 << level) if backend is ops.Backend.TPU else 1
 
 
 def _level_dtype(
@@ -202,7 +202,7 @@ class Generator(network.StyleGenerator):
         never does, as with NVIDIA, with "all" it does.
       conv_clamp: limit of activations in every block (NVIDIA's --fp32 has none).
       half_dtype: tf.float16, tf.bfloat16, or None for full precision throughout.
-      formulas: how layers are computed.
+      backend: how layers are computed.
       style_mixing_prob, noise_mode: see `network.StyleGenerator`.
     """
 
@@ -221,7 +221,7 @@ class Generator(network.StyleGenerator):
         num_fp16_res: NumHalf = 0,
         conv_clamp: float | None = None,
         half_dtype: tf.DType | None = None,
-        formulas: ops.Formulas = ops.Formulas.GENERIC,
+        backend: ops.Backend = ops.Backend.GENERIC,
         style_mixing_prob: float = 0.9,
         noise_mode: str = "random",
     ) -> None:
@@ -241,7 +241,7 @@ class Generator(network.StyleGenerator):
         self.z_dim, self.c_dim, self.w_dim = z_dim, c_dim, w_dim
         self.resolution, self.img_channels = resolution, img_channels
         self.mapping_layers, self.architecture = mapping_layers, architecture
-        self.conv_clamp, self.formulas = conv_clamp, formulas
+        self.conv_clamp, self.backend = conv_clamp, backend
         self.style_mixing_prob, self.noise_mode = style_mixing_prob, noise_mode
         height, width, doublings = base_grid(resolution)
         self.blocks: list[Block] = []
@@ -250,7 +250,7 @@ class Generator(network.StyleGenerator):
             outputs = channels(level, channel_base, channel_max)
             dtype = _level_dtype(level, doublings, num_fp16_res, half_dtype)
             size = f"b{4 << level}", height << level, width << level
-            side = _side(level, outputs, formulas)
+            side = _side(level, outputs, backend)
             self.blocks.append(Block(*size, inputs, outputs, dtype, side))
             inputs = outputs
         # Every convolution takes one w, and so does the last conversion to RGB.
@@ -328,7 +328,7 @@ class Generator(network.StyleGenerator):
             sides = max(side // 2, 1), side
             x = packing.repack(tf.cast(x, dtype), block.width // 2 // x.shape[2], sides[0])
             rows, new_rows = x.shape[1], block.height // side
-            strips = _num_strips(x.shape[0], rows, self.formulas)
+            strips = _num_strips(x.shape[0], rows, self.backend)
             margin = packing.STRIP_MARGIN * new_rows // rows
             if strips > 1:
                 noise = map(_noise_cutter(x.shape[0], strips, margin * side), noise)
@@ -342,7 +342,7 @@ class Generator(network.StyleGenerator):
                     x,
                     up=2,
                     gain=gain,
-                    formulas=self.formulas,
+                    backend=self.backend,
                     sides=sides,
                 )
                 if residual
@@ -353,7 +353,7 @@ class Generator(network.StyleGenerator):
             x = layer(params, f"{name}.conv1", x, w1, noise, gain=gain, sides=(side, side))
             x = x if y is None else x + y
         if img is not None:
-            img = ops.upsample2d(img, ops.RESAMPLE_FILTER, self.formulas)
+            img = ops.upsample2d(img, ops.RESAMPLE_FILTER, self.backend)
         last = next(styles)
         if self._has_torgb(block):
             w = _for_strips(last, strips)
@@ -383,9 +383,7 @@ class Generator(network.StyleGenerator):
             image = image if image.shape.rank == 4 else image[tf.newaxis]
             strength = params[f"{name}.noise_strength"]
             image = packing.pack_noise(image, strength, weight.shape[3], sides[1], x.dtype)
-        x = ops.modulated_conv2d(
-            x, weight, styles, image, up=up, formulas=self.formulas, sides=sides
-        )
+        x = ops.modulated_conv2d(x, weight, styles, image, up=up, backend=self.backend, sides=sides)
         clamp = None if self.conv_clamp is None else self.conv_clamp * gain
         gain *= math.sqrt(2)
         bias = params[f"{name}.bias"]
@@ -395,7 +393,7 @@ class Generator(network.StyleGenerator):
             "lrelu",
             gain=gain,
             clamp=clamp,
-            formulas=self.formulas,
+            backend=self.backend,
             side=sides[1],
         )
 
@@ -408,11 +406,11 @@ class Generator(network.StyleGenerator):
             weight,
             styles,
             demodulate=False,
-            formulas=self.formulas,
+            backend=self.backend,
             sides=(side, side),
         )
         bias = params[f"{name}.bias"]
-        return ops.bias_act(x, bias, clamp=self.conv_clamp, formulas=self.formulas, side=side)
+        return ops.bias_act(x, bias, clamp=self.conv_clamp, backend=self.backend, side=side)
 
 
 def _for_strips(w: tf.Tensor, strips: int) -> tf.Tensor:
@@ -420,9 +418,9 @@ def _for_strips(w: tf.Tensor, strips: int) -> tf.Tensor:
     return w if strips == 1 else tf.tile(w, [strips, 1])
 
 
-def _num_strips(images: int | None, rows: int, formulas: ops.Formulas) -> int:
+def _num_strips(images: int | None, rows: int, backend: ops.Backend) -> int:
     """Into how many strips the maps of a block are cut, by the rows of the smaller ones."""
-    return packing.num_strips(images, rows) if formulas is ops.Formulas.TPU else 1
+    return packing.num_strips(images, rows) if backend is ops.Backend.TPU else 1
 
 
 def _noise_cutter(images: int, strips: int, margin: int) -> Callable[[tf.Tensor], tf.Tensor]:
@@ -452,7 +450,7 @@ class Discriminator(network.Discriminator):
       architecture: "resnet", "skip" or "orig".
       mapping_layers: depth of the label's mapping network (conditional only).
       mbstd_group_size: images that minibatch-stddev compares: every so many consecutive ones.
-      num_fp16_res, conv_clamp, half_dtype, formulas: as for the generator.
+      num_fp16_res, conv_clamp, half_dtype, backend: as for the generator.
     """
 
     def __init__(
@@ -469,7 +467,7 @@ class Discriminator(network.Discriminator):
         num_fp16_res: NumHalf = 0,
         conv_clamp: float | None = None,
         half_dtype: tf.DType | None = None,
-        formulas: ops.Formulas = ops.Formulas.GENERIC,
+        backend: ops.Backend = ops.Backend.GENERIC,
     ) -> None:
         super().__init__(
             discriminator_table(
@@ -484,10 +482,10 @@ class Discriminator(network.Discriminator):
         )
         self.c_dim, self.resolution, self.img_channels = c_dim, resolution, img_channels
         self.architecture, self.mapping_layers = architecture, mapping_layers
-        self.mbstd_group_size, self.conv_clamp, self.formulas = (
+        self.mbstd_group_size, self.conv_clamp, self.backend = (
             mbstd_group_size,
             conv_clamp,
-            formulas,
+            backend,
         )
         height, width, doublings = base_grid(resolution)
         self.blocks: list[Block] = []
@@ -496,7 +494,7 @@ class Discriminator(network.Discriminator):
             outputs = channels(level - 1, channel_base, channel_max)
             dtype = _level_dtype(level, doublings, num_fp16_res, half_dtype)
             size = f"b{4 << level}", height << level, width << level
-            side = _side(level, inputs, formulas)
+            side = _side(level, inputs, backend)
             self.blocks.append(Block(*size, inputs, outputs, dtype, side))
         self._epilogue_dtype = _level_dtype(0, doublings, num_fp16_res, half_dtype)
         # From the image inwards, as NVIDIA counts them; without the epilogue.
@@ -528,19 +526,19 @@ class Discriminator(network.Discriminator):
             img,
             activation="lrelu",
             clamp=self.conv_clamp,
-            formulas=self.formulas,
+            backend=self.backend,
             sides=(side, side),
         )
 
     def _block(
         self, params: Params, block: Block, x: tf.Tensor | None, img: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        name, clamp, formulas = block.name, self.conv_clamp, self.formulas
+        name, clamp, backend = block.name, self.conv_clamp, self.backend
         dtype = block.dtype or params["b4.out.weight"].dtype
         side = block.side
         sides = side, max(side // 2, 1)
         rows, new_rows = block.height // side, block.height // 2 // sides[1]
-        strips = _num_strips(img.shape[0], new_rows, formulas)
+        strips = _num_strips(img.shape[0], new_rows, backend)
         margin = packing.STRIP_MARGIN * rows // new_rows
         if x is not None:
             x = packing.repack(tf.cast(x, dtype), block.width // x.shape[2], side)
@@ -551,7 +549,7 @@ class Discriminator(network.Discriminator):
             y = self._fromrgb(params, f"{name}.fromrgb", y, side)
             x = y if x is None else x + y
             if self.architecture == "skip":
-                img = ops.downsample2d(img, ops.RESAMPLE_FILTER, formulas)
+                img = ops.downsample2d(img, ops.RESAMPLE_FILTER, backend)
         assert x is not None
         residual = self.architecture == "resnet"
         gain = _SQRT_HALF if residual else 1.0
@@ -562,7 +560,7 @@ class Discriminator(network.Discriminator):
                 x,
                 down=2,
                 gain=gain,
-                formulas=formulas,
+                backend=backend,
                 sides=sides,
             )
             if residual
@@ -574,7 +572,7 @@ class Discriminator(network.Discriminator):
             x,
             activation="lrelu",
             clamp=clamp,
-            formulas=formulas,
+            backend=backend,
             sides=(side, side),
         )
         x = _conv(
@@ -585,7 +583,7 @@ class Discriminator(network.Discriminator):
             down=2,
             gain=gain,
             clamp=clamp,
-            formulas=formulas,
+            backend=backend,
             sides=sides,
         )
         x = x if y is None else x + y
@@ -600,7 +598,7 @@ class Discriminator(network.Discriminator):
         x = ops.minibatch_stddev(x, self.mbstd_group_size)
         x = tf.cast(x, self._epilogue_dtype or full)
         x = _conv(
-            params, "b4.conv", x, activation="lrelu", clamp=self.conv_clamp, formulas=self.formulas
+            params, "b4.conv", x, activation="lrelu", clamp=self.conv_clamp, backend=self.backend
         )
         x = tf.cast(x, full)
         _, height, width, channels = x.shape
