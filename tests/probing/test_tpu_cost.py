@@ -111,8 +111,8 @@ def test_a_program_is_fed_what_the_pipeline_gives(squares: Manifest) -> None:
 
 def test_every_narrow_map_is_packed() -> None:
     run = small()
-    assert all(block.side > 1 for block in run.recipe.networks.generator.blocks[1:])
-    assert all(block.side > 1 for block in run.recipe.networks.discriminator.blocks)
+    assert all(block.stage.block > 1 for block in run.recipe.networks.generator.blocks[1:])
+    assert all(block.stage.block > 1 for block in run.recipe.networks.discriminator.blocks)
 
 
 # ---------------------------------------------------------------- the run

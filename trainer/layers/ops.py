@@ -399,7 +399,7 @@ def conv2d_resample(
     up: int = 1,
     down: int = 1,
     backend: Backend = Backend.GENERIC,
-    sides: tuple[int, int] = (1, 1),
+    blocks: tuple[int, int] = (1, 1),
 ) -> tf.Tensor:
     """Convolution with optional 2x up- or downsampling (StyleGAN2, section 4.2 and appendix B).
 
@@ -411,14 +411,14 @@ def conv2d_resample(
       up: 1 or 2.
       down: 1 or 2.
       backend: how it is computed.
-      sides: how `x` is packed and the result shall be, see `packing.block_conv2d`.
+      blocks: how `x` is packed and the result shall be, see `packing.block_conv2d`.
 
     Returns:
       [N, H * up / down, W * up / down, out], or packed.
     """
-    if sides != (1, 1):
-        assert sides[0] * up == sides[1] * down
-        return packing.resample(x, weight, taps, sides)
+    if blocks != (1, 1):
+        assert blocks[0] * up == blocks[1] * down
+        return packing.resample(x, weight, taps, blocks)
     size, _, inputs, outputs = weight.shape
     if backend is Backend.TPU and up == 2 and outputs <= _BLOCKS_MAX_CHANNELS:
         return packing.unpack(packing.resample(x, weight, taps, (1, 2)), 2)
@@ -453,7 +453,7 @@ def modulated_conv2d(
     demodulate: bool = True,
     taps: np.ndarray = RESAMPLE_FILTER,
     backend: Backend = Backend.GENERIC,
-    sides: tuple[int, int] = (1, 1),
+    blocks: tuple[int, int] = (1, 1),
 ) -> tf.Tensor:
     """Convolution whose weights are scaled by each sample's style (StyleGAN2, section 2.2).
 
@@ -466,7 +466,7 @@ def modulated_conv2d(
       demodulate: whether each output channel is scaled to unit expected variance (equation 3).
       taps: the resampling filter.
       backend: how it is computed.
-      sides: how `x` is packed and the result shall be, see `packing.block_conv2d`.
+      blocks: how `x` is packed and the result shall be, see `packing.block_conv2d`.
 
     Returns:
       [N, H * up, W * up, out] in the dtype of `x`, or packed.
@@ -479,12 +479,12 @@ def modulated_conv2d(
             * float(np.prod(weight.shape[:3]))
         )
         styles *= tf.math.rsqrt(tf.reduce_max(tf.square(styles), 1, keepdims=True))
-    y = _scale(x, _for_each_pixel(tf.cast(styles, dtype), sides[0]), backend)
-    y = conv2d_resample(y, tf.cast(weight, dtype), taps, up, 1, backend, sides)
+    y = _scale(x, _for_each_pixel(tf.cast(styles, dtype), blocks[0]), backend)
+    y = conv2d_resample(y, tf.cast(weight, dtype), taps, up, 1, backend, blocks)
     if demodulate:
         energy = tf.reduce_sum(tf.square(weight), [0, 1])
         factors = tf.math.rsqrt(tf.linalg.matmul(tf.square(styles), energy) + 1e-8)
-        y = _scale(y, _for_each_pixel(tf.cast(factors, dtype), sides[1]), backend)
+        y = _scale(y, _for_each_pixel(tf.cast(factors, dtype), blocks[1]), backend)
     return y if noise is None else y + tf.cast(noise, dtype)
 
 
@@ -492,9 +492,9 @@ def modulated_conv2d(
 # Scales, biases and activations
 
 
-def _for_each_pixel(values: tf.Tensor, side: int) -> tf.Tensor:
-    """[..., C] for maps, or [..., side**2 * C] for packed ones."""
-    return tf.concat([values] * side**2, -1) if side > 1 else values
+def _for_each_pixel(values: tf.Tensor, block: int) -> tf.Tensor:
+    """[..., C] for maps, or [..., block**2 * C] for packed ones."""
+    return tf.concat([values] * block**2, -1) if block > 1 else values
 
 
 def _as_maps(values: tf.Tensor) -> tf.Tensor:
@@ -560,7 +560,7 @@ def bias_act(
     gain: float | None = None,
     clamp: float | None = None,
     backend: Backend = Backend.GENERIC,
-    side: int = 1,
+    block: int = 1,
 ) -> tf.Tensor:
     """Adds a bias, applies an activation, scales, and limits.
 
@@ -572,10 +572,10 @@ def bias_act(
       gain: a factor after the activation; None takes the one that keeps the variance.
       clamp: the result is limited to [-clamp, clamp]; None doesn't.
       backend: how it is computed.
-      side: pixels along each side of the blocks of `x`, 1 if it is not packed.
+      block: pixels along each side of the blocks of `x`, 1 if it is not packed.
     """
     if bias is not None:
-        x = _add_bias(x, _for_each_pixel(tf.cast(bias, x.dtype), side), backend)
+        x = _add_bias(x, _for_each_pixel(tf.cast(bias, x.dtype), block), backend)
     if gain is None:
         gain = _ACTIVATION_GAINS[activation]
     if activation == "lrelu":

@@ -370,21 +370,21 @@ def test_channels_follow_the_nominal_resolution() -> None:
     ("g_architecture", "d_architecture"), [("skip", "resnet"), ("resnet", "skip")]
 )
 @pytest.mark.parametrize(
-    ("pack_channels", "max_side", "sides"),
+    ("pack_channels", "max_block", "blocks"),
     [(0, 4, [1, 1, 1]), (16, 4, [1, 1, 2]), (128, 4, [1, 2, 4]), (128, 2, [1, 2, 2])],
 )
-def test_formulas_give_the_same_networks(
+def test_backends_give_the_same_networks(
     g_architecture: str,
     d_architecture: str,
     pack_channels: int,
-    max_side: int,
-    sides: list[int],
+    max_block: int,
+    blocks: list[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Images, logits and gradients. On TPUs with no map packed, the finest, all on one grid, and
     all, on several grids."""
     monkeypatch.setattr(packing, "PACK_CHANNELS", pack_channels)
-    monkeypatch.setattr(packing, "_PACK_MAX_SIDE", max_side)
+    monkeypatch.setattr(packing, "_PACK_MAX_BLOCK", max_block)
     results = []
     for backend in ops.Backend:
         shared: dict[str, Any] = {
@@ -394,9 +394,9 @@ def test_formulas_give_the_same_networks(
         }
         generator = small_generator(architecture=g_architecture, **shared)
         discriminator = small_discriminator(architecture=d_architecture, **shared)
-        expected = sides if backend is ops.Backend.TPU else [1, 1, 1]
-        assert [block.side for block in generator.blocks] == expected
-        assert [block.side for block in discriminator.blocks] == expected[:0:-1]
+        expected = blocks if backend is ops.Backend.TPU else [1, 1, 1]
+        assert [block.stage.block for block in generator.blocks] == expected
+        assert [block.stage.block for block in discriminator.blocks] == expected[:0:-1]
         g, d = (constants(randomized(n), tf.float64) for n in (generator, discriminator))
         random = normal(4, sum(height * width for height, width in generator.noise_shapes))
         with tf.GradientTape() as tape:
@@ -416,13 +416,13 @@ def test_formulas_give_the_same_networks(
     ("g_architecture", "d_architecture"), [("skip", "resnet"), ("resnet", "skip")]
 )
 @pytest.mark.parametrize("pack_channels", [0, 16, 128])
-@pytest.mark.parametrize(("images", "strips"), [(1, 8), (2, 4), (4, 2), (3, 1), (8, 1)])
-def test_strips_give_the_same_networks(
+@pytest.mark.parametrize(("images", "tiles"), [(1, 8), (2, 4), (4, 2), (3, 1), (8, 1)])
+def test_tiles_give_the_same_networks(
     g_architecture: str,
     d_architecture: str,
     pack_channels: int,
     images: int,
-    strips: int,
+    tiles: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Images, logits and gradients, with noise of each image and with the network's own; with no
@@ -430,9 +430,9 @@ def test_strips_give_the_same_networks(
     monkeypatch.setattr(packing, "PACK_CHANNELS", pack_channels)
     cut, cuts = packing.cut, []
 
-    def counted(x: tf.Tensor, count: int, *margin: int) -> tf.Tensor:
+    def counted(x: tf.Tensor, count: int, *halo: int) -> tf.Tensor:
         cuts.append(count)
-        return cut(x, count, *margin)
+        return cut(x, count, *halo)
 
     monkeypatch.setattr(packing, "cut", counted)
     shared: dict[str, Any] = {
@@ -464,10 +464,10 @@ def test_strips_give_the_same_networks(
 
     whole = run()
     assert set(cuts) == {1}
-    monkeypatch.setattr(packing, "_STRIP_MIN_ROWS", 2)
-    in_strips = run()
-    assert max(cuts) == strips
-    for ours, theirs in zip(in_strips, whole, strict=True):
+    monkeypatch.setattr(packing, "_TILE_MIN_ROWS", 2)
+    in_tiles = run()
+    assert max(cuts) == tiles
+    for ours, theirs in zip(in_tiles, whole, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9)
 
 

@@ -5,8 +5,9 @@ Names are NVIDIA's; a `b16` block is the third above the base grid, also where t
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,7 +25,8 @@ from trainer.families.stylegan2.keys import (
     discriminator_table,
     generator_table,
 )
-from trainer.layers import ops, packing
+from trainer.layers import ops
+from trainer.layers.stages import Maps, Stage
 
 NumHalf = int | Literal["all"]
 
@@ -111,31 +113,21 @@ def _equalized(weight: tf.Tensor) -> tf.Tensor:
 def _conv(
     params: Params,
     name: str,
-    x: tf.Tensor,
+    stage: Stage,
+    x: Maps,
     *,
     activation: str = "linear",
     up: int = 1,
     down: int = 1,
     gain: float = 1.0,
     clamp: float | None = None,
-    backend: ops.Backend,
-    sides: tuple[int, int] = (1, 1),
-) -> tf.Tensor:
+) -> Maps:
     """A convolution with equalised learning rate, bias and activation."""
-    weight = tf.cast(_equalized(params[f"{name}.weight"]), x.dtype)
-    x = ops.conv2d_resample(x, weight, up=up, down=down, backend=backend, sides=sides)
+    weight = tf.cast(_equalized(params[f"{name}.weight"]), x.tensor.dtype)
+    x = stage.conv(x, weight, up=up, down=down)
     act_gain = gain * (math.sqrt(2) if activation == "lrelu" else 1.0)
     act_clamp = None if clamp is None else clamp * gain
-    bias = params.get(f"{name}.bias")
-    return ops.bias_act(
-        x,
-        bias,
-        activation,
-        gain=act_gain,
-        clamp=act_clamp,
-        backend=backend,
-        side=sides[1],
-    )
+    return stage.bias_act(x, params.get(f"{name}.bias"), activation, gain=act_gain, clamp=act_clamp)
 
 
 def _mapping_layers(params: Params, z: tf.Tensor | None, c: tf.Tensor, layers: int) -> tf.Tensor:
@@ -158,8 +150,7 @@ class Block:
       height, width: of its feature maps (the larger ones, for a discriminator block).
       inputs, outputs: channels. A generator's first block has no inputs.
       dtype: in which its convolutions run; None is that of the parameters.
-      side: pixels along each side of the blocks in which its feature maps are packed for a TPU's
-        lanes (`packing.pack`), 1 if they aren't.
+      stage: its layers.
     """
 
     name: str
@@ -168,12 +159,7 @@ class Block:
     inputs: int
     outputs: int
     dtype: tf.DType | None
-    side: int
-
-
-def _side(level: int, channels: int, backend: ops.Backend) -> int:
-    """Of a block `level` doublings above the base grid, which a block of pixels must divide."""
-    return min(packing.pack_side(channels), 1 << level) if backend is ops.Backend.TPU else 1
+    stage: Stage
 
 
 def _level_dtype(
@@ -250,8 +236,8 @@ class Generator(network.StyleGenerator):
             outputs = channels(level, channel_base, channel_max)
             dtype = _level_dtype(level, doublings, num_fp16_res, half_dtype)
             size = f"b{4 << level}", height << level, width << level
-            side = _side(level, outputs, backend)
-            self.blocks.append(Block(*size, inputs, outputs, dtype, side))
+            stage = Stage.of(height << level, width << level, outputs, backend)
+            self.blocks.append(Block(*size, inputs, outputs, dtype, stage))
             inputs = outputs
         # Every convolution takes one w, and so does the last conversion to RGB.
         self.num_ws = sum(self._num_convs(block) for block in self.blocks) + 1
@@ -292,7 +278,7 @@ class Generator(network.StyleGenerator):
     def synthesis(
         self, params: Params, ws: tf.Tensor, noise: list[tf.Tensor] | None = None
     ) -> tf.Tensor:
-        """See `network.StyleGenerator.synthesis`."""
+        """See `network.Generator.synthesis`."""
         noise = self.noise(params, "const") if noise is None else noise
         styles = iter(tf.unstack(ws, axis=1))
         layer_noise = iter(noise)
@@ -300,7 +286,7 @@ class Generator(network.StyleGenerator):
         for block in self.blocks:
             x, img, last = self._block(params, block, x, img, styles, layer_noise)
             # A block's conversion to RGB and the next block's first layer share a w.
-            styles = _chain(last, styles) if block is not self.blocks[-1] else styles
+            styles = itertools.chain([last], styles) if block is not self.blocks[-1] else styles
         assert img is not None
         return img
 
@@ -308,135 +294,67 @@ class Generator(network.StyleGenerator):
         self,
         params: Params,
         block: Block,
-        x: tf.Tensor | None,
+        x: Maps | None,
         img: tf.Tensor | None,
         styles: Iterator[tf.Tensor],
         noise: Iterator[tf.Tensor],
-    ) -> tuple[tf.Tensor, tf.Tensor | None, tf.Tensor]:
-        name, full = f"synthesis.{block.name}", params["mapping.w_avg"].dtype
-        dtype = block.dtype or full
-        layer, strips, margin = self._layer, 1, 0
+    ) -> tuple[Maps, tf.Tensor | None, tf.Tensor]:
+        name, stage, full = f"synthesis.{block.name}", block.stage, params["mapping.w_avg"].dtype
+        dtype, layer = block.dtype or full, self._layer
         if x is None:
             w = next(styles)
             const = tf.cast(params[f"{name}.const"], dtype)
-            x = tf.tile(
-                const[tf.newaxis], [tf.shape(w)[0] if w.shape[0] is None else w.shape[0], 1, 1, 1]
-            )
-            x = layer(params, f"{name}.conv1", x, w, noise)
+            images = tf.shape(w)[0] if w.shape[0] is None else w.shape[0]
+            x = Maps(tf.tile(const[tf.newaxis], [images, 1, 1, 1]))
+            x = layer(params, f"{name}.conv1", stage, x, w, noise)
         else:
-            side = block.side
-            sides = max(side // 2, 1), side
-            x = packing.repack(tf.cast(x, dtype), block.width // 2 // x.shape[2], sides[0])
-            rows, new_rows = x.shape[1], block.height // side
-            strips = _num_strips(x.shape[0], rows, self.backend)
-            margin = packing.STRIP_MARGIN * new_rows // rows
-            if strips > 1:
-                noise = map(_noise_cutter(x.shape[0], strips, margin * side), noise)
-            x = packing.cut(x, strips, packing.STRIP_MARGIN)
+            x = stage.enter(x.cast(dtype))
             residual = self.architecture == "resnet"
             gain = _SQRT_HALF if residual else 1.0
-            y = (
-                _conv(
-                    params,
-                    f"{name}.skip",
-                    x,
-                    up=2,
-                    gain=gain,
-                    backend=self.backend,
-                    sides=sides,
-                )
-                if residual
-                else None
-            )
-            w0, w1 = (_for_strips(next(styles), strips) for _ in range(2))
-            x = layer(params, f"{name}.conv0", x, w0, noise, up=2, sides=sides)
-            x = layer(params, f"{name}.conv1", x, w1, noise, gain=gain, sides=(side, side))
-            x = x if y is None else x + y
+            skip = _conv(params, f"{name}.skip", stage, x, up=2, gain=gain) if residual else None
+            w0, w1 = next(styles), next(styles)
+            x = layer(params, f"{name}.conv0", stage, x, w0, noise, up=2)
+            x = layer(params, f"{name}.conv1", stage, x, w1, noise, gain=gain)
+            x = x if skip is None else x + skip
         if img is not None:
             img = ops.upsample2d(img, ops.RESAMPLE_FILTER, self.backend)
         last = next(styles)
         if self._has_torgb(block):
-            w = _for_strips(last, strips)
-            rgb = self._torgb(params, f"{name}.torgb", x, w, block.side)
-            rgb = packing.join(rgb, strips, margin)
-            rgb = tf.cast(packing.unpack(rgb, block.side), full)
+            rgb = tf.cast(self._torgb(params, f"{name}.torgb", stage, x, last).plain(), full)
             img = rgb if img is None else img + rgb
-        return packing.join(x, strips, margin), img, last
+        return stage.leave(x), img, last
 
     def _layer(
         self,
         params: Params,
         name: str,
-        x: tf.Tensor,
+        stage: Stage,
+        x: Maps,
         w: tf.Tensor,
         noise: Iterator[tf.Tensor],
         up: int = 1,
         gain: float = 1.0,
-        sides: tuple[int, int] = (1, 1),
-    ) -> tf.Tensor:
+    ) -> Maps:
         """Modulated 3x3 convolution, noise, bias and leaky ReLU."""
         styles = _dense(params, f"{name}.affine", w)
-        weight = params[f"{name}.weight"]
-        image = next(noise, None)
-        if image is not None:
-            image = image[..., tf.newaxis]
-            image = image if image.shape.rank == 4 else image[tf.newaxis]
-            strength = params[f"{name}.noise_strength"]
-            image = packing.pack_noise(image, strength, weight.shape[3], sides[1], x.dtype)
-        x = ops.modulated_conv2d(x, weight, styles, image, up=up, backend=self.backend, sides=sides)
-        clamp = None if self.conv_clamp is None else self.conv_clamp * gain
-        gain *= math.sqrt(2)
-        bias = params[f"{name}.bias"]
-        return ops.bias_act(
+        x = stage.modulated_conv(
             x,
-            bias,
-            "lrelu",
-            gain=gain,
-            clamp=clamp,
-            backend=self.backend,
-            side=sides[1],
+            params[f"{name}.weight"],
+            styles,
+            next(noise, None),
+            strength=params[f"{name}.noise_strength"],
+            up=up,
         )
+        clamp = None if self.conv_clamp is None else self.conv_clamp * gain
+        bias = params[f"{name}.bias"]
+        return stage.bias_act(x, bias, "lrelu", gain=gain * math.sqrt(2), clamp=clamp)
 
-    def _torgb(self, params: Params, name: str, x: tf.Tensor, w: tf.Tensor, side: int) -> tf.Tensor:
+    def _torgb(self, params: Params, name: str, stage: Stage, x: Maps, w: tf.Tensor) -> Maps:
         weight = params[f"{name}.weight"]
         styles = _dense(params, f"{name}.affine", w)
         styles *= tf.constant(1 / math.sqrt(weight.shape[2]), styles.dtype)
-        x = ops.modulated_conv2d(
-            x,
-            weight,
-            styles,
-            demodulate=False,
-            backend=self.backend,
-            sides=(side, side),
-        )
-        bias = params[f"{name}.bias"]
-        return ops.bias_act(x, bias, clamp=self.conv_clamp, backend=self.backend, side=side)
-
-
-def _for_strips(w: tf.Tensor, strips: int) -> tf.Tensor:
-    """What `packing.cut` is for what has no rows."""
-    return w if strips == 1 else tf.tile(w, [strips, 1])
-
-
-def _num_strips(images: int | None, rows: int, backend: ops.Backend) -> int:
-    """Into how many strips the maps of a block are cut, by the rows of the smaller ones."""
-    return packing.num_strips(images, rows) if backend is ops.Backend.TPU else 1
-
-
-def _noise_cutter(images: int, strips: int, margin: int) -> Callable[[tf.Tensor], tf.Tensor]:
-    """For noise, [H, W] or [N, H, W], what `packing.cut` is for maps."""
-
-    def cut(image: tf.Tensor) -> tf.Tensor:
-        image = image if image.shape.rank == 3 else image[tf.newaxis]
-        pieces = packing.cut(image, strips, margin)
-        return tf.repeat(pieces, images * strips // pieces.shape[0], axis=0)
-
-    return cut
-
-
-def _chain(first: tf.Tensor, rest: Iterator[tf.Tensor]) -> Iterator[tf.Tensor]:
-    yield first
-    yield from rest
+        x = stage.modulated_conv(x, weight, styles, demodulate=False)
+        return stage.bias_act(x, params[f"{name}.bias"], clamp=self.conv_clamp)
 
 
 class Discriminator(network.Discriminator):
@@ -494,9 +412,11 @@ class Discriminator(network.Discriminator):
             outputs = channels(level - 1, channel_base, channel_max)
             dtype = _level_dtype(level, doublings, num_fp16_res, half_dtype)
             size = f"b{4 << level}", height << level, width << level
-            side = _side(level, inputs, backend)
-            self.blocks.append(Block(*size, inputs, outputs, dtype, side))
+            stage = Stage.of(height << level, width << level, inputs, backend)
+            self.blocks.append(Block(*size, inputs, outputs, dtype, stage))
         self._epilogue_dtype = _level_dtype(0, doublings, num_fp16_res, half_dtype)
+        last = channels(0, channel_base, channel_max)
+        self._epilogue_stage = Stage.of(height, width, last, backend)
         # From the image inwards, as NVIDIA counts them; without the epilogue.
         names = (name.rpartition(".")[0] for name in self.specs)
         self.freezable_layers = [
@@ -507,100 +427,62 @@ class Discriminator(network.Discriminator):
     def apply(self, params: Params, images: tf.Tensor, c: tf.Tensor) -> Output:
         """See `network.Discriminator.apply`."""
         full = params["b4.out.weight"].dtype
-        x, img = None, images
+        maps, img = None, images
         for block in self.blocks:
-            x, img = self._block(params, block, x, img)
-        x = tf.cast(x, full)
+            maps, img = self._block(params, block, maps, img)
+        assert maps is not None
+        x = tf.cast(maps.plain(), full)
         if self.architecture == "skip":
-            x += self._fromrgb(params, "b4.fromrgb", tf.cast(img, full))
+            stage = self._epilogue_stage
+            x += self._fromrgb(params, "b4.fromrgb", stage, Maps(tf.cast(img, full))).tensor
         x = self._epilogue(params, x)
         if not self.c_dim:
             return Output(x, {})
         cmap = _mapping_layers(params, None, c, self.mapping_layers)
         return Output(tf.reduce_sum(x * cmap, 1, keepdims=True) / math.sqrt(self.cmap_dim), {})
 
-    def _fromrgb(self, params: Params, name: str, img: tf.Tensor, side: int = 1) -> tf.Tensor:
-        return _conv(
-            params,
-            name,
-            img,
-            activation="lrelu",
-            clamp=self.conv_clamp,
-            backend=self.backend,
-            sides=(side, side),
-        )
+    def _fromrgb(self, params: Params, name: str, stage: Stage, img: Maps) -> Maps:
+        return _conv(params, name, stage, img, activation="lrelu", clamp=self.conv_clamp)
 
     def _block(
-        self, params: Params, block: Block, x: tf.Tensor | None, img: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor]:
-        name, clamp, backend = block.name, self.conv_clamp, self.backend
+        self, params: Params, block: Block, x: Maps | None, img: tf.Tensor
+    ) -> tuple[Maps, tf.Tensor]:
+        name, stage, clamp = block.name, block.stage, self.conv_clamp
         dtype = block.dtype or params["b4.out.weight"].dtype
-        side = block.side
-        sides = side, max(side // 2, 1)
-        rows, new_rows = block.height // side, block.height // 2 // sides[1]
-        strips = _num_strips(img.shape[0], new_rows, backend)
-        margin = packing.STRIP_MARGIN * rows // new_rows
-        if x is not None:
-            x = packing.repack(tf.cast(x, dtype), block.width // x.shape[2], side)
-            x = packing.cut(x, strips, margin)
+        x = None if x is None else stage.enter(x.cast(dtype))
         if f"{name}.fromrgb.weight" in params:
             img = tf.cast(img, dtype)
-            y = packing.cut(packing.pack(img, side), strips, margin)
-            y = self._fromrgb(params, f"{name}.fromrgb", y, side)
+            y = self._fromrgb(params, f"{name}.fromrgb", stage, stage.enter(img))
             x = y if x is None else x + y
             if self.architecture == "skip":
-                img = ops.downsample2d(img, ops.RESAMPLE_FILTER, backend)
+                img = ops.downsample2d(img, ops.RESAMPLE_FILTER, self.backend)
         assert x is not None
         residual = self.architecture == "resnet"
         gain = _SQRT_HALF if residual else 1.0
-        y = (
-            _conv(
-                params,
-                f"{name}.skip",
-                x,
-                down=2,
-                gain=gain,
-                backend=backend,
-                sides=sides,
-            )
-            if residual
-            else None
-        )
-        x = _conv(
-            params,
-            f"{name}.conv0",
-            x,
-            activation="lrelu",
-            clamp=clamp,
-            backend=backend,
-            sides=(side, side),
-        )
+        skip = _conv(params, f"{name}.skip", stage, x, down=2, gain=gain) if residual else None
+        x = _conv(params, f"{name}.conv0", stage, x, activation="lrelu", clamp=clamp)
         x = _conv(
             params,
             f"{name}.conv1",
+            stage,
             x,
             activation="lrelu",
             down=2,
             gain=gain,
             clamp=clamp,
-            backend=backend,
-            sides=sides,
         )
-        x = x if y is None else x + y
-        return packing.join(x, strips, packing.STRIP_MARGIN), img
+        return stage.leave(x if skip is None else x + skip), img
 
     def _epilogue(self, params: Params, x: tf.Tensor) -> tf.Tensor:
         """Minibatch-stddev, convolution and two fully connected layers.
 
         All in full precision, but for the convolution if the whole network is in 16 bits.
         """
-        full = x.dtype
+        full, clamp = x.dtype, self.conv_clamp
         x = ops.minibatch_stddev(x, self.mbstd_group_size)
-        x = tf.cast(x, self._epilogue_dtype or full)
-        x = _conv(
-            params, "b4.conv", x, activation="lrelu", clamp=self.conv_clamp, backend=self.backend
-        )
-        x = tf.cast(x, full)
+        maps = Maps(tf.cast(x, self._epilogue_dtype or full))
+        maps = _conv(params, "b4.conv", self._epilogue_stage, maps, activation="lrelu", clamp=clamp)
+        x = tf.cast(maps.tensor, full)
         _, height, width, channels = x.shape
         x = tf.reshape(x, [-1, height * width * channels])
         x = _dense(params, "b4.fc", x, activation="lrelu")
