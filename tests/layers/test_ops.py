@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.layers import ops
+from trainer.layers import ops, winograd
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
 BACKENDS = pytest.mark.parametrize("backend", list(ops.Backend))
@@ -290,14 +290,14 @@ def test_formulas_of_conv2d_agree(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """On either side of each limit of the fast algorithm, which is really taken where it can be."""
-    product = ops._winograd_product
+    product = winograd._product
     calls = []
 
     def counted(x: tf.Tensor, weight: tf.Tensor) -> tf.Tensor:
         calls.append(x.shape)
         return product(x, weight)
 
-    monkeypatch.setattr(ops, "_winograd_product", counted)
+    monkeypatch.setattr(winograd, "_product", counted)
     x = rng.standard_normal([*shape, inputs])
     weight = rng.standard_normal([3, 3, inputs, outputs]) / 10
     compare_formulas(ops.conv2d, [x, weight])

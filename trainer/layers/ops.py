@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
-from trainer.layers import packing
+from trainer.layers import packing, winograd
 
 
 class Backend(enum.Enum):
@@ -241,112 +241,9 @@ def downsample2d(x: tf.Tensor, taps: np.ndarray, backend: Backend = Backend.GENE
 
 def conv2d(x: tf.Tensor, weight: tf.Tensor, backend: Backend = Backend.GENERIC) -> tf.Tensor:
     """Dense correlation with "same" zero padding: [N, H, W, in] -> [N, H, W, out]."""
-    size, _, inputs, outputs = weight.shape
-    _, height, width, _ = x.shape
-    if (
-        backend is Backend.XLA_CPU
-        and size == 3
-        and min(inputs, outputs) >= _WINOGRAD_MIN_CHANNELS
-        and height * width >= _WINOGRAD_MIN_PIXELS
-        and height % 2 == width % 2 == 0
-    ):
-        return _winograd(x, weight)
+    if backend is Backend.XLA_CPU and winograd.pays(x.shape, weight.shape):
+        return winograd.conv2d(x, weight)
     return tf.nn.conv2d(x, weight, strides=1, padding="SAME")
-
-
-# Winograd's transforms for two outputs of a three-tap filter (Lavin and Gray 2016, section 4.1):
-# y = A^T [(G w) * (B^T x)] along each axis.
-# With 32 to 64 channels it took 15% longer than the plain convolutions, and a first step of 106 s
-# instead of 82; with few pixels it saves nothing worth the time to compile it.
-_WINOGRAD_MIN_CHANNELS = 128
-_WINOGRAD_MIN_PIXELS = 16 * 16
-# Most space for a transformed input; about a last-level cache.
-_WINOGRAD_BYTES = 32 << 20
-_WINOGRAD_WEIGHT = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
-
-
-def _winograd_input(s: list[tf.Tensor]) -> list[tf.Tensor]:
-    return [s[0] - s[2], s[1] + s[2], s[2] - s[1], s[1] - s[3]]
-
-
-def _winograd_output(m: list[tf.Tensor]) -> list[tf.Tensor]:
-    return [m[0] + m[1] + m[2], m[1] - m[2] - m[3]]
-
-
-def _winograd(x: tf.Tensor, weight: tf.Tensor) -> tf.Tensor:
-    """A 3x3 correlation with 4/9 of the multiplications: a third less time at 128 channels.
-
-    Each 2x2 of outputs comes from a 4x4 of inputs by 16 products in a transformed space. The
-    gradient in the weights gains nothing that way and stays a convolution.
-    """
-
-    @tf.custom_gradient
-    def apply(x: tf.Tensor, weight: tf.Tensor) -> tuple[tf.Tensor, object]:
-        def gradient(dy: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-            return _winograd(dy, _reversed(weight)), _weight_gradient(x, dy)
-
-        return _winograd_in_parts(x, weight), gradient
-
-    return apply(x, weight)
-
-
-def _winograd_in_parts(x: tf.Tensor, weight: tf.Tensor) -> tf.Tensor:
-    """A few images at a time, since the transformed ones take four times the space."""
-    num, height, width, inputs = x.shape
-    fitting = max(_WINOGRAD_BYTES // (4 * height * width * inputs * x.dtype.size), 1)
-    if num is None or num <= fitting:
-        return _winograd_product(x, weight)
-    size = max(divisor for divisor in range(1, fitting + 1) if num % divisor == 0)
-    parts = tf.reshape(x, [num // size, size, height, width, inputs])
-    y = tf.map_fn(lambda part: _winograd_product(part, weight), parts)
-    return tf.reshape(y, [num, height, width, weight.shape[3]])
-
-
-def _winograd_product(x: tf.Tensor, weight: tf.Tensor) -> tf.Tensor:
-    _, height, width, inputs = x.shape
-    rows, cols, outputs = height // 2, width // 2, weight.shape[3]
-    pairs = tf.reshape(
-        tf.pad(x, [[0, 0], [1, 1], [1, 1], [0, 0]]), [-1, rows + 1, 2, cols + 1, 2, inputs]
-    )
-
-    def tiles(i: int, j: int) -> tf.Tensor:
-        """Element (i, j) of every 4x4 tile."""
-        return pairs[:, i // 2 : i // 2 + rows, i % 2, j // 2 : j // 2 + cols, j % 2]
-
-    by_column = [_winograd_input([tiles(i, j) for i in range(4)]) for j in range(4)]
-    elements = [e for row in zip(*by_column, strict=True) for e in _winograd_input(list(row))]
-    transformed = tf.stack([tf.reshape(element, [-1, inputs]) for element in elements])
-    matrix = tf.constant(_WINOGRAD_WEIGHT, weight.dtype)
-    kernels = tf.reshape(
-        tf.einsum("ai,bj,ijcd->abcd", matrix, matrix, weight), [16, inputs, outputs]
-    )
-    products = tf.reshape(tf.linalg.matmul(transformed, kernels), [4, 4, -1, rows, cols, outputs])
-    lines = _winograd_output([products[i] for i in range(4)])
-    y = [_winograd_output([line[j] for j in range(4)]) for line in lines]
-    merged = tf.stack([tf.stack(line, 3) for line in y], 2)
-    return tf.reshape(merged, [-1, height, width, outputs])
-
-
-def _reversed(weight: tf.Tensor) -> tf.Tensor:
-    """The kernel whose correlation is the gradient of a correlation with `weight`."""
-    return tf.transpose(weight[::-1, ::-1], [0, 1, 3, 2])
-
-
-def _weight_gradient(x: tf.Tensor, dy: tf.Tensor) -> tf.Tensor:
-    """The gradient of a 3x3 correlation in its weights: [3, 3, in, out]."""
-
-    @tf.custom_gradient
-    def apply(x: tf.Tensor, dy: tf.Tensor) -> tuple[tf.Tensor, object]:
-        def gradient(dw: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-            return _winograd(dy, _reversed(dw)), _winograd(x, dw)
-
-        shape = [3, 3, x.shape[3], dy.shape[3]]
-        value = tf.raw_ops.Conv2DBackpropFilter(
-            input=x, filter_sizes=shape, out_backprop=dy, strides=[1, 1, 1, 1], padding="SAME"
-        )
-        return value, gradient
-
-    return apply(x, dy)
 
 
 def _conv2d_valid(x: tf.Tensor, weight: tf.Tensor) -> tf.Tensor:
