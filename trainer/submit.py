@@ -141,10 +141,7 @@ def _request() -> tuple[Request, float | None]:
         env=_pairs("env"),
         spot=FLAGS.spot,
     )
-    speed = FLAGS.sec_per_kimg
-    if speed is None and not FLAGS.set:
-        speed = facts.known_speed(storage.read_text(storage.resolve(FLAGS.config)), target)
-    return request, speed
+    return request, FLAGS.sec_per_kimg
 
 
 def _config() -> Config:

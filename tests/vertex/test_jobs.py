@@ -215,16 +215,6 @@ def test_cost() -> None:
     assert dict(facts.facts(asked, plan, None))["cost"].startswith("not known")
 
 
-def test_speed_from_the_head_of_a_config() -> None:
-    head = (
-        "# A preset.\n#\n# s/kimg     12.5 on a100x8, 9 on v5e-8\n\nrun: {}\n# s/kimg 1 on l4x1\n"
-    )
-    assert facts.known_speed(head, targets.parse("a100x8")) == 12.5
-    assert facts.known_speed(head, targets.parse("v5e-8")) == 9
-    assert facts.known_speed(head, targets.parse("a100x1")) is None
-    assert facts.known_speed(head, targets.parse("l4x1")) is None
-
-
 def test_the_jobs_config_is_the_one_that_was_checked() -> None:
     asked = request("paper256", "a100x8")
     document = yaml.safe_load(asked.config_text)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 from trainer.vertex.fit import Plan
 from trainer.vertex.request import Request
 from trainer.vertex.targets import GIB, Target
@@ -56,8 +54,8 @@ def _cost(request: Request, found: Plan, sec_per_kimg: float | None) -> list[tup
     target, total = request.target, found.config.training.total_kimg
     if sec_per_kimg is None:
         text = (
-            f"not known: nobody has measured {request.config_name} on {target.name}; give "
-            "--sec_per_kimg, from `trainer.probe step` there"
+            f"not known; give --sec_per_kimg, from `trainer.probe step` on {target.name} or from "
+            "the head of a preset"
         )
         return [("cost", text)]
     hours = sec_per_kimg * total / 3600
@@ -74,18 +72,3 @@ def _cost(request: Request, found: Plan, sec_per_kimg: float | None) -> list[tup
             f"hours, in {jobs:.0f} {'job' if jobs == 1 else 'jobs'}",
         ),
     ]
-
-
-def known_speed(config_text: str, target: Target) -> float | None:
-    """Seconds for 1000 images on a target, if the head of a config tells it.
-
-    The head says `# s/kimg     2.1 on a100x8, 4.0 on v5e-8`.
-    """
-    for line in config_text.splitlines():
-        if not line.startswith("#"):
-            break
-        if line.startswith("# s/kimg"):
-            for number, name in re.findall(r"(\d+(?:\.\d+)?) on ([a-z0-9=-]*[a-z0-9])", line):
-                if name == target.name:
-                    return float(number)
-    return None
