@@ -76,9 +76,16 @@ def test_a_step_reads_a_batch_for_each_update_that_needs_fresh_reals(
     assert arithmetic.groups_per_step * arithmetic.group_size == 8 * batches
 
 
-@pytest.mark.parametrize("name", ["logistc", "hinges", "relativistc"])
-def test_an_unknown_loss_is_refused_with_those_there_are(name: str) -> None:
-    with pytest.raises(ConfigError, match=rf"objective\.adversarial = '{name}'.*'relativistic'"):
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("logistc", "did you mean 'logistic'"),
+        ("hinges", "did you mean 'hinge'"),
+        ("vae", "'relativistic'$"),
+    ],
+)
+def test_an_unknown_loss_is_refused_with_those_there_are(name: str, meant: str) -> None:
+    with pytest.raises(ConfigError, match=rf"adversarial = '{name}' .*'logistic', .*{meant}"):
         ObjectiveConfig(adversarial=name)
 
 

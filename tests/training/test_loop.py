@@ -34,6 +34,7 @@ from trainer.core.errors import (
 from trainer.core.fencing import Record
 from trainer.core.lease import Owner
 from trainer.data.manifest import Manifest
+from trainer.families import registry
 from trainer.serving import saved_model
 from trainer.training import checkpoint, loop
 from trainer.training.preemption import Preemption
@@ -317,6 +318,27 @@ def test_an_allowed_change_goes_on(
     assert "resuming from" in printed
     assert "is of another config; left behind: loss_scale/counts/Greg" in printed
     assert yaml.safe_load((finished / "config.yaml").read_text())["objective"]["r1_gamma"] == 5.0
+
+
+def test_a_checkpoint_of_another_family_is_refused(
+    finished: pathlib.Path, squares: Manifest, tmp_path: pathlib.Path
+) -> None:
+    before = files(finished)
+    other = next(name for name in registry.NAMES if name != registry.DEFAULT)
+    message = rf"is of networks of the family {registry.DEFAULT}, and model\.family is {other}; "
+    sections: dict[str, Any] = {
+        "run": {"jit": "off"},
+        "data": {"path": squares.directory},
+        "model": {"family": other, "channel_max": 8, "channel_base": 64},
+        "objective": {"pl_weight": 0},
+        "augment": {"mode": "none"},
+    }
+    with pytest.raises(ConfigError, match=message + "use another workdir"):
+        loop.train(config_lib.from_dict(sections), str(finished))
+    assert files(finished) == before
+    sections["training"] = {"batch_size": 8, "init_from": str(finished)}
+    with pytest.raises(ConfigError, match=message + "training.init_from takes a run"):
+        loop.train(config_lib.from_dict(sections), str(tmp_path / "new"))
 
 
 def test_other_networks_are_refused_even_if_allowed(

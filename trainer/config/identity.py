@@ -68,8 +68,13 @@ def fingerprint(config: Config) -> str:
 
 
 def diff(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
-    """(key, old value, new value) of each key that differs and changes the result of a run."""
+    """(key, old value, new value) of each key that differs and changes the result of a run.
+
+    Keys that networks of one family alone have are not compared with anything.
+    """
     after = _defining(new)
     return [
-        (key, value, after[key]) for key, value in _defining(old).items() if value != after[key]
+        (key, value, after[key])
+        for key, value in _defining(old).items()
+        if key in after and value != after[key]
     ]

@@ -12,6 +12,7 @@ from `--set` or from Python. Whole numbers become floats where a float is kept.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import types
 import typing
@@ -117,7 +118,19 @@ def checked(key: str, hint: Any, limit: Limit | None, value: Any) -> Any:
     shown = "null" if value is None else f"{quoted(value)} ({type(value).__name__})"
     if isinstance(value, str) and not is_clean(value):
         raise ConfigError(f"{key} = {shown} holds characters that no file can hold; leave them out")
-    raise ConfigError(f"{key} = {shown}: expected {_expected(hint, limit)}")
+    raise ConfigError(f"{key} = {shown}: expected {_expected(hint, limit)}{_hint(hint, value)}")
+
+
+def _hint(hint: Any, value: Any) -> str:
+    """Names the choice that was probably meant."""
+    choices = [
+        choice
+        for option in _options(hint)
+        if typing.get_origin(option) is Literal
+        for choice in typing.get_args(option)
+    ]
+    close = difflib.get_close_matches(str(value)[:100], choices, n=1, cutoff=0.7)
+    return f"; did you mean {close[0]!r}?" if close and isinstance(value, str) else ""
 
 
 class Key(NamedTuple):

@@ -154,7 +154,7 @@ def train(
             for change in changes:
                 print(printable(f"{where} is of another config; {change}"))
         elif config.training.init_from:
-            _start_from(config.training.init_from, state)
+            _start_from(config, state)
         if not agree(strategy, int(state.step.numpy())):
             raise CheckpointError(
                 f"the workers have found different checkpoints in {workdir}; it must be one directory "
@@ -386,6 +386,7 @@ def _check_same_run(
     """Refuses to go on with another config or data set than the checkpoint's."""
     run_info.check_position(found.info, found.path)
     before = config_lib.from_dict(found.info["config"], where=found.path)
+    _check_family(found, config, "use another workdir")
     changes = [c for c in config_lib.diff(before, config) if c[0] not in allow_change]
     if changes:
         text = ", ".join(f"{key}: {quoted(old)} -> {quoted(new)}" for key, old, new in changes)
@@ -403,9 +404,20 @@ def _check_same_run(
         )
 
 
-def _start_from(path: str, state: TrainState) -> None:
+def _check_family(found: checkpoint.Found, config: Config, remedy: str) -> None:
+    """Refuses networks of another family."""
+    theirs = config_lib.from_dict(found.info["config"], where=found.path).model.family
+    if theirs != config.model.family:
+        raise ConfigError(
+            f"{found.path} is of networks of the family {theirs}, and model.family is "
+            f"{config.model.family}; {remedy}"
+        )
+
+
+def _start_from(config: Config, state: TrainState) -> None:
     """Starts a new run from the networks of another one (transfer learning)."""
-    found = checkpoint.find(storage.resolve(path))
+    found = checkpoint.find(storage.resolve(config.training.init_from))
+    _check_family(found, config, "training.init_from takes a run of the same networks")
     tables = {"G": state.g, "D": state.d, "G_ema": state.g_ema}
     wrong = []
     for prefix, table in tables.items():
