@@ -151,7 +151,7 @@ def renewed(workdir: pathlib.Path, owner: Owner, every: float) -> Iterator[None]
 def test_the_next_job_begins_when_one_has_ended(tmp_path: pathlib.Path) -> None:
     workdir, said = str(tmp_path / "run"), []
     for _ in range(3):
-        with acquire(workdir, say=said.append) as lease:
+        with acquire(workdir, log=said.append) as lease:
             lease.check()
             assert lease_file(tmp_path / "run").exists()
         assert list((tmp_path / "run").iterdir()) == []
@@ -207,7 +207,7 @@ def test_a_killed_process_of_this_machine_is_followed_at_once(
     job.kill()
     said: list[str] = []
     began = time.monotonic()
-    with acquire(str(tmp_path), say=said.append):
+    with acquire(str(tmp_path), log=said.append):
         assert time.monotonic() - began < 5
     assert len(said) == 1
     assert f"process {job.process.pid} on" in said[0]
@@ -281,7 +281,7 @@ def test_one_that_is_gone_elsewhere_is_waited_for(tmp_path: pathlib.Path, skew: 
     os.utime(lease_file(tmp_path), (time.time() + skew,) * 2)
     said: list[str] = []
     began = time.monotonic()
-    with acquire(str(tmp_path), renew_sec=0.5, stale_sec=2.0, say=said.append) as lease:
+    with acquire(str(tmp_path), renew_sec=0.5, stale_sec=2.0, log=said.append) as lease:
         waited = time.monotonic() - began
         lease.check()
     assert 2.0 <= waited < 10
@@ -296,7 +296,7 @@ def test_one_that_is_alive_elsewhere_stops_the_second(tmp_path: pathlib.Path) ->
     with renewed(tmp_path, owner, every=0.3):
         began = time.monotonic()
         with pytest.raises(LeaseHeldError, match="on far, since 2100-01-01"):
-            acquire(str(tmp_path), renew_sec=0.3, stale_sec=30.0, say=lambda line: None)
+            acquire(str(tmp_path), renew_sec=0.3, stale_sec=30.0, log=lambda line: None)
         assert time.monotonic() - began < 10
     assert Owner.parse(lease_file(tmp_path).read_bytes()) == owner
 
@@ -307,7 +307,7 @@ def test_one_that_is_alive_elsewhere_stops_the_second(tmp_path: pathlib.Path) ->
 def test_a_damaged_lease_is_waited_for(tmp_path: pathlib.Path, content: bytes) -> None:
     lease_file(tmp_path).write_bytes(content)
     said: list[str] = []
-    with acquire(str(tmp_path), renew_sec=0.2, stale_sec=0.5, say=said.append) as lease:
+    with acquire(str(tmp_path), renew_sec=0.2, stale_sec=0.5, log=said.append) as lease:
         lease.check()
     assert "in use by another job" in said[0]
 
@@ -315,11 +315,11 @@ def test_a_damaged_lease_is_waited_for(tmp_path: pathlib.Path, content: bytes) -
 def test_one_given_back_while_it_is_watched(tmp_path: pathlib.Path) -> None:
     leave(tmp_path)
 
-    def say(line: str) -> None:
+    def log(line: str) -> None:
         lease_file(tmp_path).unlink()
 
     began = time.monotonic()
-    with acquire(str(tmp_path), renew_sec=0.2, stale_sec=60.0, say=say) as lease:
+    with acquire(str(tmp_path), renew_sec=0.2, stale_sec=60.0, log=log) as lease:
         lease.check()
     assert time.monotonic() - began < 10
 
@@ -452,9 +452,9 @@ def test_a_job_that_lost_the_lease_is_remembered(tmp_path: pathlib.Path) -> None
     document = lease_lib._document(owner, 3, Record((), removing))
     lease_file(tmp_path).write_bytes(document)
     assert lease_lib.read_record(str(tmp_path)).is_void("ab", 10)
-    with acquire(str(tmp_path), keeps_record=True, say=lambda _: None) as lease:
+    with acquire(str(tmp_path), keeps_record=True, log=lambda _: None) as lease:
         assert lease.record.pending == [owner.token]
-    with acquire(str(tmp_path), keeps_record=True, say=lambda _: None) as lease:
+    with acquire(str(tmp_path), keeps_record=True, log=lambda _: None) as lease:
         assert lease.record.superseded == (Superseded(owner.token, None, removing),)
         lease.settle({owner.token: 30})
         assert lease.record.pending == []
@@ -543,7 +543,7 @@ def test_on_cloud_storage_one_wins_and_the_next_follows(
     assert winner.ask() == "still mine"
     winner.kill()
     said: list[str] = []
-    with acquire(workdir, say=said.append) as lease:
+    with acquire(workdir, log=said.append) as lease:
         lease.check()
         assert gcs.emulator.names(gcs.bucket) == [f"run/{lease_lib.NAME}"]
     assert "which has ended" in said[0]

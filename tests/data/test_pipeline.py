@@ -559,7 +559,7 @@ def failing(monkeypatch) -> list[Exception]:
 def test_what_passes_away_is_tried_again(build, tmp_path, failing):
     data = build(tmp_path, [30, 30], block=4)
     told: list[str] = []
-    stream = stream_of(data, tell=told.append)
+    stream = stream_of(data, log=told.append)
     expected = take(stream_of(data), 6)
     found = take(stream, 2)
     expired = "Error executing an HTTP request: HTTP response code 401 with body '{\n}'"
@@ -577,7 +577,7 @@ def test_what_does_not_pass_away_ends_the_stream(build, tmp_path, failing):
     data = build(tmp_path, [30], block=4)
 
     def stream(stall_timeout: float = 20) -> pipeline.ImageStream:
-        return stream_of(data, tell=lambda line: None, stall_timeout=stall_timeout)
+        return stream_of(data, log=lambda line: None, stall_timeout=stall_timeout)
 
     failing += [tf.errors.UnavailableError(None, None, "busy")] * 100
     with pytest.raises(StorageError, match=r"failed \(busy\) \d+ times"):

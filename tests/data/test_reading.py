@@ -115,7 +115,7 @@ def test_a_shard_that_stands_still_is_named(stored, gcs):
     data = stored[1]
     told: list[str] = []
     with gcs.emulator.faulty(latency_sec=60.0, match=f"read .*{data.shards[3].name}"):
-        stream = stream_of(data, stall_timeout=6, tell=told.append)
+        stream = stream_of(data, stall_timeout=6, log=told.append)
         name = rf"shard {data.shards[3].name} of .* has given nothing for \d+ s"
         start = time.monotonic()
         with pytest.raises(DataError, match=rf"{name}; that is data\.stall_timeout=6"):

@@ -39,7 +39,7 @@ def write(folder: str, mark: str = "") -> None:
 
 
 def publish(dest: str, mark: str = "") -> versions.Draft:
-    with versions.draft(dest, scratch=tempfile.TemporaryDirectory, say=lambda _: None) as draft:
+    with versions.draft(dest, scratch=tempfile.TemporaryDirectory, log=lambda _: None) as draft:
         write(draft.folder, mark)
     return draft
 

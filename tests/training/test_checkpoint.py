@@ -334,7 +334,7 @@ def test_what_a_dead_job_has_not_completed_goes(tmp_path: pathlib.Path) -> None:
             dataclasses.replace(Owner.this_process(), token=dead, pid=2**22 + 1), 1, Record()
         )
     )
-    with lease_lib.acquire(str(tmp_path), keeps_record=True, say=lambda _: None) as lease:
+    with lease_lib.acquire(str(tmp_path), keeps_record=True, log=lambda _: None) as lease:
         inventory = Inventory(str(tmp_path), record=lease.record)
         lease.settle(inventory.last_steps(lease.record.pending))
         inventory.record = lease.record

@@ -272,7 +272,7 @@ def test_killed_while_saving(tmp_path: pathlib.Path) -> None:
         *_, step, value = expected
         # The next life restores it, goes on past step 20, and leaves nothing else.
         number = tf.Variable(0.0)
-        with lease_lib.acquire(str(workdir), keeps_record=True, say=lambda _: None) as lease:
+        with lease_lib.acquire(str(workdir), keeps_record=True, log=lambda _: None) as lease:
             inventory = Inventory(str(workdir), record=lease.record)
             lease.settle(inventory.last_steps(lease.record.pending))
             inventory.record = lease.record

@@ -47,7 +47,7 @@ def train(workdir: str, steps: int, leases: list[Lease]) -> None:
     """A run of one number: the loop, without what has nothing to do with storage."""
     with contextlib.ExitStack() as closing:
         lease = lease_lib.acquire(
-            workdir, renew_sec=1000, stale_sec=0.02, keeps_record=True, say=lambda _: None
+            workdir, renew_sec=1000, stale_sec=0.02, keeps_record=True, log=lambda _: None
         )
         closing.enter_context(lease)
         # Believes in its lease, and asks for it no more, until it has been stopped.

@@ -382,7 +382,7 @@ def acquire(
     renew_sec: float = RENEW_SEC,
     stale_sec: float = STALE_SEC,
     keeps_record: bool = False,
-    say: Callable[[str], object] = print,
+    log: Callable[[str], object] = print,
 ) -> Lease:
     """Takes the lease of a workdir, from a job that is gone if need be.
 
@@ -393,7 +393,7 @@ def acquire(
       stale_sec: seconds without one after which the owner counts as gone.
       keeps_record: whether what jobs have written that lost the lease is told apart by their tokens;
         the lease object then stays, given back, where there was such a job.
-      say: is told when there is to be a wait, and when the lease was another's.
+      log: is told when there is to be a wait, and when the lease was another's.
 
     Raises:
       LeaseHeldError: another job writes this workdir; names it.
@@ -407,10 +407,10 @@ def acquire(
         try:
             version = storage.write_version(path, _document(owner, 0, record), gone.version)
         except ConflictError:
-            gone = _watch(workdir, renew_sec, stale_sec, say)
+            gone = _watch(workdir, renew_sec, stale_sec, log)
             continue
         if gone.description:
-            say(f"took over {workdir} from {gone.description}")
+            log(f"took over {workdir} from {gone.description}")
         lease = Lease(
             path,
             owner,
@@ -452,7 +452,7 @@ class _Gone:
     record: Record = dataclasses.field(default_factory=Record)
 
 
-def _watch(workdir: str, renew_sec: float, stale_sec: float, say: Callable[[str], object]) -> _Gone:
+def _watch(workdir: str, renew_sec: float, stale_sec: float, log: Callable[[str], object]) -> _Gone:
     """Waits until a lease is given back or its owner is known to be gone."""
     began, first = _elapsed_clock(), ""
     while True:
@@ -476,7 +476,7 @@ def _watch(workdir: str, renew_sec: float, stale_sec: float, say: Callable[[str]
             gone = f"{name}, which showed no sign of life for {stale_sec:g} s"
             return _Gone(version, gone, next_record)
         if not first:
-            say(
+            log(
                 f"{workdir} is in use by {name}; if it shows no sign of life for {stale_sec:g} s, "
                 "this job takes over"
             )

@@ -59,7 +59,7 @@ def locked(dest: str, log: Callable[[str], object]) -> Iterator[Journal]:
       StorageError: the lease cannot be read or written.
     """
     try:
-        held = lease.acquire(dest, say=log)
+        held = lease.acquire(dest, log=log)
     except lease.LeaseHeldError as error:
         raise lease.LeaseHeldError(str(error).replace("--workdir", "--dest")) from error
     with held:

@@ -74,7 +74,7 @@ class ImageStream:
       window: records that are held and permuted together; see `blocks_per_window`.
       bad_records: what is known of damaged records, and how many may be left out; by default none.
       stall_timeout: seconds without a batch, for want of data, after which iterating fails.
-      tell: gets a line about each new try, and each shard that stands still.
+      log: gets a line about each new try, and each shard that stands still.
 
     Raises:
       ConfigError: the numbers do not fit together; says which to change.
@@ -98,7 +98,7 @@ class ImageStream:
         window: int = 256,
         bad_records: BadRecords | None = None,
         stall_timeout: float = 300.0,
-        tell: Callable[[str], None] | None = None,
+        log: Callable[[str], None] | None = None,
     ) -> None:
         self._manifest = manifest
         self._size = group_size
@@ -109,7 +109,7 @@ class ImageStream:
         self._window_blocks = blocks_per_window(manifest, window)
         self._bad_records = bad_records or BadRecords(manifest)
         self._stall_timeout = stall_timeout
-        self._tell = tell or output.log
+        self._log = log or output.log
         self._check(groups_per_batch, start_group, worker)
         self._groups = groups_per_batch // num_workers
         self._next_group = start_group + (worker - start_group) % num_workers
@@ -158,7 +158,7 @@ class ImageStream:
             )
         if self._waited >= self._next_report:
             self._next_report *= 2
-            self._tell(self._standing())
+            self._log(self._standing())
 
     def _standing(self) -> str:
         """Which shard is read in vain: of those that are being read the one needed first."""
@@ -205,7 +205,7 @@ class ImageStream:
                 f"{text} {self._failures} times in {self._waited:.0f} s; check the storage and the "
                 "network, and run the same command again"
             )
-        self._tell(f"{text}; trying again in {pause:.0f} s")
+        self._log(f"{text}; trying again in {pause:.0f} s")
         time.sleep(pause)
         self._waited += pause
 

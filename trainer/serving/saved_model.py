@@ -71,7 +71,7 @@ def publish(
     precision: Precision = "float32",
     jit: Jit = "off",
     data_licence: str = "",
-    say: Callable[[str], object] = print,
+    log: Callable[[str], object] = print,
 ) -> Exported:
     """Writes, checks and publishes the next version of a model.
 
@@ -87,7 +87,7 @@ def publish(
         the config names, and everything else in float32.
       jit: "cpu" or "gpu": compile with XLA, with the backend that is fast there.
       data_licence: for the model card.
-      say: is told of a wait.
+      log: is told of a wait.
 
     Raises:
       LeaseHeldError: another process exports to `dest`.
@@ -101,7 +101,7 @@ def publish(
     latents = _latents(trained)
     pixels = _draw(trained, params, latents)
     network = _network(config, data, precision, jit)
-    with versions.draft(dest, scratch=checkpoint.scratch, say=say) as draft:
+    with versions.draft(dest, scratch=checkpoint.scratch, log=log) as draft:
         try:
             served = Served(network, params, jit=jit != "off")
             _save(served, draft.folder)
@@ -143,7 +143,7 @@ def exporter(dest: str, *, snapshots: bool) -> AtSnapshot:
         if not (snapshot.last or snapshots) or is_published(dest, snapshot.info):
             return
         exported = publish(
-            snapshot.params(), snapshot.info, dest, workdir=snapshot.workdir, say=snapshot.log
+            snapshot.params(), snapshot.info, dest, workdir=snapshot.workdir, log=snapshot.log
         )
         snapshot.log(f"exported to {exported.path}")
 

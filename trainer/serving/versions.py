@@ -63,21 +63,21 @@ def draft(
     dest: str,
     *,
     scratch: Callable[[], AbstractContextManager[str]],
-    say: Callable[[str], object] = print,
+    log: Callable[[str], object] = print,
 ) -> Iterator[Draft]:
     """A version to write; it is published when the block ends, and gone if it raises.
 
     Args:
       dest: directory of the model, local or in an object store; made if it isn't there.
       scratch: makes a local directory, for what is to be uploaded.
-      say: is told of a wait for the lease.
+      log: is told of a wait for the lease.
 
     Raises:
       LeaseHeldError: another process exports to this directory.
       StorageError: it can't be written.
     """
     remote = storage.is_remote(dest)
-    with lease_lib.acquire(dest, say=say) as lease:
+    with lease_lib.acquire(dest, log=log) as lease:
         number = _clean(dest, lease)
         path = storage.join(dest, str(number))
         # A name of its own: whoever lost the lease to this process may still be writing.
