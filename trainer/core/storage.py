@@ -116,8 +116,17 @@ def sibling(path: str, other: str) -> str:
     return os.path.normpath(os.path.join(os.path.dirname(path), target))
 
 
+def _reader(path: str) -> ModuleType:
+    """The module for listings and plain reads of a URL."""
+    if path.startswith("gs://"):
+        from trainer.core import cloud_reading
+
+        return cloud_reading
+    return _store(path)
+
+
 def _store(path: str) -> ModuleType:
-    """The module that knows the store of a URL."""
+    """The module for all else."""
     if path.startswith("gs://"):
         from trainer.core import cloud_storage
 
@@ -128,9 +137,12 @@ def _store(path: str) -> ModuleType:
 
 
 def _reason(error: BaseException, path: str) -> str:
-    known = _store(path).reason(error, path) if is_remote(path) else None
-    if known is not None:
-        return known
+    if path.startswith("gs://"):
+        from trainer.core import cloud_requests
+
+        known = cloud_requests.reason(error, path)
+        if known is not None:
+            return known
     code = getattr(error, "errno", None)
     if code in _REASONS:
         return _REASONS[code]
@@ -164,7 +176,7 @@ def exists(path: str) -> bool:
     if not is_remote(path):
         return os.path.exists(path)
     with _reported("look for", path):
-        return bool(_store(path).exists(path))
+        return bool(_reader(path).exists(path))
 
 
 def isfile(path: str) -> bool:
@@ -172,7 +184,7 @@ def isfile(path: str) -> bool:
     if not is_remote(path):
         return os.path.isfile(path)
     with _reported("look for", path):
-        return bool(_store(path).isfile(path))
+        return bool(_reader(path).isfile(path))
 
 
 def isdir(path: str) -> bool:
@@ -180,13 +192,13 @@ def isdir(path: str) -> bool:
     if not is_remote(path):
         return os.path.isdir(path)
     with _reported("look for", path):
-        return bool(_store(path).isdir(path))
+        return bool(_reader(path).isdir(path))
 
 
 def size(path: str) -> int:
     """Bytes in a file."""
     with _reported("read", path):
-        return int(_store(path).size(path)) if is_remote(path) else os.path.getsize(path)
+        return int(_reader(path).size(path)) if is_remote(path) else os.path.getsize(path)
 
 
 @dataclass(frozen=True)
@@ -206,7 +218,7 @@ def digest(path: str) -> Digest:
     """Size and checksum of a file; Cloud Storage knows both without reading."""
     with _reported("read", path):
         if is_remote(path):
-            return Digest(*_store(path).digest(path))
+            return Digest(*_reader(path).digest(path))
         length = crc = 0
         with open(path, "rb") as file:
             while block := file.read(_BLOCK):
@@ -217,7 +229,7 @@ def digest(path: str) -> Digest:
 def listdir(path: str) -> list[str]:
     """The sorted names in a directory."""
     with _reported("list", path):
-        return _store(path).listdir(path) if is_remote(path) else sorted(os.listdir(path))
+        return _reader(path).listdir(path) if is_remote(path) else sorted(os.listdir(path))
 
 
 def walk(path: str, *, folders: bool = False) -> dict[str, Digest]:
@@ -234,7 +246,7 @@ def walk(path: str, *, folders: bool = False) -> dict[str, Digest]:
         if is_remote(path):
             return {
                 name: Digest(size, crc)
-                for name, size, crc in _store(path).walk(path)
+                for name, size, crc in _reader(path).walk(path)
                 if folders or not f"/{name}".endswith("/")
             }
         found = {}
@@ -254,7 +266,7 @@ def walk(path: str, *, folders: bool = False) -> dict[str, Digest]:
 def open_read(path: str) -> IO[bytes]:
     """A binary file object to read from, seekable."""
     with _reported("read", path):
-        return _store(path).open_read(path) if is_remote(path) else open(path, "rb")
+        return _reader(path).open_read(path) if is_remote(path) else open(path, "rb")
 
 
 def read_bytes(path: str) -> bytes:
@@ -270,7 +282,7 @@ def read_range(path: str, offset: int, length: int) -> bytes:
     """A part of a file, in one request; less at the file's end."""
     with _reported("read", path):
         if is_remote(path):
-            return _store(path).read_range(path, offset, length)
+            return _reader(path).read_range(path, offset, length)
         with open(path, "rb") as file:
             file.seek(offset)
             return file.read(max(length, 0))
@@ -552,7 +564,7 @@ def version(path: str) -> str:
     Those who need to compare local files have a `Fence`.
     """
     with _reported("read", path):
-        return str(_store(path).generation(path)) if is_remote(path) else ""
+        return str(_reader(path).generation(path)) if is_remote(path) else ""
 
 
 def read_version(path: str) -> tuple[bytes, str] | None:
