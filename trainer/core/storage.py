@@ -7,6 +7,9 @@ the clients of remote stores are imported when the first remote path is met.
 
 Requests to Cloud Storage cost money and time: `isfile` is one, `exists` and `isdir` may list, and
 `digest` of a file reads nothing of it.
+
+It is one file, longer than others, so that there is one name for each thing that can be done to a
+path, wherever that lies.
 """
 
 from __future__ import annotations
