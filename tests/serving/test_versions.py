@@ -198,8 +198,8 @@ from trainer.core import storage
 
 dest, stride = sys.argv[1], int(sys.argv[2])
 if dest.startswith("gs://"):
-    from trainer.core import cloud_storage as store
-    names = ["_tried"]
+    from trainer.core import cloud_requests as store
+    names = ["tried"]
 else:
     store, names = storage, ["walk", "makedirs", "remove_tree", "write_bytes_atomic", "sync",
                              "rename", "write_version", "remove_version", "_version"]

@@ -20,7 +20,7 @@ import tensorflow as tf
 
 from tests.gcs.fixture import Gcs
 from trainer.config import CheckpointConfig
-from trainer.core import cloud_storage, storage, tfrecord
+from trainer.core import cloud_requests, cloud_storage, storage, tfrecord
 from trainer.core import lease as lease_lib
 from trainer.core.errors import StorageError
 from trainer.core.lease import Lease
@@ -211,7 +211,7 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[Stopped]:
     for name in ON_DISK:
         monkeypatch.setattr(storage, name, counted(getattr(storage, name)))
     monkeypatch.setattr(storage, "locked", locked)
-    monkeypatch.setattr(cloud_storage, "_tried", counted(cloud_storage._tried))
+    monkeypatch.setattr(cloud_requests, "tried", counted(cloud_requests.tried))
     monkeypatch.setattr(cloud_storage, "_AT_ONCE", 1)
     monkeypatch.setattr(cloud_storage, "REWRITE_SECONDS", 0.0)
     # As if each was on a machine of its own: of a process of this one it is known that it lives.
