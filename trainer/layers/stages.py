@@ -35,6 +35,8 @@ class Maps:
 
     def __add__(self, other: Maps) -> Maps:
         """The sum of maps of one layout."""
+        layout, others = (self.block, self.tiles, self.halo), (other.block, other.tiles, other.halo)
+        assert layout == others, f"maps that lie otherwise: {layout}, {others}"
         return self._with(self.tensor + other.tensor)
 
     def cast(self, dtype: tf.DType) -> Maps:
