@@ -75,10 +75,13 @@ class Stage:
     def _coarse_block(self) -> int:
         return max(self.block // 2, 1)
 
+    def _coarse_rows(self) -> int:
+        """Rows of blocks in the coarser maps."""
+        return self.height // 2 // self._coarse_block()
+
     def _halo(self, block: int, height: int) -> int:
         """Rows of blocks in the halo of maps of this height: twice as many of maps twice as fine."""
-        coarse_rows = self.height // 2 // self._coarse_block()
-        return packing.TILE_HALO * (height // block) // coarse_rows
+        return packing.TILE_HALO * (height // block) // self._coarse_rows()
 
     def enter(self, x: Maps | tf.Tensor) -> Maps:
         """Maps as the layers of the stage take them: of its resolution, or of half of it."""
@@ -86,9 +89,8 @@ class Stage:
         fine = x.tensor.shape[2] * x.block == self.width
         block = self.block if fine else self._coarse_block()
         tensor = packing.repack(x.tensor, x.block, block)
-        coarse_rows = self.height // 2 // self._coarse_block()
         on_tpu = self.backend is Backend.TPU
-        tiles = packing.num_tiles(tensor.shape[0], coarse_rows) if on_tpu else 1
+        tiles = packing.num_tiles(tensor.shape[0], self._coarse_rows()) if on_tpu else 1
         halo = self._halo(block, self.height if fine else self.height // 2)
         return Maps(packing.cut(tensor, tiles, halo), block, tiles, halo)
 

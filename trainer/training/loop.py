@@ -386,7 +386,7 @@ def _check_same_run(
     """Refuses to go on with another config or data set than the checkpoint's."""
     run_info.check_position(found.info, found.path)
     before = config_lib.from_dict(found.info["config"], where=found.path)
-    _check_family(found, config, "use another workdir")
+    _check_family(found.path, before, config, "use another workdir")
     changes = [c for c in config_lib.diff(before, config) if c[0] not in allow_change]
     if changes:
         text = ", ".join(f"{key}: {quoted(old)} -> {quoted(new)}" for key, old, new in changes)
@@ -404,12 +404,11 @@ def _check_same_run(
         )
 
 
-def _check_family(found: checkpoint.Found, config: Config, remedy: str) -> None:
-    """Refuses networks of another family."""
-    theirs = config_lib.from_dict(found.info["config"], where=found.path).model.family
-    if theirs != config.model.family:
+def _check_family(path: str, theirs: Config, config: Config, remedy: str) -> None:
+    """Refuses a checkpoint whose networks are of another family."""
+    if theirs.model.family != config.model.family:
         raise ConfigError(
-            f"{found.path} is of networks of the family {theirs}, and model.family is "
+            f"{path} is of networks of the family {theirs.model.family}, and model.family is "
             f"{config.model.family}; {remedy}"
         )
 
@@ -417,7 +416,9 @@ def _check_family(found: checkpoint.Found, config: Config, remedy: str) -> None:
 def _start_from(config: Config, state: TrainState) -> None:
     """Starts a new run from the networks of another one (transfer learning)."""
     found = checkpoint.find(storage.resolve(config.training.init_from))
-    _check_family(found, config, "training.init_from takes a run of the same networks")
+    theirs = config_lib.from_dict(found.info["config"], where=found.path)
+    remedy = "training.init_from takes a run of the same networks"
+    _check_family(found.path, theirs, config, remedy)
     tables = {"G": state.g, "D": state.d, "G_ema": state.g_ema}
     wrong = []
     for prefix, table in tables.items():
