@@ -16,7 +16,7 @@ def facts(request: Request, found: Plan, sec_per_kimg: float | None) -> list[tup
         (
             "batch",
             f"{a.global_batch} images {shape} = {a.num_replicas} replicas x {a.rounds} rounds x "
-            f"{a.per_replica_batch} ({a.groups_per_step} groups of {a.group_size})",
+            f"{a.per_replica_batch} ({a.global_batch // a.group_size} groups of {a.group_size})",
         ),
         (
             "memory",
