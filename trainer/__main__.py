@@ -17,7 +17,7 @@ _NAMES = {"task": "train"}  # the others are called as their modules
 
 
 def _commands() -> dict[str, tuple[str, str]]:
-    """For each command its module and the first line of what that says of itself."""
+    """Each command's module and the first line of its docstring."""
     found = {}
     for _, module, is_package in pkgutil.iter_modules(trainer.__path__):
         if is_package or module.startswith("_"):

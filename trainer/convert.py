@@ -231,7 +231,7 @@ def _print_result(result: manifest.Manifest, report: conversion.Report) -> None:
 
 
 def training_command(result: manifest.Manifest) -> str:
-    """What trains on a data set, as a shell takes it, started where this command was."""
+    """The training command for a data set, to be typed where this command was started."""
     workdir, count = f"runs/{result.name}", 1
     while storage.exists(workdir):  # another run's
         count += 1

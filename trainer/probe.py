@@ -138,7 +138,7 @@ def probe_step(config: Config) -> None:
 
 
 def _data_shape(config: Config) -> DataShape:
-    """That of the data set, or of --resolution."""
+    """The resolution of the data set, or of --resolution."""
     size = parse_resolution(FLAGS.resolution) if FLAGS.resolution else None
     if size is None and not config.data.path:
         raise UsageError("no data set: give --data, or --resolution to do without one")
@@ -310,7 +310,7 @@ def probe_checkpoint(config: Config) -> None:
 def checkpoint_lines(
     run: Run, found: CheckpointSpeed, need: float, source: str
 ) -> list[tuple[str, str]]:
-    """What a save and a restore take, each with its name.
+    """Names and times of a save and a restore.
 
     Args:
       run: of which the state was saved.
@@ -419,7 +419,7 @@ def tpu_line(phase: Phase, hbm: int) -> str:
 
 
 def unestimated_lines(phases: Sequence[Phase]) -> list[tuple[str, str]]:
-    """For each phase what the compiler doesn't estimate."""
+    """For each phase the parts that the compiler doesn't estimate."""
     title, lines = "no estimate", []
     for phase in phases:
         if phase.estimate and phase.estimate.unestimated:

@@ -114,7 +114,7 @@ def submit() -> None:
 
 
 def _request() -> tuple[Request, float | None]:
-    """What is asked for, and the target's speed if it is known."""
+    """The requested job, and the target's speed if it is known."""
     missing = [name for name in ("config", "target", "workdir") if not FLAGS[name].value]
     if missing:
         flags_text = " and ".join(f"--{name}" for name in missing)
@@ -260,13 +260,13 @@ def resume(name: str) -> None:
 
 
 def _again(job: service.Job) -> dict[str, Any]:
-    """What makes the same job anew."""
+    """The request that makes the same job again."""
     fields = {"displayName", "labels", "jobSpec", "encryptionSpec"}
     return {key: value for key, value in job.document.items() if key in fields}
 
 
 def _record(workdir: str) -> dict[str, Any] | None:
-    """What the newest job of a workdir was made from, if there is any."""
+    """The request of the workdir's newest job, if there is any."""
     path = storage.join(workdir, FOLDER, _RECORD)
     if not storage.exists(path):
         return None

@@ -116,7 +116,7 @@ def main(_: Sequence[str]) -> None:
 
 
 def _sources(config: Config, workdir: Choice, events: Choice, model: Choice) -> list[str]:
-    """Where each path came from, and in which job this is."""
+    """Logs the source of each path, and the job that this is."""
     paths = [
         ("config", Choice(FLAGS.config, "--config")),
         ("data", Choice(config.data.path, "--data" if FLAGS.data else "data.path")),

@@ -18,7 +18,7 @@ import tensorflow as tf
 from tests.conformance.families import make
 from tests.training.test_step import Run, distance
 from trainer.config import CheckpointConfig
-from trainer.core.errors import UsageError
+from trainer.core.errors import ConfigError, UsageError
 from trainer.data.manifest import Manifest
 from trainer.families import registry
 from trainer.generate import Renderer, write_mixing_sheet
@@ -60,6 +60,22 @@ def test_every_parameter_learns(family: str, squares: Manifest) -> None:
         assert set(second) == set(names) <= set(values)
         # The second moment is that of all gradients so far.
         assert not [name for name in names if not np.any(second[name].numpy())]
+
+
+@every_family
+def test_freeze_d_takes_layer_after_layer(family: str, squares: Manifest) -> None:
+    """Each layer with all of its parameters, never the head; more than there are is an error."""
+    discriminator = trained(family, squares).step._networks.discriminator
+    layers = discriminator.freezable_layers
+    before = set(discriminator.trainable_names(0))
+    for count, layer in enumerate(layers, 1):
+        left = set(discriminator.trainable_names(count))
+        frozen = before - left
+        assert frozen == {name for name in before if name.startswith(f"{layer}.")} != set()
+        before = left
+    assert before
+    with pytest.raises(ConfigError, match=rf"has {len(layers)} that can be frozen"):
+        discriminator.trainable_names(len(layers) + 1)
 
 
 @every_family

@@ -1,4 +1,4 @@
-"""How strong augmentation is: the controller of ADA."""
+"""The controller of ADA, which sets the strength of augmentation."""
 
 from __future__ import annotations
 

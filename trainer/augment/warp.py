@@ -239,7 +239,7 @@ def _num_samples(size: int) -> int:
 def _sample_positions(
     linear: tf.Tensor, offset: tf.Tensor, size: tuple[int, int], u: tf.Tensor, v: tf.Tensor
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Where samples come from.
+    """The places that samples come from.
 
     Args:
       linear, offset: as for `warp`.

@@ -30,7 +30,7 @@ _SUBLANES = 8  # rows in which a TPU keeps them; others are copied
 
 @dataclass(frozen=True)
 class Cells:
-    """Where the samples of each tile lie on a canvas: between which pixels, how far from the first.
+    """Samples of each tile of a canvas: the pixels they lie between, and how far from the first.
 
     Attributes:
       row, column: [M, S] int32, of the pixel above and to the left. It and the one below and to
@@ -46,7 +46,7 @@ class Cells:
     image: tf.Tensor
 
     def parts(self, size: int) -> tuple[tf.Tensor, ...]:
-        """All of it, some tiles at a time: [groups of tiles, size, ...]."""
+        """Processes all of it, some tiles at a time: [groups of tiles, size, ...]."""
         parts = self.row, self.column, self.down, self.right, self.image
         return tuple(_grouped(part, size) for part in parts)
 

@@ -1,4 +1,4 @@
-"""What the keys that are 'auto' stand for."""
+"""Values of the keys that are 'auto'."""
 
 from __future__ import annotations
 

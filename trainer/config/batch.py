@@ -1,4 +1,4 @@
-"""How the images of a step are divided into rounds, replicas and groups."""
+"""Division of a step's images into rounds, replicas and groups."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trainer.core.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class BatchArithmetic:
-    """How the images of a step are laid out.
+    """The layout of a step's images.
 
     groups_per_step * group_size = batches * global_batch, since an objective may read several
     batches of reals in a step; global_batch = rounds * num_replicas * per_replica_batch, and

@@ -1,4 +1,4 @@
-"""What a config will cost: parameters, multiplications, memory; counted, with nothing run."""
+"""Cost of a config: parameters, multiplications, memory; counted, with nothing run."""
 
 from __future__ import annotations
 

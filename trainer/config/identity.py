@@ -1,4 +1,4 @@
-"""What makes two configs the same run.
+"""Comparison of configs: which differences make another run.
 
 A resumed run may change what says where and how it is computed, stored and shown, and leaves its
 numbers alone up to float rounding; `diff` and `fingerprint` pass over these keys. All others define

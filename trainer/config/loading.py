@@ -95,7 +95,7 @@ def _unknown_section(name: Any, where: str) -> ConfigError:
 
 
 def _is_like_a_config(document: Mapping[Any, Any]) -> bool:
-    """Whether a name in it is one of a config's, or nearly."""
+    """Whether one of its names is a section's, or nearly."""
     names = [name for name in document if isinstance(name, str) and len(name) < 100]
     return any(
         name in _NAMES or difflib.get_close_matches(name, SECTIONS, n=1, cutoff=0.5)

@@ -24,7 +24,7 @@ from trainer.objectives.keys import ObjectiveConfig
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig(Section):
-    """How a run is executed.
+    """The `run:` section: execution of a run.
 
     Attributes:
       seed: every random draw of the run is a function of this and of the draw's place in the run
@@ -80,7 +80,7 @@ class RunConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(Section):
-    """What is trained on.
+    """The `data:` section: the training images.
 
     Attributes:
       path: directory of a converted data set (the one with dataset.json): local, gs://, or
@@ -178,7 +178,7 @@ class AugmentConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig(Section):
-    """What is kept to go on from.
+    """The `checkpoint:` section: what is kept to resume from.
 
     Attributes:
       every_steps: steps between two checkpoints.
@@ -200,7 +200,7 @@ class CheckpointConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class TelemetryConfig(Section):
-    """What is shown while training.
+    """The `telemetry:` section: what is shown while training.
 
     Attributes:
       tick_kimg: thousands of images between two lines of progress (NVIDIA: 4).

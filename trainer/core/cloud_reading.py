@@ -112,7 +112,7 @@ async def _sent(request: Any, handler: Callable[[Any], Awaitable[Any]]) -> Any:
 
 
 async def _message(answer: Any) -> str:
-    """What a refusal says; proxies and balancers answer what they like, not Google's JSON."""
+    """The text of a refusal; proxies and balancers answer in forms of their own, not in JSON."""
     try:
         return str((await answer.json(content_type=None))["error"]["message"])
     except (KeyError, TypeError, ValueError):
@@ -183,7 +183,7 @@ def listing(
 
 
 def read_error(error: Exception, path: str) -> Exception:
-    """What an error of a read of one object means: the object may be missing, or the bucket."""
+    """The meaning of an error of reading an object: the object may be missing, or the bucket."""
     from google.api_core.exceptions import NotFound
 
     if not isinstance(error, NotFound):
@@ -198,7 +198,7 @@ def read_error(error: Exception, path: str) -> Exception:
 
 
 def stat(path: str) -> _Info:
-    """What is known of an object; one request."""
+    """The description of an object; one request."""
     fields = "size,crc32c,generation,contentEncoding"
     try:
         info: _Info = _tried(
@@ -259,7 +259,7 @@ def _measured(path: str) -> tuple[int, int]:
 
 
 def generation(path: str, info: _Info | None = None) -> int:
-    """Of an object, as `stat` tells it."""
+    """The description of an object, in the form of `stat`."""
     info = stat(path) if info is None else info
     if "generation" not in info:
         raise StorageError(

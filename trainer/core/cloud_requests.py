@@ -1,4 +1,4 @@
-"""What all requests to Cloud Storage share: the login, trying again, and the words for failures.
+"""Parts of all requests to Cloud Storage: the login, retries, and the wording of failures.
 
 Every request is tried again, after random waits that grow, until it succeeds, fails for good or a
 deadline passes. Failures leave as the clients' own exceptions; `reason` puts them into words.
@@ -150,7 +150,7 @@ def split_object(path: str) -> tuple[str, str]:
 
 
 def missing(error: Exception, path: str) -> Exception:
-    """What an error of a request to a bucket, or of a write, means when it says 'not found'."""
+    """The meaning of 'not found' as an answer to a write, or to a request to a bucket."""
     from google.api_core.exceptions import NotFound
 
     bucket, _ = split(path)
@@ -198,7 +198,7 @@ def reason(error: BaseException, path: str) -> str | None:
 
 
 def _said(error: BaseException) -> str:
-    """What the server said, without the request that it said it to."""
+    """The server's words, without the request that they answer."""
     details = getattr(error, "message", None) or str(error)
     response = getattr(error, "response", None)
     try:

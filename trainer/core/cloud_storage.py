@@ -243,7 +243,7 @@ def append(path: str, data: bytes, state: tuple[int, int, int]) -> tuple[int, in
 
 
 def tail_name(name: str, token: str) -> str:
-    """Of the object that is added to another one."""
+    """The description of the object that is appended to another one."""
     return f".{zlib.crc32(name.encode()):08x}.{token}.tail"
 
 

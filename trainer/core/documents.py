@@ -27,7 +27,7 @@ _DIGITS = 20  # of the largest
 
 
 class DocumentError(ValueError):
-    """What is wrong with a document, as the end of a sentence.
+    """The fault of a document, as the end of a sentence.
 
     Attributes:
       line: where, counted from 1; None if that isn't known.

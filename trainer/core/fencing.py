@@ -1,4 +1,4 @@
-"""What still counts of jobs that lost their lease: a part of the lease's document.
+"""The fence against jobs that lost their lease: a part of the lease's document.
 
 A job that is paused, or whose request is on its way, may write after another one has taken the lease
 over, and nothing in a store keeps it from that. So what it writes has names that hold its token, and
@@ -37,7 +37,7 @@ class Superseded:
 
 @dataclass(frozen=True)
 class Record:
-    """What counts in a workdir.
+    """The writes that count in a workdir.
 
     Attributes:
       superseded: jobs that lost the lease, the last one last.
@@ -65,7 +65,7 @@ class Record:
         return cls(tuple(superseded), _marks(document["removing"]))
 
     def document(self) -> dict[str, Any]:
-        """What `parse` reads."""
+        """The document that `parse` reads."""
         superseded = [
             {"token": each.token, "through": each.through, "removing": sorted(each.removing)}
             for each in self.superseded
@@ -93,7 +93,7 @@ class Record:
         return [each.token for each in self.superseded if each.through is None]
 
     def is_void(self, token: str, step: int) -> bool:
-        """Whether what a job wrote of a step doesn't count, and never will.
+        """Whether a job's writes of a step don't count, and never will.
 
         It may be removed at any time, by anybody.
         """

@@ -95,7 +95,7 @@ def run(
 
 
 def _debugging() -> bool:
-    """Whether the command has come as far as its flags, and tracebacks are asked for."""
+    """Whether the command has parsed its flags, and tracebacks are asked for."""
     return "debug" in flags.FLAGS and flags.FLAGS.is_parsed() and bool(flags.FLAGS.debug)
 
 

@@ -57,7 +57,7 @@ class LeaseLostError(ConflictError):
 
 @dataclass(frozen=True)
 class Owner:
-    """Who has a lease.
+    """The holder of a lease.
 
     Attributes:
       token: of this lease alone.
@@ -120,7 +120,7 @@ class Owner:
 
 
 def _process(pid: int) -> tuple[int, str]:
-    """When a process of this machine was started, in clock ticks since the boot, and its state.
+    """The start of a process of this machine, in clock ticks since the boot, and its state.
 
     Raises:
       StorageError: there is none, or it can't be seen.
@@ -200,11 +200,11 @@ class Lease:
 
     @property
     def record(self) -> Record:
-        """What counts of the jobs before."""
+        """The fence that this job found."""
         return self._record
 
     def check(self) -> None:
-        """To be called before anything is written; asks the store only if a renewal is overdue.
+        """Called before anything is written; asks the store only if a renewal is overdue.
 
         Raises:
           LeaseLostError: another job has taken the lease over.
@@ -219,7 +219,7 @@ class Lease:
 
     @contextlib.contextmanager
     def fenced(self) -> Iterator[None]:
-        """For one short change of the workdir.
+        """Holds the lease for one short change of the workdir.
 
         On a local disk nobody can take the lease over until the block ends. Of a store it is only
         known that nobody had shortly before.
@@ -347,7 +347,7 @@ def _parse(data: bytes) -> dict[str, Any]:
 
 
 def _parse_record(data: bytes) -> tuple[Record, bool]:
-    """What a lease's document records, and whether it was given back."""
+    """The contents of a lease's document, and whether it was given back."""
     try:
         document = _parse(data)
         return Record.parse(document), document["released"] is True
@@ -356,7 +356,7 @@ def _parse_record(data: bytes) -> tuple[Record, bool]:
 
 
 def read_record(workdir: str) -> Record:
-    """What counts in a workdir, for those who only read it.
+    """The fence of a workdir, for those who only read it.
 
     Raises:
       StorageError: the lease can't be read.

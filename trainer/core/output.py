@@ -44,7 +44,7 @@ _GONE = {errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.ESHUTDOWN, errno.E
 
 
 class _Mode:
-    """How both streams behave."""
+    """The modes of both streams."""
 
     outlives = False  # go on without a reader
     hurried = False  # don't wait for one
@@ -56,7 +56,7 @@ _mode = _Mode()
 
 
 class _Stream(io.RawIOBase):
-    """What a text stream writes to: a queue, emptied by a thread that alone writes to a descriptor."""
+    """A text stream's target: a queue, emptied by a thread that alone writes to a descriptor."""
 
     def __init__(self, descriptor: int) -> None:
         self.name, self.mode = _NAMES[descriptor], "w"
@@ -196,7 +196,7 @@ def _write(descriptor: int, data: bytes) -> OSError | None:
 
 
 def _is_gone(descriptor: int, error: OSError) -> bool:
-    """Whether a write failed for want of a reader."""
+    """Whether a write failed because the reader has gone."""
     if error.errno != errno.EIO:
         return error.errno in _GONE
     return stat.S_ISCHR(os.fstat(descriptor).st_mode)  # a terminal that hung up, not a bad disk
@@ -253,7 +253,7 @@ def _end() -> None:
 
 
 def outlive_readers() -> None:
-    """From now on the program goes on when nobody reads its output any more; see `closed`."""
+    """Lets the program go on when its output has lost its reader; see `closed`."""
     _mode.outlives = True
 
 
@@ -263,14 +263,14 @@ def closed() -> str:
 
 
 def hurry() -> None:
-    """From now on no print waits longer than a second for somebody to read; from any thread."""
+    """Limits each later print to a second of waiting for a reader; from any thread."""
     _mode.hurried = True
     for stream in _streams:
         stream.hurry()
 
 
 def check() -> None:
-    """To be called at the end of a command: whether all that it printed has arrived.
+    """Called at the end of a command: whether all that it printed has arrived.
 
     Raises:
       StorageError: it could not be written, as on a full disk.

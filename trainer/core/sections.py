@@ -28,7 +28,7 @@ Auto = Literal["auto"]
 
 
 class Limit(NamedTuple):
-    """What a number must satisfy, in words and as a test."""
+    """A condition on a number, in words and as a test."""
 
     text: str
     holds: Callable[[float], bool]

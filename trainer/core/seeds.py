@@ -14,7 +14,7 @@ import tensorflow as tf
 
 
 class Purpose(enum.IntEnum):
-    """What a draw is for. The numbers are part of a run's identity: never renumber them."""
+    """Purposes of random draws. The values are part of a run's identity: never renumber them."""
 
     LANE_ORDER = 1
     MIRROR = 2

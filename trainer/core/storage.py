@@ -109,7 +109,7 @@ def join(path: str, *parts: str) -> str:
 
 
 def sibling(path: str, other: str) -> str:
-    """What `other`, written inside the file `path`, means: relative to that file's directory."""
+    """The path that `other`, written in the file `path`, means: relative to its directory."""
     target = resolve(other)
     if is_remote(target) or os.path.isabs(target):
         return target
@@ -206,7 +206,7 @@ def size(path: str) -> int:
 
 @dataclass(frozen=True)
 class Digest:
-    """What a file is, without its content.
+    """The description of a file, without its content.
 
     Attributes:
       bytes: how many.
@@ -683,7 +683,7 @@ def locked(folder: str) -> Iterator[None]:
 
 
 def _lock(handle: int) -> bool:
-    """Whether a lock was got, or there are none: some network file systems lock no directories."""
+    """Whether a lock was taken, or none exist: some network file systems lock no directories."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -694,7 +694,7 @@ def _lock(handle: int) -> bool:
 
 
 def _holder(handle: int) -> str:
-    """Who has the lock of an open directory, for messages."""
+    """The holder of an open directory's lock, for messages."""
     with contextlib.suppress(OSError, ValueError, IndexError), open("/proc/locks") as file:
         for line in file:  # 1: FLOCK ADVISORY WRITE 4711 08:01:1234 0 EOF
             fields = line.split()

@@ -1,4 +1,4 @@
-"""What TensorFlow writes to stderr while it is imported.
+"""Lines that TensorFlow writes to stderr while it is imported.
 
 Its libraries log before they have read TF_CPP_MIN_LOG_LEVEL: which CPU kernels they chose, that no
 CUDA was found, that the log is not set up yet. These lines are left out here as that variable would

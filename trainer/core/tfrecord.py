@@ -83,7 +83,7 @@ def whole_records(content: bytes) -> Iterator[bytes]:
 
 
 def scan_records(content: bytes) -> list[tuple[int, bytes | str]]:
-    """Where each record in a run of them starts, and its payload or what is wrong with it.
+    """The offset of each record in a series of them, and its payload or its fault.
 
     A damaged length hides where the next record starts: what comes after it is not told apart, and
     the list ends there.

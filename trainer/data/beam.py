@@ -73,7 +73,7 @@ def convert(
 
 
 def make_shard(frame: Frame, dest: str, name: str) -> str:
-    """What a machine does with one element: makes a shard that is not there yet.
+    """The work of a machine on one element: makes a shard that is not there yet.
 
     An image that cannot be used is no failure of the machine, which would be tried again: it is
     noted for the caller.

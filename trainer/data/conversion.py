@@ -41,7 +41,7 @@ _SAMPLES = 16
 
 @dataclass(frozen=True)
 class Settings:
-    """What to convert, and how.
+    """A request for a conversion.
 
     Attributes:
       source: folder or zip archive.
@@ -72,7 +72,7 @@ class Settings:
 
 @dataclass
 class Report:
-    """How it went.
+    """The result of a conversion.
 
     Attributes:
       kept: images whose own bytes were taken.
@@ -89,7 +89,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Frame:
-    """What all shards of a conversion share, wherever they are made.
+    """Settings that all shards of a conversion share, wherever they are made.
 
     Attributes:
       settings: what was asked for.
@@ -421,7 +421,7 @@ def _of_shard(outcomes: Iterator[tuple[Task, Done]], count: int) -> Iterator[tup
 
 
 class _Tally:
-    """What the journal tells about a shard."""
+    """The journal's entry about a shard."""
 
     def __init__(self) -> None:
         self._labels: collections.Counter[int] = collections.Counter()

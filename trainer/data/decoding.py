@@ -75,7 +75,7 @@ def decode(data: bytes) -> Decoded:
 
 
 def _load(plugin: type[ImageFile.ImageFile], data: bytes) -> ImageFile.ImageFile:
-    """By one of Pillow's decoders, which answer broken input with exceptions of many kinds."""
+    """Decodes with one of Pillow's decoders, whose errors on broken input are of many kinds."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is doubtful was refused before

@@ -1,4 +1,4 @@
-"""From images of a source to records, in this process or in several."""
+"""Encoding of a source's images to records, in this process or in several."""
 
 from __future__ import annotations
 

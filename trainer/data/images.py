@@ -22,7 +22,7 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """How every image of a data set is made.
+    """Settings for every image of a data set.
 
     Attributes:
       resolution: (height, width) in pixels.

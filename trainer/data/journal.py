@@ -97,7 +97,7 @@ def refuse_data_set(dest: str) -> None:
 
 @dataclass
 class Journal:
-    """What is known of a destination.
+    """The known state of a destination.
 
     Attributes:
       dest: directory of the data set.

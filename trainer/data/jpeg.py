@@ -43,7 +43,7 @@ _MAX_SCANS = 200  # each goes over all pixels, however few bytes it has
 
 @dataclass
 class Jpeg:
-    """What a JPEG file's segments say.
+    """Contents of a JPEG file's segments.
 
     Attributes:
       width: pixels.

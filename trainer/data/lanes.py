@@ -403,7 +403,7 @@ class Graph:
         return images, tf.ensure_shape(labels, [count, self._size]), numbers
 
     def _flips(self, numbers: tf.Tensor) -> tf.Tensor:
-        """Which images of the groups are mirrored: bool [groups * size]."""
+        """The images of the groups that are mirrored: bool [groups * size]."""
         place = numbers[:, tf.newaxis] * self._size + tf.range(self._size, dtype=tf.int64)
         drawn = seeds.fold_in_groups(self._seed, seeds.Purpose.MIRROR, tf.reshape(place, [-1]))
         return tf.cast(drawn[:, 0] & 1, tf.bool)

@@ -204,7 +204,7 @@ def _missing(path: str, directory: str) -> str:
 
 
 class _Wrong(Exception):
-    """What is wrong in a manifest."""
+    """The fault of a manifest."""
 
 
 def _get(document: Any, key: str, kind: type, where: str = "") -> Any:

@@ -161,7 +161,7 @@ class ImageStream:
             self._log(self._standing())
 
     def _standing(self) -> str:
-        """Which shard is read in vain: of those that are being read the one needed first."""
+        """The shard whose reads to give up: the one of those being read that was needed first."""
         with tf.device("CPU:0"):
             reading = set(self._graph.reading.export()[0].numpy().tolist())
         manifest = self._manifest

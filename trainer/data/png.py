@@ -36,7 +36,7 @@ _ADAM7 = (
 
 @dataclass(frozen=True)
 class Png:
-    """What a PNG file's chunks say.
+    """Contents of a PNG file's chunks.
 
     Attributes:
       width: pixels.

@@ -237,13 +237,13 @@ def _read_records(
 
 
 def _read_block(manifest: Manifest, shard: int, block: int) -> bytes:
-    """By one request; less than it should be where the file is shorter."""
+    """Reads by one request; gives fewer bytes where the file is shorter."""
     start, length = _extent(manifest, shard, block)
     return storage.read_range(manifest.path(shard), start, length)
 
 
 def _extent(manifest: Manifest, shard: int, block: int) -> tuple[int, int]:
-    """Where a block starts in its shard, and its bytes."""
+    """Offset of a block in its shard, and its length in bytes."""
     entry = manifest.shards[shard]
     start, end = [*entry.index, entry.bytes][block : block + 2]
     return start, end - start
@@ -354,7 +354,7 @@ def _first_sound(manifest: Manifest, shard: int, block: int) -> bytes | None:
 
 
 def _examine(manifest: Manifest, shard: int, block: int) -> list[tuple[int, bytes | str]]:
-    """For each record of a block where it starts, and its payload or what is wrong with it.
+    """For each record of a block its offset, and its payload or its fault.
 
     Records that are hidden by a damaged length have the place and the problem of that one. [] where
     what is wrong is no single record: the shard ends early or is another.

@@ -1,4 +1,4 @@
-"""Where images come from: a folder or a zip archive, local or behind any fsspec URL, with labels.
+"""Sources of images: a folder or a zip archive, local or behind any fsspec URL, with labels.
 
 A listing is plain names and small locators, so that 200,000 images fit in little memory and a
 worker process can read its share without listing anything again. Archives are hostile input.
@@ -43,7 +43,7 @@ _LOCAL_HEADER = struct.Struct("<4s22xHH")
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """Where a file lies in a zip archive, and how."""
+    """The place of a file in a zip archive, and its compression."""
 
     offset: int
     compressed: int
@@ -140,7 +140,7 @@ def _is_image(name: str) -> bool:
 
 
 class _Listing:
-    """What is found in a source, sorted out."""
+    """The files of a source, sorted by what becomes of them."""
 
     def __init__(self) -> None:
         self.found: dict[str, int] = {}
@@ -245,7 +245,7 @@ def _list_entry(name: str, entry: os.DirEntry[str], listing: _Listing) -> str:
 
 
 def _link_to_nothing(path: str) -> str:
-    """What is wrong with a link whose target cannot be reached; '' of all else."""
+    """The fault of a link whose target cannot be reached; '' of all else."""
     if not os.path.islink(path) or os.path.exists(path):
         return ""
     return f"it is a link to {os.readlink(path)}, which is not there"

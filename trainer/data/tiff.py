@@ -78,7 +78,7 @@ _PIECE = 1 << 20  # bytes to inflate at a time
 
 @dataclass(frozen=True)
 class Tiff:
-    """What a TIFF file's tags say.
+    """Contents of a TIFF file's tags.
 
     Attributes:
       width: pixels, as they are stored.
@@ -99,7 +99,7 @@ class Tiff:
 
 @dataclass(frozen=True)
 class _Layout:
-    """How a file's numbers are written."""
+    """Number format of a file's samples."""
 
     order: str  # '<' or '>'
     big: bool  # BigTIFF: of 64 bits

@@ -14,7 +14,7 @@ _ALPHA = 0x10  # in the flags of the extended header
 
 @dataclass(frozen=True)
 class Webp:
-    """What a WebP file's chunks say.
+    """Contents of a WebP file's chunks.
 
     Attributes:
       exif: the EXIF block, b'' if there is none.

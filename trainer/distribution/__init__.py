@@ -1,1 +1,1 @@
-"""Where a step runs: strategies, devices, precision, and the host."""
+"""Devices of a step: strategies, precision, and the host."""

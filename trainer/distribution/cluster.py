@@ -77,7 +77,7 @@ class Cluster:
 
 
 def find(strategy: str) -> Cluster | None:
-    """What the environment says about other workers.
+    """Facts of the environment about other workers.
 
     Args:
       strategy: `run.strategy`.

@@ -1,4 +1,4 @@
-"""What the process needs from its host before TensorFlow starts."""
+"""Settings of the host that must be made before TensorFlow starts."""
 
 from __future__ import annotations
 

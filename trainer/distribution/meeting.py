@@ -1,4 +1,4 @@
-"""How the workers of a run meet: all say hello to the chief, which compares what they are.
+"""The meeting of a run's workers: all send a hello to the chief, which compares them.
 
 Before TensorFlow starts, every worker says hello to the chief over TCP, on the address that the
 chief's TensorFlow will take afterwards. So a missing worker, another version of TensorFlow or
@@ -141,7 +141,7 @@ def _listen(cluster: Cluster) -> socket.socket:
 
 
 def identity(config: Config) -> dict[str, str]:
-    """What must be the same on all workers, by name."""
+    """Values that must be the same on all workers, by name."""
     # TensorFlow's wheels have several names, and importing it takes seconds.
     wheels = importlib.metadata.packages_distributions().get("tensorflow", [])
     return {
@@ -155,7 +155,7 @@ def identity(config: Config) -> dict[str, str]:
 
 
 def _count_gpus() -> int:
-    """How many GPUs TensorFlow will find; sums over workers that have unequally many never end."""
+    """The number of GPUs TensorFlow will find; sums over unequally many never end."""
     visible = flags.env("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return len(glob.glob("/dev/nvidia[0-9]*"))
@@ -184,12 +184,12 @@ class _Gathering:
 
     @property
     def missing(self) -> set[int]:
-        """Who isn't there."""
+        """The workers that are missing."""
         return self._everyone - set(self.lines)
 
     @property
     def strangers(self) -> str:
-        """What to add to a message about who is missing: others have connected instead."""
+        """An end for messages about missing workers: others have connected instead."""
         if not self._strangers:
             return ""
         return f" ({self._strangers} other connections, the last {self._last_stranger})"
@@ -259,7 +259,7 @@ class _Gathering:
 
 
 def _index_of(hello: Mapping[str, Any]) -> int | None:
-    """Which worker says this hello, None if it is none that a worker says."""
+    """The index of the worker that sent this hello, None if it isn't one of a worker."""
     index, theirs = hello.get("index"), hello.get("identity")
     if type(index) is not int or not isinstance(theirs, dict) or "trainer" not in theirs:
         return None
@@ -341,7 +341,7 @@ def report(cluster: Cluster, own: Mapping[str, str], limit: float) -> dict[int, 
 
 
 def parse_stop(message: Mapping[str, Any]) -> TrainerError:
-    """What a peer has reported.
+    """A peer's report.
 
     Raises:
       ValueError: it is no report.

@@ -219,7 +219,7 @@ class Membership:
                 self._hold.notify_all()
 
     def begin(self, steps: int) -> str | None:
-        """To be called before each call of the training step.
+        """Called before each call of the training step.
 
         While the workers agree on the last step, this waits.
 
@@ -383,7 +383,7 @@ def heartbeat_timeout(worker_timeout: float) -> float:
 
 
 def lost_peer(error: BaseException) -> PeerError | None:
-    """What an error of TensorFlow means if it is about another worker, else None.
+    """The meaning of a TensorFlow error that is about another worker, else None.
 
     It comes first only if this process found no time to hear of the loss itself.
     """

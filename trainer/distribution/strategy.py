@@ -1,4 +1,4 @@
-"""Which devices take part in a run.
+"""Devices of a run, and the strategy for them.
 
 `run.strategy = auto` takes the first of these that there is:
 
@@ -33,7 +33,7 @@ from trainer.distribution.membership import heartbeat_timeout, lost_peer, start_
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a run runs.
+    """The devices of a run.
 
     Attributes:
       strategy: TensorFlow's strategy.

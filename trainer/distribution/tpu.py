@@ -1,4 +1,4 @@
-"""What training on TPUs asks of the code: written down here, and checked with no TPU.
+"""Requirements of TPUs on the code: written down here, and checked with no TPU.
 
 Replicas on CPUs and GPUs are forgiving; a TPU runs whole programs. After each point stands the test
 that holds it.
@@ -62,7 +62,7 @@ def cross_replica_sum(replicas: int) -> Callable[[list[tf.Tensor]], list[tf.Tens
 
 
 def violations(graph: tf.Graph) -> list[str]:
-    """What a TPU could not run in a traced program, one text each.
+    """Operations of a traced program that no TPU can run, one text each.
 
     TensorFlow tells here which ops it has XLA kernels for on CPUs; the TPU's are of the same library.
 

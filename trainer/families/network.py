@@ -1,4 +1,4 @@
-"""What training, drawing and serving know of a family's networks.
+"""The interface of a family's networks to training, rendering and serving.
 
 A network is a description: it knows the names and shapes of its parameters and how to apply them,
 and holds none. Parameters come as a mapping from name to tensor, so the same network serves the
@@ -17,6 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.core import seeds
+from trainer.core.errors import ConfigError
 from trainer.families.protocol import Spec, Table
 from trainer.layers.ops import Backend
 
@@ -30,7 +31,7 @@ _W_AVG_BETA = 0.995
 
 
 class Output(NamedTuple):
-    """What a forward pass returns: a network never moves state.
+    """The result of a forward pass: a network never moves state.
 
     Attributes:
       values: [N, H, W, img_channels] images in about [-1, 1], or [N, 1] logits.
@@ -42,7 +43,7 @@ class Output(NamedTuple):
 
 
 class Latents(NamedTuple):
-    """What a batch of fakes is made from; a field that the generator doesn't use is empty.
+    """The inputs of a batch of fakes; a field that the generator doesn't use is empty.
 
     Attributes:
       z: [N, z_dim], standard normal.
@@ -60,7 +61,7 @@ class Latents(NamedTuple):
 
 
 class Network(abc.ABC):
-    """What generator and discriminator share: named parameters and their layouts.
+    """Base of generator and discriminator: named parameters and their layouts.
 
     Attributes:
       specs: the parameters by name.
@@ -205,7 +206,7 @@ class Generator(Network):
         return Output(self.synthesis(params, self.broadcast(w)), {})
 
     def broadcast(self, w: tf.Tensor) -> tf.Tensor:
-        """One w for every layer: [N, w_dim] -> [N, num_ws, w_dim]."""
+        """The same w for every layer: [N, w_dim] -> [N, num_ws, w_dim]."""
         return tf.tile(w[:, tf.newaxis], [1, self.num_ws, 1])
 
     @property
@@ -296,7 +297,8 @@ class Discriminator(Network):
     """Images, c -> logits.
 
     Attributes:
-      freezable_layers: layers that Freeze-D can leave as they are, from the image inwards.
+      freezable_layers: layers that Freeze-D can leave as they are, from the image inwards; the names
+        of their parameters start with theirs.
     """
 
     freezable_layers: list[str]
@@ -305,13 +307,17 @@ class Discriminator(Network):
         """The parameters an optimizer changes, without the first `freeze_layers` layers (Freeze-D).
 
         Mo et al. 2020, "Freeze the discriminator".
+
+        Raises:
+          ConfigError: there are fewer layers that can be frozen.
         """
-        frozen = {
-            f"{layer}.{kind}"
-            for layer in self.freezable_layers[:freeze_layers]
-            for kind in ("weight", "bias")
-        }
-        return [name for name in super().trainable_names() if name not in frozen]
+        if freeze_layers > len(self.freezable_layers):
+            raise ConfigError(
+                f"training.freeze_d: {freeze_layers} layers, but this discriminator has "
+                f"{len(self.freezable_layers)} that can be frozen"
+            )
+        frozen = tuple(f"{layer}." for layer in self.freezable_layers[:freeze_layers])
+        return [name for name in super().trainable_names() if not name.startswith(frozen)]
 
     def __call__(self, params: Params, images: tf.Tensor, c: tf.Tensor) -> tf.Tensor:
         """[N, 1], the logits of images; see `apply`."""

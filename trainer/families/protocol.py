@@ -1,4 +1,4 @@
-"""What the rest of the package knows of a family without TensorFlow.
+"""The interface of a family to the rest of the package, without TensorFlow.
 
 A family is a folder with `keys.py`, whose `Keys` is the `model:` section of its configs, and
 `networks.py` with the tensor code (`families.network`). What can be counted is counted by the keys
@@ -17,7 +17,7 @@ from trainer.core.sections import Section
 
 @dataclass(frozen=True)
 class DataShape:
-    """What networks must know of a data set.
+    """The facts of a data set that networks need.
 
     Attributes:
       resolution: (height, width).
@@ -134,7 +134,7 @@ class Keys(Section):
     def auto_values(
         self, resolution: tuple[int, int], batch_size: int | None
     ) -> dict[str, dict[str, Any]]:
-        """By section, what each key that may be 'auto' is, for a batch size if one is given.
+        """Values of the keys that may be 'auto', by section, for a batch size if one is given.
 
         Those of `training` and `objective`; `resolved` sees to those of `model`.
         """

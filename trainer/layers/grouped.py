@@ -50,7 +50,7 @@ def grouped_conv2d(
 
 
 def _together(groups: int, inputs: int, backend: Backend) -> int:
-    """How many groups are convolved at once: a divisor of their number."""
+    """The number of groups to convolve at once: a divisor of all."""
     if backend is Backend.TPU:
         wanted = max(_LANES // inputs, 1)
     else:

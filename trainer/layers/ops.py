@@ -27,7 +27,7 @@ from trainer.layers import packing, winograd
 
 
 class Backend(enum.Enum):
-    """What computes the layers: the values are the same, the speed is not.
+    """Implementations of the layers: the values are the same, the speed is not.
 
     Attributes:
       XLA_CPU: for XLA on CPUs. It fuses shifted slices into one loop, and runs depthwise

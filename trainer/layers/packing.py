@@ -1,4 +1,4 @@
-"""How narrow maps, and few of them, are laid out on TPUs.
+"""Layouts of narrow maps, and of few maps, on TPUs.
 
 A TPU works on 128 channels at a time, and pads maps that have fewer, in memory too. Such maps are
 kept with the pixels of each square block side by side in the channels, and convolved by a kernel
@@ -178,7 +178,7 @@ def concatenate(x: tf.Tensor, count: int, halo: int) -> tf.Tensor:
 def _block_matrix(
     size: int, taps: tuple[float, ...], pixels_in: int, pixels_out: int
 ) -> np.ndarray:
-    """Where a kernel's weights act, along one axis: [size, blocks, pixels_in, pixels_out].
+    """The places where a kernel's weights act, on one axis: [size, blocks, pixels_in, pixels_out].
 
     Entry [t, b, c, a] is what pixel c of the b-th block of the window contributes to pixel a of the
     output's block through weight t. Read off impulses sent through the definition.

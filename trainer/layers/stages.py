@@ -26,21 +26,25 @@ class Maps:
       block: pixels along each side of a space-to-depth block, 1 if there are none.
       tiles: into how many each image is cut.
       halo: rows of blocks that a tile has of its neighbours, on either side.
+      reach: rows of pixels at a tile's edges that convolutions have made wrong, for want of the rows
+        beyond: no more than the halo's, or an upper bound of them.
     """
 
     tensor: tf.Tensor
     block: int = 1
     tiles: int = 1
     halo: int = 0
+    reach: int = 0
 
     def __add__(self, other: Maps) -> Maps:
         """The sum of maps of one layout."""
         layout, others = (self.block, self.tiles, self.halo), (other.block, other.tiles, other.halo)
         assert layout == others, f"maps that lie otherwise: {layout}, {others}"
-        return self._with(self.tensor + other.tensor)
+        total = self._with(self.tensor + other.tensor)
+        return dataclasses.replace(total, reach=max(self.reach, other.reach))
 
     def cast(self, dtype: tf.DType) -> Maps:
-        """In another number format."""
+        """The same maps in another number format."""
         return self._with(tf.cast(self.tensor, dtype))
 
     def plain(self) -> tf.Tensor:
@@ -95,12 +99,21 @@ class Stage:
         return Maps(packing.cut(tensor, tiles, halo), block, tiles, halo)
 
     def leave(self, x: Maps) -> Maps:
-        """Maps without tiles."""
+        """Maps without tiles.
+
+        Raises:
+          ValueError: more layers were applied than the tiles' halo has rows for.
+        """
+        if x.tiles > 1 and x.reach > x.halo * x.block:
+            raise ValueError(
+                f"a stage's convolutions reach {x.reach} rows beyond a tile, whose halo has "
+                f"{x.halo * x.block}: leave and enter the stage between them, or raise TILE_HALO"
+            )
         return Maps(packing.concatenate(x.tensor, x.tiles, x.halo), x.block)
 
     def conv(self, x: Maps, weight: tf.Tensor, *, up: int = 1, down: int = 1) -> Maps:
         """`ops.conv2d_resample`, of maps."""
-        result = self._resampled(x, up, down)
+        result = self._resampled(x, weight.shape[0], up, down)
         blocks = x.block, result.block
         y = ops.conv2d_resample(
             x.tensor, weight, up=up, down=down, backend=self.backend, blocks=blocks
@@ -129,7 +142,7 @@ class Stage:
           up: 1 or 2.
           demodulate: whether each output channel is scaled to unit expected variance.
         """
-        result = self._resampled(x, up, 1)
+        result = self._resampled(x, weight.shape[0], up, 1)
         if noise is not None:
             noise = self._noise(noise, strength, weight.shape[3], result)
         y = ops.modulated_conv2d(
@@ -165,13 +178,15 @@ class Stage:
         )
         return dataclasses.replace(x, tensor=y)
 
-    def _resampled(self, x: Maps, up: int, down: int) -> Maps:
-        """How the result of a convolution lies."""
+    def _resampled(self, x: Maps, kernel: int, up: int, down: int) -> Maps:
+        """The layout of a convolution's result."""
         if up == down:
-            return x
+            return dataclasses.replace(x, reach=x.reach + kernel // 2)
         block = self.block if up == 2 else self._coarse_block()
         halo = self._halo(block, self.height if up == 2 else self.height // 2)
-        return dataclasses.replace(x, block=block, halo=halo)
+        # The filter of a resampling has four taps on the finer maps, two of them on one side.
+        reach = up * x.reach + kernel // 2 + 2
+        return dataclasses.replace(x, block=block, halo=halo, reach=-(-reach // down))
 
     def _noise(
         self, noise: tf.Tensor, strength: tf.Tensor | None, channels: int, like: Maps

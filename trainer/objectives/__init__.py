@@ -1,1 +1,1 @@
-"""What networks are trained to do: a recipe is a list of phases, each a loss and what it draws."""
+"""Objectives: a list of phases, each with a loss and the random numbers that it takes."""

@@ -1,4 +1,4 @@
-"""From the `objective` section of a config to the phases of a step.
+"""Construction of a step's phases from the `objective` section of a config.
 
 StyleGAN2's training (Karras et al. 2020) is Gmain, Greg, Dmain and Dreg, with logistic losses, path
 length and R1 at intervals; R3GAN's (Huang et al. 2024) is Dmain and Gmain, with relativistic losses
@@ -31,7 +31,7 @@ _REAL = ("Loss/scores/real", "Loss/signs/real")
 
 
 def objective(keys: ObjectiveConfig, group_size: int) -> Objective:
-    """What both networks are trained to do; a penalty whose weight is 0 is left out.
+    """The phases of both networks; a penalty whose weight is 0 is left out.
 
     Args:
       keys: resolved and checked.

@@ -53,7 +53,7 @@ PENALTIES = (
 
 
 def path_lengths(ws_gradients: tf.Tensor) -> tf.Tensor:
-    """How much an image changes with its latents (StyleGAN2, section 3.2).
+    """Path lengths: the change of an image with its latents (StyleGAN2, section 3.2).
 
     Args:
       ws_gradients: [N, num_ws, w_dim], of sum(image * noise) with noise of variance 1 / (H W).

@@ -70,7 +70,7 @@ class Networks:
 
 @dataclass(frozen=True)
 class Batch:
-    """What a loss is computed from: some of the batch's groups, on one replica.
+    """The inputs of a loss: some of the batch's groups, on one replica.
 
     Attributes:
       networks: which.
@@ -153,7 +153,7 @@ class Batch:
 
 
 class Loss(NamedTuple):
-    """What a phase's loss function returns.
+    """The result of a phase's loss function.
 
     Attributes:
       values: [N] or [N, 1], of each sample: their mean over the whole batch is differentiated.
@@ -203,7 +203,7 @@ class Phase:
     def gradients(
         self, networks: Networks, samples: int, inputs: Mapping[str, Any]
     ) -> tuple[Grads, Report, BufferSums]:
-        """What one round on one replica adds to the whole batch.
+        """The contribution of one round on one replica to the whole batch.
 
         Args:
           networks: to train.
@@ -232,7 +232,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Objective:
-    """What networks are trained to do.
+    """The objective of both networks.
 
     Attributes:
       phases: of a step, in their order.
@@ -256,7 +256,7 @@ class Objective:
 
     @property
     def watched(self) -> tuple[tuple[str, str], ...]:
-        """What must stay finite: of each phase its loss, and all gradients together."""
+        """Quantities that must stay finite: each phase's loss, and all gradients together."""
         return tuple(
             (phase.name, name) for phase in self.phases for name in (phase.watched, "gradients")
         )

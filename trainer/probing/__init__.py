@@ -1,1 +1,1 @@
-"""What a run will cost: the step, the input and checkpoints timed here, TPUs asked for by compiler."""
+"""Costs of a run: step, input and checkpoints timed here, TPU programs by their compiler."""

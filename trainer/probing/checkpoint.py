@@ -1,4 +1,4 @@
-"""How long a training loop stands still for a checkpoint, and how fast bytes go and come."""
+"""The pause that a checkpoint makes in training, and the speed of its transfers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trainer.training.run import Run
 
 @dataclass(frozen=True)
 class CheckpointSpeed:
-    """What was measured.
+    """Measurements of one checkpoint.
 
     Attributes:
       variables: how many.

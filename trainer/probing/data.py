@@ -1,4 +1,4 @@
-"""How fast the input pipeline is, against decoding alone on the same bytes and processors.
+"""Speed of the input pipeline, against decoding alone on the same bytes and processors.
 
 And how fast the storage is, by requests at a time and by their size.
 """
@@ -42,7 +42,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Reading:
-    """What so many requests at a time give.
+    """The rates at one number of concurrent requests.
 
     Attributes:
       readers: requests at a time.

@@ -1,4 +1,4 @@
-"""How long a training step takes, phase by phase, against a bare convolution on the same machine.
+"""Time of a training step, phase by phase, against a bare convolution on the same machine.
 
 What counts is whole steps: the compiled step of a real run, with its draws, updates and moving
 averages, is called at step numbers at which each of the combinations of phases that its schedule
@@ -95,7 +95,7 @@ class Convolution:
 
 @dataclass(frozen=True)
 class StepSpeed:
-    """What was measured of one config.
+    """Measurements of one config.
 
     Attributes:
       first_step: seconds of the first step, which compiles.

@@ -1,4 +1,4 @@
-"""What a run costs on a slice of TPUs: the real training step, compiled for it phase by phase."""
+"""Cost of a run on a slice of TPUs: the real training step, compiled for it phase by phase."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class LargestBatch:
-    """How many images a replica has room for.
+    """The number of images that a replica has room for.
 
     Attributes:
       images: at most, 0 if a single group doesn't fit.
@@ -116,7 +116,7 @@ class TpuRun:
             yield self._compile(name, self.arithmetic, self.share(name))
 
     def share(self, phase: str) -> float:
-        """In which share of all steps a phase runs."""
+        """The share of all steps that run a phase."""
         runs = {
             each.name: len(each.batches) / each.interval for each in self.recipe.objective.phases
         }
@@ -172,7 +172,7 @@ class TpuRun:
         )
 
     def _specs(self, arithmetic: BatchArithmetic) -> Sequence[tf.TensorSpec]:
-        """What a replica is given for a phase."""
+        """The arguments of a phase on one replica."""
         a = arithmetic
         groups = a.groups_per_step // a.batches // a.num_replicas
         size, shape = arithmetic.group_size, (*self.data.resolution, self.data.channels)
@@ -185,7 +185,7 @@ class TpuRun:
     def program(
         self, name: str, arithmetic: BatchArithmetic
     ) -> tuple[Callable[..., Any], Sequence[tf.TensorSpec]]:
-        """One of the step's programs, as a replica runs it, and what it is given."""
+        """One of the step's programs as a replica runs it, and its arguments."""
         step = self._step(arithmetic)
         if name == "finish":
             return _flat(step.programs[name], step.no_reports())

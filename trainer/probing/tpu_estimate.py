@@ -1,4 +1,4 @@
-"""What a program compiled for a TPU needs, read from the compiler's own output.
+"""Memory and time of a program compiled for a TPU, read from the compiler's own output.
 
 The compiler writes an estimate of its cycles at most instructions. Those of convolutions and matrix
 products are credible; what works element by element on bfloat16 it takes for 2.5 to 4 times slower
@@ -38,7 +38,7 @@ _SMALL = 1 << 20
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one program costs on one device.
+    """Cost of one program on one device.
 
     Attributes:
       flop: multiplications and additions, as the compiler counts them.
@@ -188,7 +188,7 @@ class _Program:
                 yield _Instruction(each.name, each.opcode, each.text, times)
 
     def _trips(self, loop: _Instruction) -> int | None:
-        """How often a loop runs, if that is a constant."""
+        """The number of iterations of a loop, if it is a constant."""
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.text)
         if known:
             return int(known[1])

@@ -1,4 +1,4 @@
-"""What an exported network says of itself: for people, and for programs."""
+"""The model card of an exported network: for people, and for programs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a generator's parameters to a published SavedModel, checked by a process that knows nothing
+"""Export of a generator to a published SavedModel, checked by a process that knows nothing
 of this package. What readers see meanwhile: `trainer.serving.versions`.
 """
 
@@ -44,7 +44,7 @@ _CHECK_SCRIPT = pathlib.Path(__file__).with_name("check.py")
 
 
 class ExportError(TrainerError):
-    """What was written doesn't draw what the network does: a bug, so nothing is published."""
+    """The written model's images differ from the network's: a bug, so nothing is published."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def publish(
 
 
 def exporter(dest: str, *, snapshots: bool) -> AtSnapshot:
-    """What exports a run's generator at its end, unless that has been done.
+    """An exporter of the run's generator at its end, unless that has been exported.
 
     Args:
       dest: directory of the model.
@@ -164,7 +164,7 @@ def is_published(dest: str, info: Mapping[str, Any]) -> bool:
 
 
 def _origin(info: Mapping[str, Any]) -> tuple[Config, DataShape]:
-    """What the networks of a checkpoint were built from."""
+    """The config from which a checkpoint's networks were built."""
     config = config_lib.from_dict(info["config"], where="state.json")
     height, width = info["resolution"]
     return config, DataShape((height, width), info["channels"], tuple(info["label_counts"]))
@@ -203,7 +203,7 @@ def _save(served: Served, folder: str) -> None:
 
 
 def _latents(network: Generator) -> dict[str, np.ndarray]:
-    """What the check draws: two images, of the first and the last class."""
+    """The images that the check renders: two, of the first and the last class."""
     z = [np.random.RandomState(seed).randn(network.z_dim) for seed in range(2)]
     psi = _CHECK_PSI if network.truncates else 1.0
     inputs = {"z": np.asarray(z, np.float32), "psi": np.asarray([psi], np.float32)}

@@ -82,7 +82,7 @@ class Served(tf.Module):
         )
 
     def signatures(self) -> dict[str, _Signature]:
-        """What to save them as."""
+        """The signatures to save."""
         return {
             "serving_default": self.generate,
             "png": self.png,
@@ -234,7 +234,7 @@ def _draw(seed: tf.Tensor, size: int, purpose: int) -> tf.Tensor:
 
 
 def _repeated(x: tf.Tensor, count: tf.Tensor) -> tf.Tensor:
-    """One row for all becomes one for each."""
+    """Repeats a single row for all images."""
     return tf.broadcast_to(x, [count, x.shape[1]])
 
 

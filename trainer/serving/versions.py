@@ -101,7 +101,7 @@ def draft(
 
 
 def newest_card(dest: str) -> dict[str, Any] | None:
-    """What the newest complete version of a model says of itself, None if there is none.
+    """The newest complete version's description of itself, None if there is no such version.
 
     Args:
       dest: directory of the model.

@@ -1,1 +1,1 @@
-"""What a run tells: console, TensorBoard, stats.jsonl and image grids."""
+"""Output of a run: console, TensorBoard, stats.jsonl and image grids."""

@@ -25,7 +25,7 @@ _PADDING = 3
 
 @dataclasses.dataclass(frozen=True)
 class GridLayout:
-    """What a snapshot grid shows, row by row.
+    """Contents of a snapshot grid, row by row.
 
     Attributes:
       size: (columns, rows).

@@ -178,7 +178,7 @@ def drop_from(
 
 
 def mark(run: str) -> str:
-    """What a run's event files have in their names: 8 hexadecimal digits."""
+    """The part common to the names of a run's event files: 8 hexadecimal digits."""
     return f"{zlib.crc32(run.encode()):08x}"
 
 

@@ -1,4 +1,4 @@
-"""What a tick becomes: a line on the console, a line in `stats.jsonl`, scalars in TensorBoard."""
+"""Writers of a tick: a console line, a line of `stats.jsonl`, scalars in TensorBoard."""
 
 from __future__ import annotations
 

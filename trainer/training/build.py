@@ -1,4 +1,4 @@
-"""From a resolved config to networks, their objective and the state of a run."""
+"""Construction of networks, objective and state from a resolved config."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trainer.training.state import TrainState
 
 
 def backend(platform: str, jit: bool) -> Backend:
-    """How layers are computed fastest.
+    """The backend that computes layers fastest.
 
     Args:
       platform: "CPU", "GPU" or "TPU".
@@ -63,7 +63,7 @@ def networks(
 
 
 class Recipe(NamedTuple):
-    """What a step trains.
+    """Networks, objective and state of the step.
 
     Attributes:
       networks: as they are trained.
@@ -83,7 +83,7 @@ def recipe(
     *,
     static_shapes: bool = False,
 ) -> Recipe:
-    """What the step of a run trains.
+    """The same for the step of a run.
 
     Args:
       config: resolved.

@@ -80,7 +80,7 @@ class _Names:
 
     @property
     def values(self) -> tuple[str, str]:
-        """What TensorFlow writes."""
+        """The directory of TensorFlow's own files."""
         return f"{self.prefix}.index", f"{self.prefix}.data-00000-of-00001"
 
     @property
@@ -90,7 +90,7 @@ class _Names:
 
     @property
     def marker(self) -> str:
-        """What is written last."""
+        """The marker, which is written last."""
         return f"COMMITTED-{self.token}"
 
 
@@ -143,12 +143,12 @@ class _Stored:
 
     @property
     def mark(self) -> Mark:
-        """Who has written it, and when."""
+        """The job that wrote it, and the time."""
         return self.names.token, self.step
 
     @property
     def marked(self) -> bool:
-        """Whether it was completed, whatever has become of it since."""
+        """Whether it was completed, even if it has been damaged since."""
         return self.names.marker in self.files
 
     def judge(self) -> Found | str:
@@ -206,7 +206,7 @@ class _Stored:
 
 
 class Inventory:
-    """What there is of a run's checkpoints, whole or not, by one listing.
+    """All checkpoints of a run, whole or not, from one listing.
 
     Args:
       workdir: of the run.
@@ -337,7 +337,7 @@ class Inventory:
 
 
 def _kimg(stored: _Stored) -> float:
-    """Where a checkpoint was written; 0 if its `state.json` is damaged."""
+    """The time at which a checkpoint was written; 0 if its `state.json` is damaged."""
     if stored.kimg is None:
         try:
             text = storage.read_bytes(storage.join(stored.path, stored.names.info))

@@ -328,7 +328,7 @@ def train(
 
 
 def _tensorboard_dir(config: Config, workdir: str) -> str:
-    """Where events go; '' for nowhere."""
+    """The directory of events; '' for none."""
     if not config.telemetry.tensorboard:
         return ""
     given = storage.resolve(config.telemetry.tensorboard_dir)
@@ -336,7 +336,7 @@ def _tensorboard_dir(config: Config, workdir: str) -> str:
 
 
 def _description(run: Run, manifest: Manifest) -> list[str]:
-    """What a run is, for the console."""
+    """A summary of the run for the console."""
     config, placement, costs = run.config, run.placement, run.cost()
     height, width = manifest.resolution
     classes = f", {manifest.num_classes} classes" if manifest.num_classes else ""

@@ -86,7 +86,7 @@ class Preemption:
         self._wakeup = -1
 
     def begin(self, steps: int) -> str | None:
-        """To be called before each call of the training step; see `Membership.begin`.
+        """Called before each call of the training step; see `Membership.begin`.
 
         This is also where a lost reader is noticed, since printing doesn't raise.
 

@@ -22,14 +22,14 @@ from trainer.training.step import TrainStep
 
 
 def shape_of(manifest: Manifest, config: Config) -> DataShape:
-    """What networks must know of a data set."""
+    """The shape of a data set, as networks need it."""
     counts = manifest.condition_counts(config.data.use_labels)
     return DataShape(manifest.resolution, manifest.channels, counts)
 
 
 @dataclass(frozen=True)
 class Run:
-    """What follows from a config, the shape of the data and the devices.
+    """Everything that follows from a config, the shape of the data and the devices.
 
     Attributes:
       config: resolved.
@@ -81,11 +81,11 @@ class Run:
 
     @property
     def separate_devices(self) -> int:
-        """How many of them compute apart from each other: replicas on one CPU share it."""
+        """The number of replicas that compute apart from each other: those on one CPU share it."""
         return self.arithmetic.num_replicas if self.placement.accelerated else 1
 
     def cost(self) -> Cost:
-        """What can be told without running anything."""
+        """A summary that takes nothing to run."""
         return config_lib.estimate_cost(self.config, self.arithmetic, self.data)
 
     def state(self) -> TrainState:
@@ -118,7 +118,7 @@ def check_data(run: Run, num_images: int) -> None:
 def decide(
     config: Config, data: DataShape, platform: str, jit: bool, replicas: int
 ) -> tuple[BatchArithmetic, Recipe]:
-    """How the batch divides, and what the step trains.
+    """The division of the batch, and the objective of the step.
 
     Args:
       config: resolved.

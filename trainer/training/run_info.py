@@ -1,4 +1,4 @@
-"""What `state.json` of a checkpoint must hold, checked before anything relies on it."""
+"""The contents of a checkpoint's `state.json`, checked before anything relies on them."""
 
 from __future__ import annotations
 

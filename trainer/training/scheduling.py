@@ -10,7 +10,7 @@ from trainer.core.schedule import Number, Schedule
 
 
 def value(number: Number, images: tf.Tensor, dtype: tf.DType) -> float | tf.Tensor:
-    """What a number of the config is at a step.
+    """The value of a scheduled number at a step.
 
     Args:
       number: of the config.

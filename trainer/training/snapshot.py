@@ -1,4 +1,4 @@
-"""What a run shows of itself: a grid of reals, and of fakes that keep their latents."""
+"""Image grids of a run: reals, and fakes of latents that stay the same."""
 
 from __future__ import annotations
 

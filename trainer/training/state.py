@@ -143,7 +143,7 @@ class TrainState:
         return {name for name in self.variables() if name.startswith(changing)} - required
 
     def nonfinite_variables(self) -> str | None:
-        """Which variables hold values that are not finite, or None if none does."""
+        """Names the variables that hold values that are not finite, None if none does."""
         named = {k: v for k, v in self.variables().items() if v.dtype.is_floating}
         finite = _are_finite([tf.convert_to_tensor(v) for v in named.values()]).numpy()
         wrong = [name for name, fine in zip(named, finite, strict=True) if not fine]
@@ -153,7 +153,7 @@ class TrainState:
         return f"{wrong[0]}{more} not finite after step {int(self.step.numpy())}"
 
     def nonfinite_message(self) -> str | None:
-        """Which quantity of which step was first not finite, or None while all are."""
+        """Names the first step and quantity that was not finite, None while all are."""
         step, quantity = self.nonfinite.numpy().tolist()
         if step < 0:
             return None

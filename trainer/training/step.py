@@ -146,7 +146,7 @@ class TrainStep:
 
     @property
     def programs(self) -> dict[str, Callable[..., Any]]:
-        """What runs on each replica, by phase: on TPUs every one is a program of its own.
+        """The functions of each phase that run on a replica: on TPUs each is a program of its own.
 
         The phases take a replica's share of what a step takes, "finish" the `Reports` of them all.
         """
@@ -235,7 +235,7 @@ class TrainStep:
         return self._arithmetic.global_batch // phase.shrink
 
     def inputs(self, phase: Phase, groups: Batch, mean: tf.Tensor | None = None) -> dict[str, Any]:
-        """What a phase's loss is computed from, for a round's groups; see `phase.Batch`."""
+        """The inputs of a phase's loss for a round's groups; see `phase.Batch`."""
         state = self._state
         reals, c = self._reals(groups) if phase.reads_reals else (None, None)
         return {
@@ -254,7 +254,7 @@ class TrainStep:
         }
 
     def _number(self, number: Number) -> float | tf.Tensor:
-        """What a number of the config is at this step."""
+        """The value of a scheduled number at this step."""
         return scheduling.value(number, self._state.images, self._state.dtype)
 
     def _scheduled_p(self, images: tf.Tensor, otherwise: tf.Tensor) -> tf.Tensor:

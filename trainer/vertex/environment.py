@@ -1,4 +1,4 @@
-"""What Vertex AI tells a training process by its environment.
+"""The environment in which Vertex AI starts a training process.
 
 `baseOutputDirectory` of a job becomes AIP_CHECKPOINT_DIR (`.../checkpoints/`), AIP_MODEL_DIR
 (`.../model/`) and AIP_TENSORBOARD_LOG_DIR (`.../logs/`, from which a TensorBoard instance takes
@@ -48,7 +48,7 @@ def workdir(given: str | None) -> Choice:
 
 
 def tensorboard_dir(given: str) -> Choice:
-    """Where events go; '' for the run's own directory.
+    """The directory of events; '' for the workdir of the run.
 
     Args:
       given: `telemetry.tensorboard_dir`.
@@ -59,7 +59,7 @@ def tensorboard_dir(given: str) -> Choice:
 
 
 def model_dir(given: str) -> Choice:
-    """Where the trained generator is exported to; '' for nowhere.
+    """The directory to which the trained generator is exported; '' for none.
 
     Args:
       given: `checkpoint.export_dir`.

@@ -1,4 +1,4 @@
-"""What a job on Vertex AI will be and cost, for the user to read before it is sent."""
+"""Size and cost of a job on Vertex AI, for the user to read before it is submitted."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from trainer.vertex.targets import GIB, Target
 
 
 def facts(request: Request, found: Plan, sec_per_kimg: float | None) -> list[tuple[str, str]]:
-    """What the job will be and cost, each line with its name."""
+    """Size and cost of the job, by name."""
     target, a = request.target, found.arithmetic
     shape = "x".join(map(str, (*request.shape.resolution, request.shape.channels)))
     rows = [

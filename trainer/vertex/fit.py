@@ -1,4 +1,4 @@
-"""Whether a config runs on a target of Vertex AI, and if not, what would."""
+"""Check of a config against a target of Vertex AI, and the changes that would make it fit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TIGHT = 0.75  # share of the memory from which an estimate is worth a warning
 
 @dataclass(frozen=True)
 class Shape:
-    """What must be known of the data set.
+    """Facts of a data set that decide where it can be trained on.
 
     Attributes:
       resolution: (height, width).
@@ -35,7 +35,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a config runs on a target.
+    """The placement of a config on a target.
 
     Attributes:
       config: resolved.
@@ -147,7 +147,7 @@ def _fits(config: Config, shape: Shape, target: Target) -> bool:
 
 
 def _what_fits(config: Config, shape: Shape, target: Target) -> str:
-    """What to change: flags with which the target would do, or else other targets."""
+    """Changes that would fit: flags for the same target, or else other targets."""
     keys = _remedy(config, shape, target)
     if keys:
         return f"it fits with {_overrides(keys)}"

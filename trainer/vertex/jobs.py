@@ -128,17 +128,17 @@ def _labels(request: Request) -> dict[str, str]:
 
 
 def to_yaml(job: Mapping[str, Any]) -> str:
-    """What `gcloud ai custom-jobs create --config` reads: the job's spec alone."""
+    """The job's spec alone, as `gcloud ai custom-jobs create --config` reads it."""
     return documents.dump_yaml(job["jobSpec"])
 
 
 def to_json(job: Mapping[str, Any]) -> str:
-    """What Vertex AI's REST interface takes."""
+    """The body of a request to Vertex AI's REST interface."""
     return json.dumps(job, indent=2) + "\n"
 
 
 def commands(request: Request, job: Mapping[str, Any], folder: str) -> list[str]:
-    """What does the same with gcloud.
+    """The gcloud command that does the same.
 
     Args:
       request: of the job.

@@ -1,4 +1,4 @@
-"""What a user asks of Vertex AI, and which mistakes can be in it.
+"""A user's request for a job on Vertex AI, and the mistakes that can be in it.
 
 Vertex AI ends a job when `timeout` is over, and for good after most exit codes; see `vertex.watch`.
 So the trainer is told to stop by itself before (`run.max_hours`, exit code 75), with a checkpoint
@@ -37,7 +37,7 @@ _IMAGE = re.compile(
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asks for; see `check`.
+    """A request for a job; see `check`.
 
     Attributes:
       config: as loaded, `data.path` and `run.max_hours` included.
@@ -87,7 +87,7 @@ class Request:
 
     @property
     def config_path(self) -> str:
-        """Where the job finds it: a name that tells its content, so that no job changes another."""
+        """The job's config, in a file named by its content, so that no job changes another's."""
         digest = hashlib.sha256(self.config_text.encode()).hexdigest()[:12]
         return storage.join(self.workdir, FOLDER, f"config-{digest}.yaml")
 

@@ -70,12 +70,12 @@ class Job:
 
     @property
     def has_ended(self) -> bool:
-        """Whether it will do no more."""
+        """Whether it has ended."""
         return self.state in ENDED
 
     @property
     def error(self) -> str:
-        """What Vertex AI says went wrong, '' if nothing did."""
+        """The error that Vertex AI reports, '' if none."""
         return str((self.document.get("error") or {}).get("message", ""))
 
     @property

@@ -1,4 +1,4 @@
-"""What a training job on Vertex AI can run on: machine types, accelerators, and their names here.
+"""Targets of a training job on Vertex AI: machine types, accelerators, and their names here.
 
 a100x8        one machine with 8 GPUs
 a100x16=2x8   two machines with 8 each
@@ -133,7 +133,7 @@ _LARGEST_HOST = 8  # TPU devices on one host
 
 @dataclass(frozen=True)
 class Target:
-    """Where a job runs.
+    """Machines and accelerators of a job.
 
     Attributes:
       name: as given, `a100x16=2x8`.
@@ -182,14 +182,14 @@ class Target:
 
     @property
     def quota_units(self) -> int:
-        """How much of its quota it takes."""
+        """The amount of quota that it takes."""
         if self.platform == "CPU":
             return self.machines * int(self.machine_type.rpartition("-")[2])
         return self.devices
 
     @property
     def unit(self) -> str:
-        """What one of its devices is called."""
+        """The name of one of its devices."""
         if self.platform == "TPU":
             return "TPU chip" if self.kind == "v5e" else "TPU core"
         return "machine" if self.platform == "CPU" else f"{self.kind.upper()} GPU"

@@ -76,7 +76,7 @@ class Keys(protocol.Keys):
     def auto_values(
         self, resolution: tuple[int, int], batch_size: int | None
     ) -> dict[str, dict[str, Any]]:
-        """What was published for FFHQ at 64 pixels.
+        """The settings published for FFHQ at 64 pixels.
 
         The weight of R1 grows with the cube of the resolution, as between its 2 there and the 150
         at 256 pixels.

@@ -171,7 +171,9 @@ class Discriminator(network.Discriminator):
         self.backend = backend
         self._blocks = list(reversed(blocks))
         self._dtypes = [half_dtype if n < num_fp16_res else None for n in range(len(widths))]
-        self.freezable_layers = ["ExtractionLayer.Layer"]
+        # `MainLayers.0.Layers.2` is one layer, whatever lies in it; the last one is the head.
+        layers = (".".join(name.split(".")[:4]) for name in self.specs if "Layers." in name)
+        self.freezable_layers = ["ExtractionLayer", *dict.fromkeys(layers)][:-1]
 
     def apply(self, params: Params, images: tf.Tensor, c: tf.Tensor) -> Output:
         """See `network.Discriminator.apply`."""

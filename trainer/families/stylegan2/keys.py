@@ -83,7 +83,7 @@ class Keys(protocol.Keys):
     def auto_values(
         self, resolution: tuple[int, int], batch_size: int | None
     ) -> dict[str, dict[str, Any]]:
-        """What NVIDIA's --cfg=auto takes; R1 weight and EMA half-life follow a given batch size."""
+        """NVIDIA's --cfg=auto; R1 weight and EMA half-life follow a given batch size."""
         side = max(resolution)
         batch, group = _auto_batch(side)
         if batch_size is not None:
