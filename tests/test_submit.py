@@ -21,7 +21,7 @@ DIGEST = f"sha256:{'0' * 64}"
 GOOD = {
     "config": "configs/auto.yaml",
     "target": "a100x8",
-    "image": f"us-docker.pkg.dev/project/repo/gpu@{DIGEST}",
+    "image": f"us-docker.pkg.dev/project/repo/trainer-gpu@{DIGEST}",
     "data": "gs://bucket/data",
     "workdir": "gs://bucket/runs/a",
     "resolution": "256",
@@ -127,6 +127,8 @@ def test_help() -> None:
 # ------------------------------------------------------------------------------------ mistakes
 
 TENSORBOARD = "projects/p/locations/europe-west4/tensorboards/1"
+KMS_KEY = "projects/p/locations/europe-west4/keyRings/ring/cryptoKeys/key"
+TPU_IMAGE = f"us-docker.pkg.dev/project/repo/trainer-tpu@{DIGEST}"
 ACCOUNT = "trainer@project.iam.gserviceaccount.com"
 
 # What is changed in a good call, further arguments, and what the message says.
@@ -142,8 +144,11 @@ MISTAKES: list[tuple[dict[str, str | None], list[str], str]] = [
     ({"target": "a100x16=2x4"}, [], "2 machines of 4 are not 16"),
     ({"target": "v6e-8"}, [], "TensorFlow runs on TPU v2, v3 and v5e only; take v5e-8"),
     ({"target": "v5e-3"}, [], "there is v5e-1, v5e-4, v5e-8"),
-    ({"target": "h100x1"}, [], "a3-highgpu-1g as Spot VM only; add --spot, or take h100x8"),
-    ({"target": "v3-32"}, ["--spot", "--set=training.batch_size=128"], "no Spot VMs for TPUs over"),
+    (
+        {"target": "v3-32", "image": TPU_IMAGE},
+        ["--spot", "--set=training.batch_size=128", "--region=europe-west4"],
+        "no Spot VMs for TPUs over",
+    ),
     (
         {"target": "t4x1"},
         [],
@@ -171,16 +176,52 @@ MISTAKES: list[tuple[dict[str, str | None], list[str], str]] = [
     ({"workdir": "gs://bucket"}, [], "--workdir=gs://bucket is a whole bucket"),
     ({"workdir": "gs://bucket/data/"}, [], "--data and --workdir are the same"),
     ({}, ["--set=training.init_from=runs/b"], "training.init_from=runs/b: a job on Vertex AI"),
-    ({"image": None}, [], "give --image, the container to run, or --package"),
-    ({}, ["--package=gs://bucket/t.tar.gz"], "or --package, the source distribution"),
+    ({}, ["--set=checkpoint.export_dir=models/a"], "checkpoint.export_dir=models/a: a job on"),
+    ({}, ["--set=telemetry.tensorboard_dir=TB"], "telemetry.tensorboard_dir=TB: a job on"),
+    ({"image": None}, [], "give --image, the container to run: cloudbuild.yaml builds it"),
+    ({"target": "v5e-8"}, [], "is for GPUs by its name, and --target=v5e-8 has a TPU"),
+    ({"image": TPU_IMAGE}, [], "is for TPUs by its name, and --target=a100x8 has none"),
+    ({}, ["--set=run.tpu=grpc://x"], "run.tpu = 'grpc://x': a job trains on the machines of its"),
+    ({"target": "v5e-8", "image": TPU_IMAGE}, ["--set=run.tpu=other"], "run.tpu = 'other'"),
+    ({}, ["--set=run.cpu_replicas=2"], "run.cpu_replicas = 2: --target=a100x8 trains on its A100"),
     ({"image": "gpu"}, [], "--image=gpu is no image's name"),
     ({"image": "us-docker.pkg.dev/p/r/gpu"}, [], "give the digest that the build printed"),
     ({"image": "us-docker.pkg.dev/p/r/gpu:latest"}, [], "or a tag that isn't latest"),
-    ({"image": None, "target": "v5e-8"}, ["--package=gs://b/t.tar.gz"], "docker/Dockerfile.tpu"),
-    ({"image": None}, ["--package=trainer.zip"], "--package=trainer.zip is no .tar.gz or .whl"),
-    ({"image": None}, ["--package=no/t.tar.gz"], "--package=no/t.tar.gz is not there"),
     ({}, ["--region=us-central1-a"], "is a zone; give its region, us-central1"),
     ({}, ["--region=mars"], "--region=mars is no region"),
+    ({}, ["--region=us-west1"], "--target=a100x8 isn't in --region=us-west1, it is in us-central1"),
+    (
+        {"target": "v3-32", "image": TPU_IMAGE},
+        ["--set=training.batch_size=128"],
+        "--target=v3-32 isn't in --region=us-central1, it is in europe-west4",
+    ),
+    ({}, ["--queue=fast"], "--queue=fast: there is flex alone"),
+    ({}, ["--max_wait=12h"], "--max_wait goes with --queue=flex"),
+    ({}, ["--queue=flex", "--max_wait=12"], "--max_wait=12 is no time to wait; as 90m, 12h or 2d"),
+    ({}, ["--queue=flex", "--max_wait=0h"], "give 0 to wait for ever"),
+    ({}, ["--queue=flex", "--spot"], "--spot and --queue=flex are different ways"),
+    ({}, ["--queue=flex", "--max_run_hours=200"], "Vertex AI ends a job after 168 hours"),
+    ({"target": "cpux1"}, ["--queue=flex"], "H200 and B200 GPUs, not for cpux1"),
+    ({"target": "v5e-8", "image": TPU_IMAGE}, ["--queue=flex"], "GPUs, not for v5e-8"),
+    ({}, ["--reservation=mine"], "Vertex AI wants projects/PROJECT/zones/ZONE/reservations/NAME"),
+    (
+        {},
+        ["--reservation=projects/p/zones/us-east1-b/reservations/mine"],
+        "--reservation is in us-east1, the job in us-central1",
+    ),
+    (
+        {"target": "cpux1"},
+        ["--reservation=projects/p/zones/us-central1-b/reservations/mine"],
+        "--reservation is for machines with GPUs, not for cpux1",
+    ),
+    (
+        {},
+        ["--spot", "--reservation=projects/p/zones/us-central1-b/reservations/mine"],
+        "--spot and --reservation are different ways to get machines",
+    ),
+    ({}, ["--persistent_resource=a/b"], "Vertex AI wants its ID alone"),
+    ({}, ["--kms_key=mine"], "keyRings/RING/cryptoKeys/KEY"),
+    ({}, [f"--kms_key={KMS_KEY}"], "--kms_key is in europe-west4, the job in us-central1"),
     ({}, ["--max_run_hours=200"], "Vertex AI ends a job after 168 hours"),
     ({}, ["--max_run_hours=0"], "run.max_hours = 0.0"),
     ({}, ["--service_account=me@example.com"], "is no service account"),
@@ -195,12 +236,20 @@ MISTAKES: list[tuple[dict[str, str | None], list[str], str]] = [
     ({}, ["--labels=Team=a"], "--labels=Team=a: a label's key and value are lower-case"),
     ({}, ["--labels=team"], "--labels=team: expected KEY=VALUE"),
     ({}, ["--labels=a=1", "--labels=a=2"], "a is given twice"),
-    ({}, ["--env=TF_CONFIG={}"], "Vertex AI sets TF_CONFIG itself"),
+    ({}, ["--env=TF_CONFIG={}"], "TF_CONFIG is set for the job already"),
+    (
+        {},
+        ["--env=GOOGLE_APPLICATION_CREDENTIALS=key.json"],
+        "a job has no key file; give --service",
+    ),
+    ({}, [f"--env=A{i}=1" for i in range(98)], "Vertex AI takes 100 variables at most"),
     ({}, ["--env=1A=b"], "can't be the name of a variable"),
     ({}, [f"--display_name={'a' * 129}"], "longer than the 128 characters"),
     ({}, ["--out=somewhere"], "--out goes with --dry_run"),
     ({}, ["resum"], "'resum' is nothing to do; did you mean resume?"),
     ({}, ["resume"], "resume what? Give a job's name or number"),
+    ({}, ["cancel"], "cancel what? Give a job's name or number"),
+    ({}, ["cancl", "1"], "did you mean cancel?"),
     ({}, ["resume", "runs/none"], "no workdir that a job was submitted for"),
     ({}, ["watch", "projects/p/jobs/1"], "projects/PROJECT/locations/REGION/customJobs/NUMBER"),
 ]

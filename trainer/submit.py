@@ -5,8 +5,12 @@
     python -m trainer.submit resume JOB|WORKDIR   starts a job that ended with 75 again
     python -m trainer.submit watch JOB|WORKDIR    follows a job and its run
     python -m trainer.submit watch --resume ...   and starts it again as often as it takes
+    python -m trainer.submit logs JOB|WORKDIR     prints what its machines have logged
+    python -m trainer.submit cancel JOB|WORKDIR   ends a job; its run saves before
+    python -m trainer.submit list                 lists the trainer's jobs of a region
 
-Targets: a100x1 a100x8 a100x16=2x8 a100-80x8 h100x8 l4x1 v100x8 t4x1, v5e-8 v3-8 v2-8 v3-32, cpux1.
+Targets: a100x1 a100x8 a100x16=2x8 a100-80x8 h100x8 h100-megax8 h200x8 b200x8 rtx6000x1 l4x1 v100x8
+t4x1, v5e-8 v3-8 v2-8 v3-32, cpux1.
 JOB is a job's full name or its number, WORKDIR the run's gs:// directory.
 """
 
@@ -16,6 +20,8 @@ import difflib
 import functools
 import json
 import re
+import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,6 +46,7 @@ from trainer.vertex.request import FOLDER, Request
 FLAGS = absl_flags.FLAGS
 
 _RECORD = "job.json"
+_SLOW_SEC = 5.0  # after which a bucket that doesn't answer is worth a word
 
 
 def define_flags(values: absl_flags.FlagValues = FLAGS) -> None:
@@ -52,11 +59,14 @@ def define_flags(values: absl_flags.FlagValues = FLAGS) -> None:
     several("set", [], "section.key=value, overrides the config; may be repeated.")
     text("target", None, "Where to run: a100x8, a100x16=2x8, v5e-8, ...")
     text("image", None, "Container image, with its digest.")
-    text("package", None, "Instead of --image: source distribution for Vertex AI's container.")
     text("data", None, "gs:// directory of the converted data set; overrides data.path.")
     text("workdir", None, "gs:// directory of the run.")
     text("resolution", None, "Of the images, 256 or WIDTHxHEIGHT, instead of asking --data.")
     yes("spot", False, "Take Spot VMs: far cheaper, and taken away at any time.")
+    text("queue", None, "'flex' waits until all machines are there; GPUs only.")
+    text("max_wait", None, "With --queue=flex: how long, as 90m, 12h or 2d (1d); 0 for ever.")
+    text("reservation", "", "projects/PROJECT/zones/ZONE/reservations/NAME to take machines from.")
+    text("persistent_resource", "", "ID of the persistent resource to run on.")
     real("max_run_hours", None, "Save and stop with 75 after so many hours; at most 167.")
     real("sec_per_kimg", None, "Measured seconds for 1000 images, for the cost.", 1e-6)
     text("project", "", "Google Cloud project; that of your credentials by default.")
@@ -65,6 +75,8 @@ def define_flags(values: absl_flags.FlagValues = FLAGS) -> None:
     text("service_account", "", "In whose name the job runs.")
     text("network", "", "projects/NUMBER/global/networks/NAME to peer with.")
     text("tensorboard", "", "Vertex AI TensorBoard instance that gets the events.")
+    text("kms_key", "", "projects/.../cryptoKeys/KEY that encrypts what the job keeps.")
+    yes("web_access", False, "Let those who may open a shell in the job's containers.")
     several("labels", [], "KEY=VALUE for bills and searches; may be repeated.")
     several("env", [], "NAME=VALUE for the container; may be repeated.")
     text("endpoint", "", "Address of Vertex AI, for private networks.")
@@ -83,10 +95,19 @@ def main(argv: Sequence[str]) -> None:
     if not words:
         submit()
         return
-    actions: dict[str, Callable[[str], None]] = {"resume": resume, "watch": watch}
+    actions: dict[str, Callable[[str], None]] = {
+        "resume": resume,
+        "watch": watch,
+        "logs": logs,
+        "cancel": cancel,
+    }
+    if words == ["list"]:
+        list_jobs()
+        return
     if words[0] not in actions:
-        close = difflib.get_close_matches(words[0], actions, n=1)
-        hint = f"did you mean {close[0]}?" if close else "give resume, watch, or only flags"
+        names = [*actions, "list"]
+        close = difflib.get_close_matches(words[0], names, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"give {', '.join(names)}, or only flags"
         raise UsageError(f"{words[0]!r} is nothing to do; {hint}")
     if len(words) != 2:
         raise UsageError(f"{words[0]} what? Give a job's name or number, or its run's workdir")
@@ -108,8 +129,6 @@ def submit() -> None:
     client = service.Service(request.project, request.region, FLAGS.endpoint)
     _check_free(request.workdir, client)
     storage.write_text_atomic(request.config_path, request.config_text)
-    if request.package_path != request.package:
-        storage.upload(request.package, request.package_path)
     _start(client, job, request.workdir)
 
 
@@ -130,7 +149,6 @@ def _request() -> tuple[Request, float | None]:
         target=target,
         workdir=storage.resolve(FLAGS.workdir).rstrip("/"),
         image=FLAGS.image or "",
-        package=FLAGS.package or "",
         region=FLAGS.region,
         project=FLAGS.project,
         display_name=FLAGS.display_name,
@@ -140,6 +158,11 @@ def _request() -> tuple[Request, float | None]:
         labels=_pairs("labels"),
         env=_pairs("env"),
         spot=FLAGS.spot,
+        kms_key=FLAGS.kms_key,
+        reservation=FLAGS.reservation,
+        persistent_resource=FLAGS.persistent_resource,
+        max_wait_hours=_max_wait_hours(),
+        web_access=FLAGS.web_access,
     )
     return request, FLAGS.sec_per_kimg
 
@@ -151,6 +174,26 @@ def _config() -> Config:
     if FLAGS.max_run_hours is not None:
         overrides.append(f"run.max_hours={FLAGS.max_run_hours}")
     return config_lib.load(FLAGS.config, overrides)
+
+
+def _max_wait_hours() -> float | None:
+    """The wait in the queue that the flags ask for, None if they ask for none."""
+    queue, wait = FLAGS.queue, FLAGS.max_wait
+    if queue not in (None, "flex"):
+        raise UsageError(f"--queue={queue}: there is flex alone; leave it out to start at once")
+    if wait is None:
+        return 24.0 if queue else None
+    if not queue:
+        raise UsageError("--max_wait goes with --queue=flex")
+    found = re.fullmatch(r"(\d{1,6})([mhd])|0", wait)
+    if not found:
+        raise UsageError(f"--max_wait={wait} is no time to wait; as 90m, 12h or 2d, or 0 for ever")
+    hours = {"m": 1 / 60, "h": 1.0, "d": 24.0}
+    if not found[2]:
+        return 0.0
+    if not int(found[1]):
+        raise UsageError(f"--max_wait={wait}: give 0 to wait for ever")
+    return int(found[1]) * hours[found[2]]
 
 
 def _stem(path: str) -> str:
@@ -168,15 +211,28 @@ def _shape(config: Config) -> Shape:
         return Shape((int(found[2] or found[1]), int(found[1])))
     if not config.data.path:
         raise UsageError("no data set: give --data, the gs:// directory that trainer.convert wrote")
+    impatience = threading.Timer(_SLOW_SEC, _say_slow, [config.data.path])
+    impatience.daemon = True
+    impatience.start()
     try:
         manifest = manifest_lib.load(storage.resolve(config.data.path))
     except StorageError as error:
         raise DataError(f"{error}; or give --resolution, and the data set isn't asked") from None
+    finally:
+        impatience.cancel()
     return Shape(
         manifest.resolution,
         manifest.channels,
         len(manifest.condition_counts(config.data.use_labels)),
         len(manifest.shards),
+    )
+
+
+def _say_slow(path: str) -> None:
+    print(
+        f"{printable(path)} doesn't answer yet; with --resolution=WIDTHxHEIGHT it isn't asked",
+        file=sys.stderr,
+        flush=True,
     )
 
 
@@ -227,6 +283,8 @@ def _check_free(workdir: str, client: service.Service) -> None:
 def _start(client: service.Service, job: dict[str, Any], workdir: str) -> None:
     started = _create(client, job, workdir)
     print(f"started {printable(started.name)}")
+    for name, address in started.addresses.items():
+        print(f"{name:<14}{printable(address)}")
     print(f"follow it with: python -m trainer.submit watch {printable(workdir)}", flush=True)
 
 
@@ -322,6 +380,42 @@ def watch(name: str) -> None:
     )
     if error is not None:
         raise error
+
+
+# ------------------------------------------------------------------------ list, logs, cancel
+
+
+def list_jobs() -> None:
+    """Prints the trainer's jobs of a region, the newest first."""
+    client = service.Service(FLAGS.project, FLAGS.region, FLAGS.endpoint)
+    found = client.jobs()
+    if not found:
+        print(f"no job of the trainer's in {client.region} of {client.project}", flush=True)
+    for job in found:
+        state = job.state.removeprefix("JOB_STATE_").lower()
+        texts = (job.number, state, job.created, job.document.get("displayName", ""), job.workdir)
+        number, state, created, name, workdir = (printable(str(text)) for text in texts)
+        print(f"{number:<20} {state:<10} {created:<20} {name:<24} {workdir}", flush=True)
+
+
+def logs(name: str) -> None:
+    """Prints the newest lines that a job's machines have logged."""
+    client, job = _find(name)
+    lines = client.log(job)
+    for line in lines:
+        print(printable(line), flush=True)
+    if not lines:
+        print(f"{job.name} has logged nothing yet", flush=True)
+    _print_rows([("all of it", job.addresses["logs"])])
+
+
+def cancel(name: str) -> None:
+    """Ends a job. Its run gets SIGTERM, and saves."""
+    client, job = _find(name)
+    if job.has_ended:
+        raise UsageError(f"{job.name} is {job.state}: there is nothing to cancel")
+    client.cancel(job)
+    _print_rows([("cancelled", f"{job.name}; `resume` goes on from what it has saved")])
 
 
 def _print_rows(rows: Sequence[tuple[str, str]]) -> None:

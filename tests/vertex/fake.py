@@ -27,6 +27,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -227,7 +228,7 @@ def _replicas(
                 variables["TF_CONFIG"] = json.dumps(
                     {"cluster": jobs, "task": {"type": kind, "index": index}}
                 )
-            container = pool.get("containerSpec") or pool["pythonPackageSpec"]
+            container = pool["containerSpec"]
             variables |= {pair["name"]: pair["value"] for pair in container.get("env", [])}
             name = f"workerpool{pool_number}-{index}"
             log = folder / f"{number}-{name}.log"
@@ -265,6 +266,7 @@ class Vertex:
         self.documents: dict[str, dict[str, Any]] = {}
         self.jobs: dict[str, RunningJob] = {}
         self.requests: list[dict[str, Any]] = []
+        self.entries: dict[str, list[Any]] = {}  # of Cloud Logging, by a job's number
         self.refuse: tuple[int, str] | None = None
         self.silent = 0  # so many of the next requests get no answer but 503
         vertex = self
@@ -309,19 +311,43 @@ class Vertex:
         return _error(503, "The service is currently unavailable.", "UNAVAILABLE")
 
     def get(self, path: str) -> tuple[int, dict[str, Any]]:
-        """A job."""
-        name = path.partition("?")[0].removeprefix("/v1/")
+        """A job, or a page of two of those that have a label."""
+        path, _, query = path.partition("?")
+        name = path.removeprefix("/v1/")
+        if name.endswith("/customJobs"):
+            options = urllib.parse.parse_qs(query)
+            (label,) = re.findall(r"^labels\.(\w+):\*$", options["filter"][0])
+            found = [
+                document
+                for job, document in self.documents.items()
+                if job.startswith(f"{name}/") and label in document.get("labels", {})
+            ]
+            start = int(options.get("pageToken", ["0"])[0])
+            more = {"nextPageToken": str(start + 2)} if found[start + 2 :] else {}
+            return 200, {"customJobs": found[start : start + 2]} | more
         if name in self.documents:
             return 200, self.documents[name]
         return _error(404, f"{name} was not found", "NOT_FOUND")
 
     def post(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        """A new job, or the end of one."""
+        """A new job, or the end of one; or entries of Cloud Logging, the newest first."""
+        if path == "/v2/entries:list":
+            if self.refuse:
+                return _error(*self.refuse, "REFUSED")
+            job = re.fullmatch(
+                r'resource\.type="ml_job" AND resource\.labels\.job_id="(\d+)"', body["filter"]
+            )
+            assert job and body["orderBy"] == "timestamp desc"
+            return 200, {"entries": self.entries.get(job[1], [])[::-1][: body["pageSize"]]}
         found = _JOBS.fullmatch(path.partition("?")[0])
         if not found:
             return _error(404, f"no such method: {path}", "NOT_FOUND")
         if found[4]:
-            self.jobs[f"{found[1]}/{found[3]}"].cancel()
+            name = f"{found[1]}/{found[3]}"
+            if self.runs:
+                self.jobs[name].cancel()
+            else:
+                self.documents[name]["state"] = "JOB_STATE_CANCELLED"
             return 200, {}
         if self.refuse:
             return _error(*self.refuse, "REFUSED")
@@ -331,7 +357,11 @@ class Vertex:
             return _error(400, "; ".join(problems), "INVALID_ARGUMENT")
         self.requests.append(body)
         name = f"{found[1]}/{len(self.requests)}"
-        document = json.loads(json.dumps(body)) | {"name": name, "state": "JOB_STATE_PENDING"}
+        document = json.loads(json.dumps(body)) | {
+            "name": name,
+            "state": "JOB_STATE_PENDING",
+            "createTime": f"2026-11-27T10:00:{len(self.requests):02d}.123456Z",
+        }
         self.documents[name] = document
         if self.runs:
             self.jobs[name] = RunningJob(document, self.environment, self.folder)
@@ -347,6 +377,12 @@ def _with_names(body: dict[str, Any]) -> dict[str, Any]:
         kind = machine.get("acceleratorType")
         if isinstance(kind, int):
             machine["acceleratorType"] = aiplatform_v1.AcceleratorType(kind).name
+        reserved = machine.get("reservationAffinity", {})
+        if isinstance(reserved.get("reservationAffinityType"), int):
+            number = reserved["reservationAffinityType"]
+            reserved["reservationAffinityType"] = aiplatform_v1.ReservationAffinity.Type(
+                number
+            ).name
     scheduling = body.get("jobSpec", {}).get("scheduling", {})
     if isinstance(scheduling.get("strategy"), int):
         scheduling["strategy"] = aiplatform_v1.Scheduling.Strategy(scheduling["strategy"]).name

@@ -12,12 +12,13 @@ import yaml
 from tests.vertex import discovery
 from trainer import config as config_lib
 from trainer.config import Config
-from trainer.core.errors import ConfigError
-from trainer.vertex import facts, fit, jobs, targets
+from trainer.core.errors import ConfigError, UsageError
+from trainer.vertex import facts, fit, jobs, regions, targets
 from trainer.vertex.fit import Shape
 from trainer.vertex.request import Request
 
-IMAGE = f"us-docker.pkg.dev/project/repo/gpu@sha256:{'0' * 64}"
+IMAGE = f"us-docker.pkg.dev/project/repo/trainer-gpu@sha256:{'0' * 64}"
+TPU_IMAGE = f"us-docker.pkg.dev/project/repo/trainer-tpu@sha256:{'0' * 64}"
 PRESETS = {
     "auto": 256,
     "cifar": 32,
@@ -44,15 +45,15 @@ def preset(name: str) -> Config:
 
 
 def request(name: str, target: str, **others: object) -> Request:
-    size = PRESETS[name]
+    size, place = PRESETS[name], targets.parse(target)
     fields = {
         "config": preset(name),
         "config_name": name,
         "shape": Shape((size, size)),
-        "target": targets.parse(target),
+        "target": place,
         "workdir": "gs://bucket/runs/a",
-        "image": IMAGE,
-        "spot": targets.parse(target).spot_only,
+        "image": TPU_IMAGE if place.platform == "TPU" else IMAGE,
+        "region": regions.of(place)[0],
     }
     return Request(**(fields | others))
 
@@ -150,7 +151,7 @@ def test_a_tpu(target: str, machine: dict[str, object], runtime: bool) -> None:
     (pool,) = jobs.build(request("auto", target))["jobSpec"]["workerPoolSpecs"]
     assert pool["machineSpec"] == machine
     environment = {pair["name"]: pair["value"] for pair in pool["containerSpec"]["env"]}
-    assert environment["TRAINER_IMAGE"] == IMAGE
+    assert environment["TRAINER_IMAGE"] == TPU_IMAGE
     assert ("TF_PLUGGABLE_DEVICE_LIBRARY_PATH" in environment) == runtime
     assert "--strategy=tpu" in pool["containerSpec"]["args"]
     assert pool["containerSpec"]["args"][0].startswith("--config=")
@@ -168,17 +169,108 @@ def test_a_pod_runs_what_it_is_given_and_is_warned_of() -> None:
     assert any("never tried" in text for text in plan.warnings)
 
 
-def test_the_package_route() -> None:
+def test_every_target_in_every_region() -> None:
+    """A valid job, or the regions in which it is one."""
+    taken = 0
+    for target in (*targets.names(), *SPLIT):
+        accepted = set()
+        for region in sorted(regions.ALL):
+            asked = request("auto", target, region=region)
+            try:
+                job = jobs.build(asked)
+            except UsageError as error:
+                named = str(error).partition("it is in ")[2].split(", ")
+                assert str(error).startswith(f"--target={target} isn't in --region={region}, ")
+                assert tuple(named) == regions.of(asked.target)
+                continue
+            accepted.add(region)
+            taken += 1
+            assert discovery.problems(job) == []
+        assert accepted == set(regions.of(asked.target))
+    assert 500 < taken < 1500
+
+
+@pytest.mark.parametrize("target", ["a100x16=2x8", "cpux2=2x1"])
+def test_machines_wait_for_each_other_as_long_as_a_job_may_have_to(target: str) -> None:
+    args = jobs.arguments(request("auto", target))
+    assert "--set=run.join_timeout=43200" in args
+    config = config_lib.load("configs/auto.yaml", ["run.join_timeout=60"])
+    asked = dataclasses.replace(request("auto", target), config=config)
+    assert not [text for text in jobs.arguments(asked) if "join_timeout" in text]
+
+
+def test_a_single_machine_waits_for_none() -> None:
+    assert not [a for a in jobs.arguments(request("auto", "a100x8")) if "join_timeout" in a]
+
+
+@pytest.mark.parametrize(("hours", "seconds"), [(24.0, "86400s"), (1.5, "5400s"), (0.0, "0s")])
+def test_a_queue(hours: float, seconds: str) -> None:
+    asked = request("auto", "h100x8", max_wait_hours=hours)
+    job = jobs.build(asked)
+    assert discovery.problems(job) == []
+    scheduling = job["jobSpec"]["scheduling"]
+    assert (scheduling["strategy"], scheduling["maxWaitDuration"]) == ("FLEX_START", seconds)
+    rows = dict(facts.facts(asked, fit.plan(asked.config, asked.shape, asked.target), None))
+    assert "8 of custom_model_training_preemptible_nvidia_h100_gpus" in rows["quota"]
+    assert "queued for " in rows["target"]
+
+
+def test_reserved_machines() -> None:
+    name = "projects/pay/zones/us-central1-a/reservations/mine"
+    asked = request("auto", "a100x16=2x8", reservation=name)
+    job = jobs.build(asked)
+    assert discovery.problems(job) == []
+    for pool in job["jobSpec"]["workerPoolSpecs"]:
+        assert pool["machineSpec"]["reservationAffinity"] == {
+            "reservationAffinityType": "SPECIFIC_RESERVATION",
+            "key": "compute.googleapis.com/reservation-name",
+            "values": [name],
+        }
+
+
+def test_machines_that_stay_a_key_and_a_shell() -> None:
+    key = "projects/pay/locations/us-central1/keyRings/ring/cryptoKeys/key"
+    asked = request("auto", "a100x8", persistent_resource="mine", kms_key=key, web_access=True)
+    job = jobs.build(asked)
+    assert discovery.problems(job) == []
+    spec = job["jobSpec"]
+    assert (spec["persistentResourceId"], spec["enableWebAccess"]) == ("mine", True)
+    assert job["encryptionSpec"] == {"kmsKeyName": key}
+    (_, create) = jobs.commands(asked, job, ".")
+    assert f"--kms-key={key}" in create
+
+
+@pytest.mark.parametrize(
+    ("target", "disk"),
+    [
+        *[
+            (name, "hyperdisk-balanced")
+            for name in ("h200x8", "h100-megax8", "b200x8", "rtx6000x1")
+        ],
+        *[(name, "pd-ssd") for name in ("a100x8", "h100x8", "l4x1", "v5e-8", "cpux1")],
+        ("v3-8", None),
+    ],
+)
+def test_boot_disks(target: str, disk: str | None) -> None:
+    (pool,) = jobs.build(request("auto", target))["jobSpec"]["workerPoolSpecs"]
+    assert pool.get("diskSpec", {}).get("bootDiskType") == disk
+
+
+def test_quota_of_processors() -> None:
+    """N1 machines take some beside that of their GPUs."""
     asked = request(
-        "auto", "l4x1", image="", package="gs://bucket/dist/trainer.tar.gz", region="europe-west4"
+        "auto", "t4x4", config=config_lib.load("configs/auto.yaml", ["run.precision=float16"])
     )
-    (pool,) = jobs.build(asked)["jobSpec"]["workerPoolSpecs"]
-    assert "containerSpec" not in pool
-    package = pool["pythonPackageSpec"]
-    assert package["pythonModule"] == "trainer.task"
-    assert package["packageUris"] == ["gs://bucket/dist/trainer.tar.gz"]
-    assert package["executorImageUri"].startswith("europe-docker.pkg.dev/vertex-ai/training/tf-gpu")
-    assert discovery.problems(jobs.build(asked)) == []
+    rows = dict(facts.facts(asked, fit.plan(asked.config, asked.shape, asked.target), None))
+    expected = "4 of custom_model_training_nvidia_t4_gpus and 32 of custom_model_training_cpus"
+    assert rows["quota"].startswith(expected)
+
+
+def test_machines_whose_network_wants_a_plugin() -> None:
+    for target, warned in (("h200x8", False), ("h200x16=2x8", True), ("a100x16=2x8", False)):
+        asked = request("auto", target)
+        plan = fit.plan(asked.config, asked.shape, asked.target)
+        assert any("NCCL" in text for text in plan.warnings) == warned
 
 
 def test_the_trainer_stops_before_vertex_does() -> None:

@@ -16,7 +16,7 @@ from tests.vertex.fake import Vertex
 from trainer.core import storage
 from trainer.core.errors import TrainerError, UsageError
 
-IMAGE = f"us-docker.pkg.dev/project/repo/gpu@sha256:{'0' * 64}"
+IMAGE = f"us-docker.pkg.dev/project/repo/trainer@sha256:{'0' * 64}"
 Call = Callable[..., None]
 
 
@@ -51,6 +51,102 @@ def test_the_real_client_sends_what_a_dry_run_prints(
     call(*flags(gcs), "--dry_run", f"--out={tmp_path}")
     call(*flags(gcs))
     assert vertex.requests == [json.loads((tmp_path / "job.json").read_text())]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--target=h200x8", "--queue=flex", "--max_wait=2d"],
+        ["--target=b200x8", "--reservation=projects/p/zones/us-central1-b/reservations/mine"],
+        ["--target=rtx6000x8", "--persistent_resource=mine", "--web_access"],
+        [
+            "--target=h100-megax8",
+            "--kms_key=projects/p/locations/us-central1/keyRings/ring/cryptoKeys/key",
+        ],
+    ],
+)
+def test_the_real_client_knows_every_field(
+    call: Call, vertex: Vertex, gcs: Gcs, tmp_path: pathlib.Path, more: list[str]
+) -> None:
+    """And another job that goes on has them, too."""
+    call(*flags(gcs), *more, "--set=training.batch_size=32", "--dry_run", f"--out={tmp_path}")
+    call(*flags(gcs), *more, "--set=training.batch_size=32")
+    end(vertex, "JOB_STATE_FAILED", 75)
+    call("resume", "1")
+    printed = json.loads((tmp_path / "job.json").read_text())
+    assert printed["jobSpec"]["scheduling"].pop("restartJobOnWorkerRestart") is False  # isn't sent
+    # The first is sent by the flags, the second is made from what the service has.
+    assert vertex.requests == [printed, printed]
+
+
+def test_where_to_look_is_said(call: Call, gcs: Gcs, capsys: pytest.CaptureFixture[str]) -> None:
+    call(*flags(gcs))
+    printed = capsys.readouterr().out
+    console = "https://console.cloud.google.com"
+    assert f"{console}/vertex-ai/locations/us-central1/training/1?project=pay\n" in printed
+    assert f"{console}/logs/query;query=" in printed
+    assert "%22ml_job%22" in printed and "job_id%3D%221%22?project=pay\n" in printed
+
+
+def test_list(call: Call, vertex: Vertex, gcs: Gcs, capsys: pytest.CaptureFixture[str]) -> None:
+    call("list")
+    assert capsys.readouterr().out == "no job of the trainer's in us-central1 of pay\n"
+    for name in ("a", "b", "c"):
+        call(*flags(gcs), f"--workdir={gcs.url}/runs/{name}", f"--display_name=run-{name}")
+    stranger = "projects/pay/locations/us-central1/customJobs/9"
+    vertex.documents[stranger] = {"name": stranger, "labels": {}, "state": "JOB_STATE_RUNNING"}
+    vertex.documents["projects/pay/locations/us-central1/customJobs/2"]["state"] = (
+        "JOB_STATE_RUNNING"
+    )
+    capsys.readouterr()
+    call("list")
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    time = ["2026-11-27", "10:00:03"]
+    assert lines[0] == ["3", "pending", *time, "run-c", f"{gcs.url}/runs/c"]
+    assert [line[0] for line in lines] == ["3", "2", "1"]
+    assert lines[1][1] == "running"
+
+
+def test_cancel(call: Call, vertex: Vertex, gcs: Gcs, capsys: pytest.CaptureFixture[str]) -> None:
+    call(*flags(gcs))
+    call("cancel", f"{gcs.url}/runs/a")
+    assert "`resume` goes on from what it has saved" in capsys.readouterr().out
+    (document,) = vertex.documents.values()
+    assert document["state"] == "JOB_STATE_CANCELLED"
+    with pytest.raises(UsageError, match="is JOB_STATE_CANCELLED: there is nothing to cancel"):
+        call("cancel", "1")
+
+
+def test_logs(call: Call, vertex: Vertex, gcs: Gcs, capsys: pytest.CaptureFixture[str]) -> None:
+    call(*flags(gcs))
+    capsys.readouterr()
+    call("logs", "1")
+    assert "has logged nothing yet" in capsys.readouterr().out
+    labels = {"labels": {"job_id": "1", "task_name": "workerpool0-0"}}
+    time = "2026-11-27T10:00:00.5Z"
+    vertex.entries["1"] = [
+        {"timestamp": time, "resource": labels, "textPayload": "first\n"},
+        {"timestamp": time, "resource": labels, "jsonPayload": {"message": "\x1b[2Jsecond"}},
+        {"timestamp": time, "resource": 5, "jsonPayload": [1], "textPayload": None},
+        "no entry",
+    ]
+    call("logs", f"{gcs.url}/runs/a")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "2026-11-27 10:00:00 workerpool0-0 first"
+    assert lines[1].startswith("2026-11-27 10:00:00 workerpool0-0 ")
+    assert "second" in lines[1] and "\x1b" not in lines[1]
+    assert len(lines) == 4 and lines[3].startswith("all of it")
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"), [(403, "roles/logging.viewer"), (503, "try again later")]
+)
+def test_no_logs(call: Call, vertex: Vertex, gcs: Gcs, code: int, expected: str) -> None:
+    call(*flags(gcs))
+    vertex.refuse = (code, "no")
+    with pytest.raises(TrainerError, match=expected) as caught:
+        call("logs", "1")
+    assert "\n" not in str(caught.value)
 
 
 def test_one_job_at_a_time_in_a_workdir(call: Call, vertex: Vertex, gcs: Gcs) -> None:
@@ -154,7 +250,7 @@ def test_watch_ends_as_the_run(
     [
         (403, "roles/aiplatform.user"),
         (429, "ask for more quota, or take another --region or --target"),
-        (400, "Vertex AI won't start the job: no"),
+        (400, "Google Cloud won't start the job: no"),
     ],
 )
 def test_refusals(call: Call, vertex: Vertex, gcs: Gcs, code: int, expected: str) -> None:

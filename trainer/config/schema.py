@@ -44,7 +44,8 @@ class RunConfig(Section):
         must divide `checkpoint.every_steps`.
       compilation_cache: local directory in which compiled programs are kept, so that the next
         start of the run compiles nothing; '' keeps none. Must be the user's own.
-      join_timeout: seconds in which all workers must have started, or a named TPU have answered.
+      join_timeout: seconds in which all workers must have started, or a named TPU have answered; null
+        for 600. `submit` gives a job's machines 12 hours, since they start as they become available.
       worker_timeout: seconds without a sign of life after which a worker counts as gone, and all
         others end.
       max_hours: stop in time and ask to be started again (exit code 75) after so many hours of this
@@ -69,13 +70,18 @@ class RunConfig(Section):
     jit: Literal["auto", "on", "off"] = "auto"
     steps_per_loop: int = key(1, AT_LEAST_1)
     compilation_cache: str = ""
-    join_timeout: float = key(600.0, POSITIVE)
+    join_timeout: float | None = key(None, POSITIVE)
     worker_timeout: float = key(120.0, POSITIVE)
     max_hours: float | None = key(None, POSITIVE)
     grace_time: float = key(28.0, POSITIVE)
     collectives: Literal["auto", "ring", "nccl"] = "auto"
     bytes_per_pack: int = key(0, AT_LEAST_0)
     collective_timeout: float | None = key(None, POSITIVE)
+
+    @property
+    def join_seconds(self) -> float:
+        """`join_timeout`, or what null stands for."""
+        return self.join_timeout or 600.0
 
 
 @dataclasses.dataclass(frozen=True)

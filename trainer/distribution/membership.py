@@ -343,7 +343,7 @@ def member(cluster: Cluster | None, config: Config) -> Iterator[Membership | Non
         yield None
         return
     meet = meeting.gather if cluster.is_chief else meeting.report
-    lines = meet(cluster, meeting.identity(config), config.run.join_timeout)
+    lines = meet(cluster, meeting.identity(config), config.run.join_seconds)
     membership = Membership(cluster, lines, config.run.worker_timeout)
     try:
         yield membership

@@ -96,7 +96,7 @@ def choose(run: RunConfig, cluster: Cluster | None = None) -> tuple[Placement, b
         return _multi_worker(run, cluster), compiled
     tpu, why = _find_tpu(run)
     if run.strategy == "tpu" or (run.strategy == "auto" and tpu):
-        return _tpu(tpu or "local", why, run.join_timeout), True
+        return _tpu(tpu or "local", why, run.join_seconds), True
     gpus = tf.config.list_logical_devices("GPU")
     return _one_process(run, gpus), compiled
 

@@ -29,14 +29,23 @@ def facts(request: Request, found: Plan, sec_per_kimg: float | None) -> list[tup
             f"the trainer saves and ends with 75 after {request.max_hours:g} h, Vertex AI ends the "
             f"job after {request.timeout_hours:g} h; `submit watch --resume {request.workdir}` goes on",
         ),
-        ("quota", f"{target.quota_units} of {_quota(request)} in {request.region}"),
+        ("quota", _quota(request)),
     ]
     return rows + [("note", text) for text in found.warnings]
 
 
 def _quota(request: Request) -> str:
-    head, _, tail = request.target.quota.partition("training_")
-    return f"{head}training_preemptible_{tail}" if request.spot else request.target.quota
+    """The quota of the project that the job takes; preemptible machines have one of their own."""
+    target = request.target
+    if request.persistent_resource:
+        return f"that of {request.persistent_resource}, whose machines are there already"
+    wanted = {target.quota: target.quota_units}
+    if target.cpus:
+        wanted["custom_model_training_cpus"] = target.cpus
+    preemptible = request.spot or request.max_wait_hours is not None
+    new = "training_preemptible_" if preemptible else "training_"
+    parts = [f"{n} of {name.replace('training_', new, 1)}" for name, n in wanted.items()]
+    return f"{' and '.join(parts)} in {request.region}"
 
 
 def _describe(target: Target, request: Request) -> str:
@@ -46,8 +55,22 @@ def _describe(target: Target, request: Request) -> str:
         "TPU": f" with {target.devices_per_machine} {target.unit}s",
     }[target.platform]
     machine = f"{target.machines} x {target.machine_type}{devices}"
-    kind = ", Spot" if request.spot else ""
-    return f"{target.name}: {machine} in {request.region}{kind}, strategy {target.strategy}"
+    return (
+        f"{target.name}: {machine} in {request.region}{_kind(request)}, strategy {target.strategy}"
+    )
+
+
+def _kind(request: Request) -> str:
+    """The way in which the job gets its machines."""
+    if request.spot:
+        return ", Spot"
+    if request.reservation:
+        return f", reserved as {request.reservation.rpartition('/')[2]}"
+    if request.persistent_resource:
+        return f", of {request.persistent_resource}"
+    if request.max_wait_hours is None:
+        return ""
+    return f", queued for {f'{request.max_wait_hours:g} h at most' if request.max_wait_hours else 'as long as it takes'}"
 
 
 def _cost(request: Request, found: Plan, sec_per_kimg: float | None) -> list[tuple[str, str]]:

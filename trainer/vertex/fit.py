@@ -135,6 +135,11 @@ def _warnings(share: float, target: Target) -> list[str]:
             "a TPU over several hosts needs an image made from Vertex AI's tf-tpu-pod-base, and "
             "was never tried with this trainer"
         )
+    if target.network:
+        found.append(
+            f"{target.machines} machines of this kind reach their network's speed only with "
+            f"{target.network}, which the image hasn't"
+        )
     return found
 
 
@@ -152,7 +157,7 @@ def _what_fits(config: Config, shape: Shape, target: Target) -> str:
     if keys:
         return f"it fits with {_overrides(keys)}"
     others = [targets.parse(name) for name in targets.names()]
-    others = [t for t in others if not (t.is_pod or t.spot_only)]
+    others = [t for t in others if not t.is_pod]
     others.sort(key=lambda t: (t.kind != target.kind, t.platform != target.platform, -t.devices))
     if fitting := [t.name for t in others if _fits(config, shape, t)]:
         return f"it fits on {', '.join(fitting[:3])}"

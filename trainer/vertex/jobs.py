@@ -12,20 +12,15 @@ import trainer
 from trainer.core import documents, storage
 from trainer.vertex import request as request_lib
 from trainer.vertex.request import Request
-from trainer.vertex.targets import Target
 
 _MODULE = "trainer.task"
-
-# Vertex AI's container that has Python and TensorFlow, by the first part of a region's name.
-_PREBUILT = "{}-docker.pkg.dev/vertex-ai/training/tf-{}.2-17.py310:latest"
-_CONTINENTS = {"europe": "europe", "asia": "asia", "australia": "asia", "me": "europe"}
 
 # TensorFlow drives a TPU v5e through PJRT, and only if told so.
 _V5E_ENV = {
     "NEXT_PLUGGABLE_DEVICE_USE_C_API": "true",
     "TF_PLUGGABLE_DEVICE_LIBRARY_PATH": "/lib/libtpu.so",
 }
-_DISK = {"bootDiskType": "pd-ssd", "bootDiskSizeGb": 200}  # images are several GB
+_DISK_GB = 200  # images are several GB
 
 
 def build(request: Request) -> dict[str, Any]:
@@ -45,6 +40,9 @@ def build(request: Request) -> dict[str, Any]:
         "restartJobOnWorkerRestart": target.machines > 1,
         "strategy": "SPOT" if request.spot else "STANDARD",
     }
+    if request.max_wait_hours is not None:
+        scheduling["strategy"] = "FLEX_START"
+        scheduling["maxWaitDuration"] = f"{round(request.max_wait_hours * 3600)}s"
     spec: dict[str, Any] = {
         "workerPoolSpecs": pools,
         "scheduling": scheduling,
@@ -54,14 +52,19 @@ def build(request: Request) -> dict[str, Any]:
         "serviceAccount": request.service_account,
         "network": request.network,
         "tensorboard": request.tensorboard,
+        "persistentResourceId": request.persistent_resource,
+        "enableWebAccess": request.web_access,
     }.items():
         if value:
             spec[key] = value
-    return {
+    job = {
         "displayName": request.display_name or f"{request.config_name}-{target.name}",
         "labels": _labels(request),
         "jobSpec": spec,
     }
+    if request.kms_key:
+        job["encryptionSpec"] = {"kmsKeyName": request.kms_key}
+    return job
 
 
 def arguments(request: Request) -> list[str]:
@@ -73,6 +76,8 @@ def arguments(request: Request) -> list[str]:
         "strategy": request.target.strategy,
         "max_run_hours": f"{request.max_hours:g}",
     }
+    if request.target.machines > 1 and request.config.run.join_timeout is None:
+        flags["set"] = f"run.join_timeout={request_lib.JOIN_HOURS * 3600:g}"
     return [f"--{name}={value}" for name, value in flags.items()]
 
 
@@ -86,35 +91,29 @@ def _pool(request: Request, replicas: int) -> dict[str, Any]:
         }
     if target.topology:
         machine["tpuTopology"] = target.topology
-    environment = dict(request.env)
+    if request.reservation:
+        machine["reservationAffinity"] = {
+            "reservationAffinityType": "SPECIFIC_RESERVATION",
+            "key": "compute.googleapis.com/reservation-name",
+            "values": [request.reservation],
+        }
+    environment = {"TRAINER_IMAGE": request.image} | dict(request.env)
     if target.kind == "v5e":
         environment = _V5E_ENV | environment
-    if request.image:
-        environment = {"TRAINER_IMAGE": request.image} | environment
-    env = [{"name": name, "value": value} for name, value in environment.items()]
-    args = arguments(request)
-    pool: dict[str, Any] = {"machineSpec": machine, "replicaCount": str(replicas)}
-    if target.machine_type != "cloud-tpu":
-        pool["diskSpec"] = dict(_DISK)
-    if request.image:
-        # The image for TPU pods has an entry point of its own, which runs what it is given.
-        command = ["python3", "-m", _MODULE] if target.is_pod else []
-        pool["containerSpec"] = {"imageUri": request.image, "args": command + args, "env": env}
-    else:
-        pool["pythonPackageSpec"] = {
-            "executorImageUri": prebuilt_image(request.region, target),
-            "packageUris": [request.package_path],
-            "pythonModule": _MODULE,
-            "args": args,
-            "env": env,
-        }
+    # The image for TPU pods has an entry point of its own, which runs what it is given.
+    command = ["python3", "-m", _MODULE] if target.is_pod else []
+    pool: dict[str, Any] = {
+        "machineSpec": machine,
+        "replicaCount": str(replicas),
+        "containerSpec": {
+            "imageUri": request.image,
+            "args": command + arguments(request),
+            "env": [{"name": name, "value": value} for name, value in environment.items()],
+        },
+    }
+    if target.disk:
+        pool["diskSpec"] = {"bootDiskType": target.disk, "bootDiskSizeGb": _DISK_GB}
     return pool
-
-
-def prebuilt_image(region: str, target: Target) -> str:
-    """Vertex AI's container with TensorFlow, near a region."""
-    continent = _CONTINENTS.get(region.partition("-")[0], "us")
-    return _PREBUILT.format(continent, "gpu" if target.platform == "GPU" else "cpu")
 
 
 def _labels(request: Request) -> dict[str, str]:
@@ -146,8 +145,6 @@ def commands(request: Request, job: Mapping[str, Any], folder: str) -> list[str]
       folder: where `job.yaml` and `config.yaml` lie.
     """
     copies: list[Sequence[str]] = [[storage.join(folder, "config.yaml"), request.config_path]]
-    if request.package_path != request.package:
-        copies.append([request.package, request.package_path])
     labels = ",".join(f"{key}={value}" for key, value in job["labels"].items())
     create = [
         "gcloud",
@@ -158,6 +155,7 @@ def commands(request: Request, job: Mapping[str, Any], folder: str) -> list[str]
         f"--region={request.region}",
         f"--display-name={job['displayName']}",
         f"--labels={labels}",
+        *([f"--kms-key={request.kms_key}"] if request.kms_key else []),
         f"--config={storage.join(folder, 'job.yaml')}",
     ]
     return [shlex.join(["gcloud", "storage", "cp", *pair]) for pair in copies] + [

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import re
+import urllib.parse
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,7 @@ _NO_MACHINES = re.compile(r"STOCKOUT|preempt|RESOURCE_EXHAUSTED|insufficient", r
 
 
 _REQUEST_SEC = 60.0
+_LOGGING = "https://logging.googleapis.com"
 
 
 class ServiceError(TrainerError):
@@ -67,6 +69,30 @@ class Job:
     def state(self) -> str:
         """JOB_STATE_..."""
         return str(self.document.get("state", "JOB_STATE_UNSPECIFIED"))
+
+    @property
+    def number(self) -> str:
+        """The last part of its name."""
+        return self.name.rpartition("/")[2]
+
+    @property
+    def created(self) -> str:
+        """The time of its submission, as 2026-11-27 10:00:00, UTC; '' if not known."""
+        return str(self.document.get("createTime", ""))[:19].replace("T", " ")
+
+    @property
+    def addresses(self) -> dict[str, str]:
+        """Pages of Google's console about it, by what they show."""
+        parts = Reference.parse(self.name)
+        if parts is None:
+            return {}
+        console = "https://console.cloud.google.com"
+        query = urllib.parse.quote(_log_filter(parts.number), safe="")
+        return {
+            "job": f"{console}/vertex-ai/locations/{parts.region}/training/{parts.number}"
+            f"?project={parts.project}",
+            "logs": f"{console}/logs/query;query={query}?project={parts.project}",
+        }
 
     @property
     def has_ended(self) -> bool:
@@ -135,6 +161,11 @@ class Reference:
         return cls(*found.groups()) if found else None
 
 
+def _log_filter(number: str) -> str:
+    """The entries of a job in Cloud Logging."""
+    return f'resource.type="ml_job" AND resource.labels.job_id="{number}"'
+
+
 class Service:
     """The jobs of a region.
 
@@ -172,6 +203,9 @@ class Service:
         if not project:
             raise UsageError("no project: give --project, the Google Cloud project that pays")
         self.project = project
+        self._credentials = found
+        # One address stands for all of Google's services where it is none of theirs.
+        self._logging = endpoint if endpoint.startswith("http://") else _LOGGING
         self._client = aiplatform_v1.JobServiceClient(
             credentials=found,
             transport="rest",
@@ -198,6 +232,67 @@ class Service:
         with _reported(f"look at {name}", busy=True):
             return self._job(self._client.get_custom_job(name=name, timeout=_REQUEST_SEC))
 
+    def jobs(self) -> list[Job]:
+        """The trainer's jobs, the newest first.
+
+        Raises:
+          ServiceError, UsageError: Vertex AI doesn't answer, or refuses.
+        """
+        request = {
+            "parent": f"projects/{self.project}/locations/{self.region}",
+            "filter": "labels.trainer:*",
+            "page_size": 100,
+        }
+        with _reported(f"list the jobs in {self.region}", busy=True):
+            pages = self._client.list_custom_jobs(request=request, timeout=_REQUEST_SEC)
+            found = [self._job(message) for message in pages]
+        return sorted(found, key=lambda job: job.created, reverse=True)
+
+    def cancel(self, job: Job) -> None:
+        """Ends a job.
+
+        Raises:
+          ServiceError, UsageError: Vertex AI doesn't answer, or refuses.
+        """
+        with _reported(f"cancel {job.name}", busy=True):
+            self._client.cancel_custom_job(name=job.name, timeout=_REQUEST_SEC)
+
+    def log(self, job: Job) -> list[str]:
+        """The newest lines that the machines of a job have logged, 1,000 at most, oldest first.
+
+        Raises:
+          ServiceError, UsageError: Cloud Logging doesn't answer, or refuses.
+        """
+        import requests
+        from google.api_core import exceptions
+        from google.auth.transport.requests import AuthorizedSession
+
+        parts = Reference.parse(job.name)
+        assert parts is not None
+        body: dict[str, Any] = {
+            "resourceNames": [f"projects/{parts.project}"],
+            "filter": _log_filter(parts.number),
+            "orderBy": "timestamp desc",
+            "pageSize": 1000,
+        }
+        url = f"{self._logging}/v2/entries:list"
+        with _reported(f"read the log of {job.name}", busy=True, role="logging.viewer"):
+            try:
+                with AuthorizedSession(self._credentials) as session:
+                    answer = session.post(url, json=body, timeout=_REQUEST_SEC)
+            except requests.RequestException as error:
+                raise ServiceError(
+                    f"can't read the log of {job.name}: {' '.join(str(error).split())}"
+                ) from error
+            if not answer.ok:
+                raise exceptions.from_http_response(answer)
+        try:
+            entries = documents.parse_object(answer.text).get("entries", [])
+        except documents.DocumentError as error:
+            raise ServiceError(f"cannot read what Cloud Logging answers: {error}") from None
+        entries = entries if isinstance(entries, list) else []
+        return [_log_line(entry) for entry in reversed(entries) if isinstance(entry, dict)]
+
     def _job(self, message: Any) -> Job:
         text = type(message).to_json(
             message, use_integers_for_enums=False, always_print_fields_with_no_presence=False
@@ -208,14 +303,30 @@ class Service:
             raise ServiceError(f"cannot read what Vertex AI answers: {error}") from None
 
 
+def _log_line(entry: Mapping[str, Any]) -> str:
+    """An entry of Cloud Logging: time, machine and text."""
+    payload, resource = entry.get("jsonPayload"), entry.get("resource")
+    text = entry.get("textPayload") or (isinstance(payload, dict) and payload.get("message")) or ""
+    labels = resource.get("labels") if isinstance(resource, dict) else None
+    machine = labels.get("task_name", "") if isinstance(labels, dict) else ""
+    time = str(entry.get("timestamp", ""))[:19].replace("T", " ")
+    return f"{time} {machine} {str(text).rstrip()}"
+
+
 @contextlib.contextmanager
-def _reported(action: str, *, busy: bool = False) -> Iterator[None]:
-    """Turns a failure into one line; `busy`: too many requests are no matter of quotas, but pass."""
+def _reported(action: str, *, busy: bool = False, role: str = "aiplatform.user") -> Iterator[None]:
+    """Turns a failure into one line.
+
+    Args:
+      action: that failed.
+      busy: too many requests are no matter of quotas, but pass.
+      role: that allows the action.
+    """
     from google.api_core import exceptions
     from google.auth.exceptions import GoogleAuthError
 
     hints: dict[type[Exception], str] = {
-        exceptions.Forbidden: "the account needs the role Vertex AI User (roles/aiplatform.user)",
+        exceptions.Forbidden: f"the account needs the role roles/{role}",
         exceptions.NotFound: "check the name, --project and --region",
         exceptions.TooManyRequests: "ask for more quota, or take another --region or --target",
         exceptions.Unauthenticated: "run gcloud auth application-default login",
@@ -228,7 +339,7 @@ def _reported(action: str, *, busy: bool = False) -> Iterator[None]:
         hint = next((text for kind, text in hints.items() if isinstance(error, kind)), "")
         reason = re.sub(r"^[A-Z]+ http\S+: ", "", " ".join(str(error.message).split()))
         raise UsageError(
-            f"Vertex AI won't {action}: {reason}" + (f"; {hint}" if hint else "")
+            f"Google Cloud won't {action}: {reason}" + (f"; {hint}" if hint else "")
         ) from error
     except (exceptions.GoogleAPICallError, GoogleAuthError, OSError) as error:
         raise ServiceError(

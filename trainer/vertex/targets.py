@@ -27,16 +27,20 @@ class Gpu:
       memory_mib: of one GPU.
       machines: machine type by number of GPUs.
       quota: what follows `custom_model_training_` in the quota's name.
-      spot_only: numbers of GPUs whose machine Vertex AI gives as Spot VM only.
       bfloat16: whether it computes in bfloat16 (from Ampere on).
+      flex_start: whether jobs can wait for it in the queue of the Dynamic Workload Scheduler.
+      disk: type of its machines' boot disk.
+      network: what several of its machines need to reach their network's speed, '' for nothing.
     """
 
     api_name: str
     memory_mib: int
     machines: dict[int, str]
     quota: str
-    spot_only: frozenset[int] = frozenset()
     bfloat16: bool = True
+    flex_start: bool = True
+    disk: str = "pd-ssd"
+    network: str = ""
 
 
 @dataclass(frozen=True)
@@ -58,13 +62,19 @@ class Tpu:
     quota: str
 
 
+_CLOUD_TPU = "cloud-tpu"
+
+
 def _cloud_tpu(*sizes: int) -> dict[int, str]:
-    return dict.fromkeys(sizes, "cloud-tpu")
+    return dict.fromkeys(sizes, _CLOUD_TPU)
 
 
 def _a2(kind: str, *sizes: int) -> dict[int, str]:
     return {size: f"a2-{kind}-{size}g" for size in sizes}
 
+
+_HYPERDISK = "hyperdisk-balanced"
+_GIB = "Google's NCCL plugin (gIB or GPUDirect-TCPXO)"
 
 GPUS = {
     "a100": Gpu(
@@ -81,7 +91,38 @@ GPUS = {
         80 * GIB,
         {size: f"a3-highgpu-{size}g" for size in (1, 2, 4, 8)},
         "nvidia_h100_gpus",
-        spot_only=frozenset({1, 2, 4}),
+    ),
+    "h100-mega": Gpu(
+        "NVIDIA_H100_MEGA_80GB",
+        80 * GIB,
+        {8: "a3-megagpu-8g"},
+        "nvidia_h100_mega_gpus",
+        disk=_HYPERDISK,
+        network=_GIB,
+    ),
+    "h200": Gpu(
+        "NVIDIA_H200_141GB",
+        141 * GIB,
+        {8: "a3-ultragpu-8g"},
+        "nvidia_h200_gpus",
+        disk=_HYPERDISK,
+        network=_GIB,
+    ),
+    "b200": Gpu(
+        "NVIDIA_B200",
+        180 * GIB,
+        {8: "a4-highgpu-8g"},
+        "nvidia_b200_gpus",
+        disk=_HYPERDISK,
+        network=_GIB,
+    ),
+    "rtx6000": Gpu(
+        "NVIDIA_RTX_PRO_6000",
+        96 * GIB,
+        {1: "g4-standard-48", 2: "g4-standard-96", 4: "g4-standard-192", 8: "g4-standard-384"},
+        "nvidia_rtx_pro_6000_gpus",
+        flex_start=False,
+        disk=_HYPERDISK,
     ),
     "l4": Gpu(
         "NVIDIA_L4",
@@ -95,6 +136,7 @@ GPUS = {
         {1: "n1-standard-8", 2: "n1-standard-16", 4: "n1-standard-32", 8: "n1-standard-64"},
         "nvidia_v100_gpus",
         bfloat16=False,
+        flex_start=False,
     ),
     "t4": Gpu(
         "NVIDIA_TESLA_T4",
@@ -102,8 +144,9 @@ GPUS = {
         {1: "n1-standard-8", 2: "n1-standard-16", 4: "n1-standard-32"},
         "nvidia_t4_gpus",
         bfloat16=False,
+        flex_start=False,
     ),
-    "cpu": Gpu("", 60 * GIB, {1: "n1-standard-16"}, "cpus"),
+    "cpu": Gpu("", 60 * GIB, {1: "n1-standard-16"}, "cpus", flex_start=False),
 }
 
 TPUS = {
@@ -146,7 +189,9 @@ class Target:
       topology: of a TPU slice, '' where Vertex AI doesn't ask for it.
       memory_mib: of one device.
       quota: name of the quota that it takes `quota_units` of: devices, or a CPU's processors.
-      spot_only: whether it is offered as Spot VMs only.
+      flex_start: whether jobs can wait for it in the queue of the Dynamic Workload Scheduler.
+      disk: type of the boot disks, '' where the job has no say in it.
+      network: what its machines need to reach their network's speed, '' for nothing.
     """
 
     name: str
@@ -159,7 +204,9 @@ class Target:
     topology: str
     memory_mib: int
     quota: str
-    spot_only: bool
+    flex_start: bool = False
+    disk: str = ""
+    network: str = ""
 
     @property
     def devices(self) -> int:
@@ -183,9 +230,14 @@ class Target:
     @property
     def quota_units(self) -> int:
         """The amount of quota that it takes."""
-        if self.platform == "CPU":
-            return self.machines * int(self.machine_type.rpartition("-")[2])
-        return self.devices
+        return self.cpus if self.platform == "CPU" else self.devices
+
+    @property
+    def cpus(self) -> int:
+        """Processors of machines that take quota of their own for them, as N1's do; else 0."""
+        if not self.machine_type.startswith("n1-"):
+            return 0
+        return self.machines * int(self.machine_type.rpartition("-")[2])
 
     @property
     def unit(self) -> str:
@@ -207,7 +259,7 @@ def parse(text: str) -> Target:
     Raises:
       UsageError: there is none of that name; says what there is.
     """
-    gpu = re.fullmatch(r"([a-z0-9]+(?:-80)?)x(\d+)(?:=(\d+)x(\d+))?", text)
+    gpu = re.fullmatch(r"([a-z0-9]+(?:-80|-mega)?)x(\d+)(?:=(\d+)x(\d+))?", text)
     if gpu and gpu[1] in GPUS:
         return _gpu_target(text, gpu[1], int(gpu[2]), gpu[3], gpu[4])
     tpu = re.fullmatch(r"(v\d+[a-z]?)-(\d+)", text)
@@ -249,7 +301,9 @@ def _gpu_target(
         topology="",
         memory_mib=gpu.memory_mib,
         quota=f"custom_model_training_{gpu.quota}",
-        spot_only=each in gpu.spot_only,
+        flex_start=gpu.flex_start,
+        disk=gpu.disk,
+        network=gpu.network if count > 1 else "",
     )
 
 
@@ -269,5 +323,5 @@ def _tpu_target(text: str, kind: str, size: int) -> Target:
         topology=tpu.topologies.get(size, ""),
         memory_mib=tpu.memory_mib,
         quota=f"custom_model_training_{tpu.quota}",
-        spot_only=False,
+        disk="" if tpu.machines[size] == _CLOUD_TPU else "pd-ssd",
     )
