@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import itertools
 import os
+import pathlib
 import random
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 import pytest
@@ -18,7 +19,7 @@ import pytest
 from tests.gcs.emulator import ROOT
 from tests.gcs.fixture import Gcs
 from trainer import config
-from trainer.core import cloud_requests, storage
+from trainer.core import cloud_requests, cloud_storage, storage
 from trainer.core.errors import StorageError
 
 
@@ -104,6 +105,66 @@ def test_retries_end_at_the_deadline_and_wait_between(
         storage.read_bytes(f"{gcs.url}/x")
     assert 0.5 < time.monotonic() - start < 5
     assert 5 < len(_kinds(gcs)) < 60
+
+
+def test_an_upload_goes_on_with_the_part_that_failed(
+    gcs: Gcs, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    monkeypatch.setattr(cloud_storage, "_CHUNK", 1 << 20)
+    local, size = tmp_path / "large", 9 << 20
+    local.write_bytes(os.urandom(size))
+    with gcs.emulator.faulty(match="part", error_rate=0.4, seed=5):
+        storage.upload(str(local), f"{gcs.url}/large")
+    parts = [r for r in gcs.emulator.log() if r.kind == "part"]
+    assert len([r for r in parts if r.fault]) > 2
+    assert [r.received for r in parts if not r.fault] == [1 << 20] * 9
+    assert _kinds(gcs).count("write") == 1
+    assert storage.digest(f"{gcs.url}/large") == storage.digest(str(local))
+    # Where the answer gets lost, the servers here keep a part twice, which is found out.
+    with gcs.emulator.faulty(match="part", reset_rate=0.1, seed=6):
+        storage.upload(str(local), f"{gcs.url}/large")
+    assert storage.digest(f"{gcs.url}/large") == storage.digest(str(local))
+
+
+def test_a_download_goes_on_where_it_stopped(
+    gcs: Gcs, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    """Each try brings half of what is left: so many faults in a row are no long time without a
+    byte."""
+    monkeypatch.setattr(cloud_requests, "RETRY_SECONDS", 0.5)
+    content = os.urandom(4 << 20)
+    storage.write_bytes_atomic(f"{gcs.url}/large", content)
+    reads: tuple[Callable[[str], bytes], ...] = (
+        storage.read_bytes,
+        lambda path: _downloaded(path, tmp_path / "large"),
+    )
+    for read in reads:
+        gcs.emulator.reset_counts()
+        with gcs.emulator.faulty(match="read", truncate_rate=0.9, latency_sec=0.1):
+            assert read(f"{gcs.url}/large") == content
+        log = [r for r in gcs.emulator.log() if r.kind == "read"]
+        assert len(log) > 2
+        assert sum(r.sent for r in log) < len(content) + (1 << 20)
+
+
+def _downloaded(path: str, local: pathlib.Path) -> bytes:
+    storage.download(path, str(local))
+    return local.read_bytes()
+
+
+def test_a_slow_request_may_be_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time counts from the first failure, not from the start of a request that took longer."""
+    monkeypatch.setattr(cloud_requests, "RETRY_SECONDS", 0.2)
+    answers: Iterator[Exception | bytes] = iter([ConnectionError("reset"), b"done"])
+
+    def request() -> bytes:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            time.sleep(0.4)
+            raise answer
+        return answer
+
+    assert cloud_requests.tried(request) == b"done"
 
 
 # ---------------------------------------------------------------- one line, and what to do

@@ -1,7 +1,7 @@
 """Parts of all requests to Cloud Storage: the login, retries, and the wording of failures.
 
-Every request is tried again, after random waits that grow, until it succeeds, fails for good or a
-deadline passes. Failures leave as the clients' own exceptions; `reason` puts them into words.
+Every request is tried again, after random waits that grow, until it succeeds, fails for good or has
+failed for too long. Failures leave as the clients' own exceptions; `reason` puts them into words.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -84,17 +85,36 @@ os.register_at_fork(after_in_child=forget_client)  # two processes must not shar
 # ---- trying again --------------------------------------------------------------------------------
 
 
-def tried(request: Callable[[], T]) -> T:
-    """The result of a request that may be made again and again."""
-    from google.api_core.retry import Retry
+def tried(request: Callable[[], T], progress: Callable[[], int] = int) -> T:
+    """The result of a request that may be made again and again, until it has failed for too long.
 
-    retry = Retry(
-        predicate=_is_transient,
-        initial=_FIRST_WAIT_SECONDS,
-        maximum=_LONGEST_WAIT_SECONDS,
-        timeout=RETRY_SECONDS,
-    )
-    return retry(request)()
+    The time counts from the first failure: a request may take as long as it needs.
+
+    Args:
+      request: makes it.
+      progress: how many bytes have come so far, where a request goes on with what the failed one
+        before it has got. The time starts anew after each failure that has brought some.
+    """
+    from google.api_core import exceptions, retry
+
+    since = None
+    while True:
+        before = progress()
+        try:
+            return request()
+        except Exception as error:
+            if not _is_transient(error):
+                raise
+            now = time.monotonic()
+            if since is None or progress() > before:
+                since = now
+                waits = retry.exponential_sleep_generator(
+                    _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS
+                )
+            wait = next(waits)
+            if now + wait - since > RETRY_SECONDS:
+                raise exceptions.RetryError("tried in vain", error) from error
+        time.sleep(wait)
 
 
 def _is_transient(error: Exception) -> bool:
@@ -103,8 +123,10 @@ def _is_transient(error: Exception) -> bool:
     import urllib3
     from google.api_core import exceptions
     from google.auth.exceptions import GoogleAuthError
-    from google.cloud.storage.exceptions import DataCorruption
+    from google.cloud.storage.exceptions import DataCorruption, InvalidResponse
 
+    if isinstance(error, InvalidResponse):
+        return error.response.status_code in _TRANSIENT_CODES
     if isinstance(error, exceptions.GoogleAPICallError):
         return error.code in _TRANSIENT_CODES
     if isinstance(error, GoogleAuthError):
@@ -161,12 +183,15 @@ def reason(error: BaseException, path: str) -> str | None:
     """Why a request failed and what to do about it, in one line; None if it says it itself."""
     from google.api_core import exceptions
     from google.auth.exceptions import GoogleAuthError
+    from google.cloud.storage.exceptions import InvalidResponse
 
     bucket, _ = split(path)
     waited = ""
     if isinstance(error, exceptions.RetryError):
         waited = f" for {RETRY_SECONDS:.0f} s"
         error = error.cause or error
+        if isinstance(error, InvalidResponse):
+            error = exceptions.from_http_response(error.response)
     if isinstance(error, NoBucketError):
         return f"there is no bucket {bucket}; check its name, or make it"
     if isinstance(error, exceptions.Unauthorized | GoogleAuthError):

@@ -12,14 +12,17 @@ from __future__ import annotations
 import base64
 import contextlib
 import functools
+import io
 import posixpath
+import re
 import secrets
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent import futures
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
+from urllib.parse import quote
 
 import google_crc32c
 
@@ -30,6 +33,10 @@ from trainer.core.cloud_requests import ShortError, missing, split, split_object
 REWRITE_SECONDS = 1.0  # an object written more often is answered 429
 _AT_ONCE = 8
 _BLOCK = 1 << 24
+_LARGE = 8 << 20  # from which on an upload takes several requests
+_CHUNK = 1 << 25  # of each of them; a multiple of 256 KiB
+_BYTES = "application/octet-stream"
+_CAMEL = re.compile(r"_(\w)")
 
 T = TypeVar("T")
 _Content = TypeVar("_Content", bytes, str)  # itself, or the name of a file with it on the disk
@@ -65,14 +72,25 @@ def get_file(path: str, local: str) -> None:
     """Copies an object to the disk."""
 
     def download(blob: Any, **options: Any) -> str:
-        blob.download_to_filename(local, checksum="crc32c", **options)
+        with open(local, "wb") as file:
+            _into(file, blob, **options)
         return local
 
     _download(path, download)
 
 
 def _whole(blob: Any, **options: Any) -> bytes:
-    return bytes(blob.download_as_bytes(checksum="crc32c", **options))
+    buffer = io.BytesIO()
+    _into(buffer, blob, **options)
+    return buffer.getvalue()
+
+
+def _into(file: IO[bytes], blob: Any, **options: Any) -> None:
+    """Writes an object's content to a file; after a fault the rest of it, of the same generation."""
+    resumed = functools.partial(cloud_requests.tried, progress=file.tell)
+    # The client calls `retry` with what sends the request, and then what that returns.
+    retry = functools.partial(functools.partial, resumed)
+    blob.download_to_file(file, checksum="crc32c", **options | {"retry": retry})
 
 
 def _download(
@@ -130,12 +148,12 @@ def _compare(path: str, sums: tuple[int, int], blob: Any) -> None:
 
 def put(path: str, data: bytes) -> None:
     """Writes an object, over an older one if there is one."""
-    _upload(path, _blob(path).upload_from_string, data, content_type="application/octet-stream")
+    _upload(path, data)
 
 
 def put_file(path: str, local: str) -> None:
     """Writes an object from a file on the disk."""
-    _upload(path, _blob(path).upload_from_filename, local)
+    _upload(path, local)
 
 
 def put_new_file(path: str, local: str) -> bool:
@@ -143,25 +161,111 @@ def put_new_file(path: str, local: str) -> bool:
     from google.api_core.exceptions import PreconditionFailed
 
     try:
-        _upload(path, _blob(path).upload_from_filename, local, if_generation_match=0)
+        _upload(path, local, if_generation_match=0)
     except PreconditionFailed:
         return False
     return True
 
 
-def _upload(path: str, request: Any, content: _Content, **kwargs: Any) -> None:
-    """Writes an object by one of a blob's methods. The store gets the CRC32C, and must compare."""
-    blob, sums = request.__self__, _sums(content)
+def _upload(path: str, content: _Content, **preconditions: int) -> int | None:
+    """Writes an object. The store gets the CRC32C, and must compare.
 
-    def upload(**options: Any) -> None:
+    Args:
+      path: the object.
+      content: its bytes, or the file of that name on the disk.
+      preconditions: of Cloud Storage.
+
+    Returns:
+      The new generation, None if the answer doesn't hold it.
+    """
+    sums = _sums(content)
+
+    def upload(**options: Any) -> int | None:
+        blob = _blob(path)
         blob.crc32c = base64.b64encode(sums[1].to_bytes(4, "big")).decode()
-        request(content, checksum=None, **options, **kwargs)
+        if sums[0] > _LARGE:
+            info = _send_in_parts(path, content, sums[0], blob.crc32c, preconditions)
+            blob._set_properties(info)
+        else:
+            is_file = isinstance(content, str)
+            send = blob.upload_from_filename if is_file else blob.upload_from_string
+            send(content, content_type=_BYTES, checksum=None, **options, **preconditions)
         _compare(path, sums, blob)
+        return None if blob.generation is None else int(blob.generation)
 
     try:
-        _tried(upload)
+        return _tried(upload)
     except Exception as error:
         raise missing(error, path) from error
+
+
+def _send_in_parts(
+    path: str, content: _Content, size: int, crc: str, preconditions: Mapping[str, int]
+) -> dict[str, Any]:
+    """Writes a large object. After a fault it goes on with the part that has failed.
+
+    Google's client does so only for faults that are answers, and counts the time for tries from the
+    first part on.
+
+    Returns:
+      The object's description.
+
+    Raises:
+      ShortError: the store has forgotten the upload; it can be begun anew.
+    """
+    from google.api_core.exceptions import GoogleAPICallError, from_http_response
+
+    client = cloud_requests.client()
+    bucket, name = split_object(path)
+
+    def request(method: str, url: str, allowed: tuple[int, ...], **options: Any) -> Any:
+        answer = client._http.request(
+            method, url, timeout=cloud_requests.REQUEST_SECONDS, allow_redirects=False, **options
+        )
+        if answer.status_code not in allowed:
+            raise from_http_response(answer)
+        return answer
+
+    query = {"uploadType": "resumable"}
+    query |= {_CAMEL.sub(lambda m: m[1].upper(), key): str(n) for key, n in preconditions.items()}
+    begun = cloud_requests.tried(
+        lambda: request(
+            "POST",
+            f"{client.api_endpoint}/upload/storage/v1/b/{quote(bucket, safe='')}/o",
+            (200, 201),
+            params=query,
+            json={"name": name, "crc32c": crc, "contentType": _BYTES},
+            headers={"X-Upload-Content-Type": _BYTES, "X-Upload-Content-Length": str(size)},
+        )
+    )
+    session, start = begun.headers["Location"], 0
+    with io.BytesIO(content) if isinstance(content, bytes) else open(content, "rb") as file:
+
+        def part() -> dict[str, Any] | None:
+            """Sends a part; the object's description if it was the last one."""
+            nonlocal start
+            file.seek(start)
+            data = file.read(_CHUNK)
+            where = f"bytes {start}-{start + len(data) - 1}/{size}"
+            answer = request(
+                "PUT", session, (200, 201, 308), data=data, headers={"Content-Range": where}
+            )
+            if answer.status_code != 308:
+                return dict(answer.json())
+            # All that is stored. What is sent a second time Cloud Storage passes over.
+            found = re.fullmatch(r"bytes=0-(\d+)", answer.headers.get("Range", ""))
+            start = int(found[1]) + 1 if found else 0
+            return None
+
+        while True:
+            try:
+                info = cloud_requests.tried(part, progress=lambda: start)
+            except GoogleAPICallError as error:
+                if error.code not in (404, 410):
+                    raise
+                raise ShortError(f"Cloud Storage has forgotten the upload of {path}") from error
+            if info is not None:
+                return info
 
 
 def put_if(path: str, data: bytes, generation: int) -> int | None:
@@ -172,14 +276,13 @@ def put_if(path: str, data: bytes, generation: int) -> int | None:
     """
     from google.api_core.exceptions import PreconditionFailed
 
-    blob = _blob(path)
     try:
-        _upload(path, blob.upload_from_string, data, if_generation_match=generation)
+        written = _upload(path, data, if_generation_match=generation)
     except PreconditionFailed:
         pass  # unless it was us, and the answer got lost
     else:
-        if blob.generation is not None:
-            return int(blob.generation)
+        if written is not None:
+            return written
     try:
         found, now = read(path)
     except FileNotFoundError:
@@ -221,8 +324,9 @@ def append(path: str, data: bytes, state: tuple[int, int, int]) -> tuple[int, in
     folder, name = posixpath.split(path)
     # Not the object's name in it: TensorBoard reads every file with `tfevents` in its name. And one
     # of its own each time: another job may be adding to the object that has replaced this one.
-    tail = _blob(posixpath.join(folder, tail_name(name, secrets.token_hex(4))))
-    _upload(path, tail.upload_from_string, data)
+    tail_path = posixpath.join(folder, tail_name(name, secrets.token_hex(4)))
+    _upload(tail_path, data)
+    tail = _blob(tail_path)
     before, length, crc = state
     expected = length + len(data), google_crc32c.extend(crc, data)
     blob = _blob(path)
@@ -263,8 +367,7 @@ def shorten(path: str, length: int, generation: int) -> bool:
                 block = min(_BLOCK, length - start)
                 file.write(cloud_reading.read_range(path, start, block, generation))
             file.flush()
-            request = _blob(path).upload_from_filename
-            _upload(path, request, file.name, if_generation_match=generation)
+            _upload(path, file.name, if_generation_match=generation)
     except (FileNotFoundError, NotFound, PreconditionFailed):
         return False
     return True
