@@ -347,6 +347,10 @@ def test_no_place_for_temporary_files(gcs: Gcs, monkeypatch: pytest.MonkeyPatch)
         ("a/b.yaml", "gs://x/c.yaml", "gs://x/c.yaml"),
         ("gs://x/a/b.yaml", "../c.yaml", "gs://x/c.yaml"),
         ("gs://x/b.yaml", "/c.yaml", "/c.yaml"),
+        ("gs://x/a//b.yaml", "c.yaml", "gs://x/a//c.yaml"),
+        ("gs://x//b.yaml", "./c.yaml", "gs://x//c.yaml"),
+        ("gs://x/a//b.yaml", "../c//d.yaml", "gs://x/a/c//d.yaml"),
+        ("gs://x/b.yaml", "../../c.yaml", "gs://x/c.yaml"),
     ],
 )
 def test_sibling(path: str, other: str, expected: str) -> None:

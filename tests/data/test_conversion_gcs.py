@@ -224,3 +224,12 @@ def test_folder_objects_are_counted(gcs: Gcs, pictures) -> None:
     result, report = conversion.convert(settings(source, f"{gcs.url}/small"), lambda *_: None)
     assert result.num_images == IMAGES + 1
     assert report.ignored == ["1 names in the source end with '/', as those of folders: empty/"]
+
+
+def test_folders_without_a_name(gcs: Gcs, pictures) -> None:
+    """As an upload with a '/' too many makes them: every image is read, and has its class."""
+    for number, content in enumerate(pictures.values()):
+        storage.write_bytes_atomic(f"{gcs.url}/pictures//{number % 2}//{number}.png", content)
+    made = convert(f"{gcs.url}/pictures", f"{gcs.url}/made")
+    assert made.num_images == len(pictures)
+    assert made.label_names == ["0", "1"]

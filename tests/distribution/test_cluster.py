@@ -52,6 +52,13 @@ def test_the_chief_comes_first() -> None:
     assert chief.is_chief
 
 
+@pytest.mark.parametrize("pool", ["ps", "workerpool2"])
+def test_a_pool_of_nobody_is_none(pool: str) -> None:
+    found = parse("TF_CONFIG", config(("chief", 0), chief=["a:1"], worker=["b:1"], **{pool: []}))
+    assert found is not None
+    assert found.names == ("chief:0", "worker:0")
+
+
 def test_pools_of_vertex() -> None:
     """Their task index may come as text."""
     text = config(

@@ -23,6 +23,7 @@ class Faults:
       truncate_rate: of a body only the first half arrives, then the connection is closed.
       expired_token: all are answered 401, as for credentials whose time is up.
       forbidden: all are answered 403, as for an account without permission.
+      requester_pays: all that name no project that pays are answered 400.
       left_out: fields and headers that answers lack, by their names in Google's documents, such as
         'crc32c', which listings lack where objects are under a key of the customer's.
       pages: 'html' or 'text': refusals have such a body, as those of proxies and balancers, not
@@ -39,6 +40,7 @@ class Faults:
     truncate_rate: float = 0.0
     expired_token: bool = False
     forbidden: bool = False
+    requester_pays: bool = False
     left_out: Sequence[str] = ()
     pages: str = ""
     seed: int = 0
@@ -57,7 +59,8 @@ class Request:
       status: of the answer; 0 if none was given.
       received: bytes of the request's body.
       sent: bytes of the answer's body.
-      fault: what was done to it: 'error', 'reset', 'truncated', 'expired', 'forbidden', or ''.
+      fault: what was done to it: 'error', 'reset', 'truncated', 'expired', 'forbidden',
+        'unpaid', or ''.
     """
 
     time: float

@@ -291,6 +291,8 @@ class _Shim:
         own = bool(head.get(OWN))
         what = f"{method} {kind} {name}"
         fault, late, faults = ("", False, Faults()) if own else self._draw(what)
+        if faults.requester_pays and not head.get("x-goog-user-project"):
+            fault = "unpaid"
         status = received = sent = 0
         try:
             if faults.latency_sec:
@@ -486,6 +488,7 @@ _PAGES = {
     "json": '{"error": "unavailable"}',
 }
 _REFUSED = {
+    400: "Bucket is a requester pays bucket but no user project provided.",
     401: "Invalid Credentials",
     403: "the account does not have storage.objects access",
     404: "Not Found",
@@ -493,7 +496,7 @@ _REFUSED = {
     429: "rateLimitExceeded",
     503: "backendError",
 }
-_REFUSALS = {"error": 503, "expired": 401, "forbidden": 403}
+_REFUSALS = {"error": 503, "expired": 401, "forbidden": 403, "unpaid": 400}
 
 
 class _Sink(socket.socket):

@@ -94,6 +94,7 @@ async def _sent(request: Any, handler: Callable[[Any], Awaitable[Any]]) -> Any:
         if refused or not credentials.valid:
             await asyncio.to_thread(credentials.refresh, Request())
         credentials.apply(request.headers)
+        request.headers.update(cloud_requests.billing())
         answer = await handler(request)
         if answer.status != 401:
             break

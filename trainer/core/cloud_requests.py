@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from trainer.core import flags
 from trainer.core.errors import StorageError
 
 RETRY_SECONDS = 120.0
@@ -20,6 +21,7 @@ REQUEST_SECONDS = 60  # without a byte
 _FIRST_WAIT_SECONDS = 0.5
 _LONGEST_WAIT_SECONDS = 16.0
 _TRANSIENT_CODES = {408, 429, 500, 502, 503, 504}
+_PAYER = "GOOGLE_CLOUD_QUOTA_PROJECT"
 _CONNECTIONS = 64  # that are kept for the next request
 
 T = TypeVar("T")
@@ -54,9 +56,19 @@ def client() -> Any:
     except exceptions.DefaultCredentialsError:
         client = storage.Client.create_anonymous_client()  # public data can be read by everybody
     client._http.hooks["response"].append(_check_form)
+    client._http.headers.update(billing())
     for scheme in ("https://", "http://"):  # or a line of urllib3's for each thread too many
         client._http.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=_CONNECTIONS))
     return client
+
+
+def billing() -> dict[str, str]:
+    """Headers that name the project that pays for requests to a requester-pays bucket.
+
+    Google's credentials send them by themselves, but not all kinds of them.
+    """
+    project = flags.env(_PAYER)
+    return {"x-goog-user-project": project} if project else {}
 
 
 def _check_form(response: Any, **unused: Any) -> None:
@@ -156,11 +168,11 @@ def _is_transient(error: Exception) -> bool:
 
 
 def split(path: str) -> tuple[str, str]:
-    """Bucket and name in it, which is '' of the bucket itself."""
+    """Bucket and name in it, without a '/' at its end; '' of the bucket itself."""
     bucket, _, name = path.partition("://")[2].partition("/")
     if not bucket:
         raise StorageError(f"{path} names no bucket; write gs://bucket/name")
-    return bucket, name.rstrip("/")
+    return bucket, name.removesuffix("/")
 
 
 def split_object(path: str) -> tuple[str, str]:
@@ -202,10 +214,7 @@ def reason(error: BaseException, path: str) -> str | None:
     said = _said(error)
     if isinstance(error, exceptions.Forbidden) or "user project" in said:
         if "project" in said or "billing" in said:
-            return (
-                f"wrong project or billing ({said}); choose the project that pays with "
-                "GOOGLE_CLOUD_QUOTA_PROJECT"
-            )
+            return f"wrong project or billing ({said}); choose the project that pays with {_PAYER}"
         return (
             f"permission denied ({said}); give the account a role on bucket {bucket} such as "
             "Storage Object Admin, or log in as another"

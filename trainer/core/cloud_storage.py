@@ -13,7 +13,6 @@ import base64
 import contextlib
 import functools
 import io
-import posixpath
 import re
 import secrets
 import sys
@@ -321,10 +320,10 @@ def append(path: str, data: bytes, state: tuple[int, int, int]) -> tuple[int, in
     """
     from google.api_core.exceptions import NotFound, PreconditionFailed
 
-    folder, name = posixpath.split(path)
+    folder, _, name = path.rpartition("/")
     # Not the object's name in it: TensorBoard reads every file with `tfevents` in its name. And one
     # of its own each time: another job may be adding to the object that has replaced this one.
-    tail_path = posixpath.join(folder, tail_name(name, secrets.token_hex(4)))
+    tail_path = f"{folder}/{tail_name(name, secrets.token_hex(4))}"
     _upload(tail_path, data)
     tail = _blob(tail_path)
     before, length, crc = state

@@ -21,7 +21,6 @@ import fcntl
 import hashlib
 import importlib
 import os
-import posixpath
 import re
 import secrets
 import shutil
@@ -104,8 +103,12 @@ def resolve(path: str) -> str:
 
 
 def join(path: str, *parts: str) -> str:
-    """The path of something below `path`."""
-    return posixpath.join(path, *parts) if is_remote(path) else os.path.join(path, *parts)
+    """The path of something below `path`; in a URL names may be empty, as in gs://bucket/a//b."""
+    if not is_remote(path):
+        return os.path.join(path, *parts)
+    for part in parts:
+        path += part if path.endswith("/") else f"/{part}"
+    return path
 
 
 def sibling(path: str, other: str) -> str:
@@ -115,7 +118,13 @@ def sibling(path: str, other: str) -> str:
         return target
     if is_remote(path):
         scheme, _, rest = path.partition("://")
-        return f"{scheme}://{posixpath.normpath(posixpath.join(posixpath.dirname(rest), target))}"
+        host, *names = rest.split("/")[:-1]
+        for name in target.split("/"):
+            if name == "..":
+                names = names[:-1]
+            elif name != ".":
+                names.append(name)
+        return f"{scheme}://{'/'.join([host, *names])}"
     return os.path.normpath(os.path.join(os.path.dirname(path), target))
 
 

@@ -21,7 +21,6 @@ import hashlib
 import io
 import json
 import os
-import posixpath
 import stat
 import struct
 import zipfile
@@ -414,7 +413,8 @@ def read_labels(source: Source, labels: str) -> Labels:
 
 
 def _labels_from_folders(source: Source) -> Labels:
-    folders = [posixpath.dirname(name) for name in source.names]
+    # A folder's name may be empty on Cloud Storage, as in gs://bucket/photos//cats/1.png.
+    folders = ["/".join(filter(None, name.split("/")[:-1])) for name in source.names]
     if "" in folders:
         name = source.names[folders.index("")]
         raise DataError(f"{name} in {source.path} lies in no folder, so it has no class")

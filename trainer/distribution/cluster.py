@@ -133,7 +133,7 @@ def parse(source: str, text: str) -> Cluster | None:
     job, number = _checked_task(source, document.get("task"), jobs)
     if job == "evaluator":
         raise EvaluatorTask("this task is an evaluator, which takes no part in training")
-    if "ps" in jobs:
+    if jobs.get("ps"):
         raise ConfigError(
             f"{source} names parameter servers, which this trainer doesn't use; leave them out "
             "(Vertex AI: worker pool 2)"
