@@ -131,6 +131,45 @@ def test_what_is_copied_is_there_and_sent_to_the_build(target: str) -> None:
             assert any(fnmatch.fnmatch(source, k) or source.startswith(f"{k}/") for k in kept)
 
 
+def test_cloud_build_is_sent_what_docker_sees() -> None:
+    """Not the data, models and keys that lie in the same folder."""
+    docker = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line[0] != "#"]
+    cloud = [line for line in (ROOT / ".gcloudignore").read_text().splitlines() if line[0] != "#"]
+    assert (docker[0], cloud[0]) == ("*", "/*")
+    kept = {line.removeprefix("!") for line in docker if line.startswith("!")}
+    assert kept == {line.removeprefix("!/") for line in cloud if line.startswith("!/")}
+    assert {line.strip("*/") for line in docker if "pyc" in line} == {
+        line.strip("*/") for line in cloud if "pyc" in line
+    }
+
+
+@pytest.mark.slow
+def test_gcloud_understands_the_list(tmp_path: pathlib.Path) -> None:
+    if shutil.which("gcloud") is None:
+        pytest.skip("gcloud is not installed")
+    shutil.copy(ROOT / ".gcloudignore", tmp_path)
+    kept = ["README.md", "trainer/core/x.py", "configs/a.yaml", "tests/data/x.png"]
+    left = [
+        "key.json",
+        "photos/1.png",
+        "data/a.tfrecord",
+        "trainer/__pycache__/x.pyc",
+        "out/trainer",
+    ]
+    for name in (*kept, *left):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    done = subprocess.run(
+        ["gcloud", "meta", "list-files-for-upload", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"CLOUDSDK_CONFIG": str(tmp_path / "gcloud")},
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.split()) == {*kept, ".gcloudignore"}
+
+
 # ------------------------------------------------------------------------------------ pins
 
 

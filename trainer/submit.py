@@ -124,9 +124,12 @@ def submit() -> None:
     job = jobs.build(request)
     _print_rows(facts.facts(request, found, speed))
     if FLAGS.dry_run:
+        if not FLAGS.resolution:  # which makes do without asking anybody
+            _print_rows(_distant_buckets(request))
         _print_job(request, job)
         return
     client = service.Service(request.project, request.region, FLAGS.endpoint)
+    _print_rows(_distant_buckets(request))
     _check_free(request.workdir, client)
     storage.write_text_atomic(request.config_path, request.config_text)
     _start(client, job, request.workdir)
@@ -246,6 +249,28 @@ def _pairs(flag: str) -> dict[str, str]:
             raise UsageError(f"--{flag}={text}: {key} is given twice")
         found[key] = value
     return found
+
+
+def _distant_buckets(request: Request) -> list[tuple[str, str]]:
+    """Notes on buckets that are not in the job's region."""
+    rows = []
+    paths = (request.workdir, request.config.data.path)
+    buckets = (path.split("/")[2] for path in paths if path.startswith("gs://"))
+    for bucket in dict.fromkeys(buckets):
+        try:
+            location = storage.bucket_location(f"gs://{bucket}")
+        except StorageError as error:
+            rows.append(("note", f"whether gs://{bucket} is in {request.region}: {error}"))
+            continue
+        if location not in ("", request.region):
+            rows.append(
+                (
+                    "note",
+                    f"gs://{bucket} is in {location}, the job in {request.region}: reading from "
+                    "there is slower, may cost, and Vertex AI wants a bucket of the job's region",
+                )
+            )
+    return rows
 
 
 def _print_job(request: Request, job: dict[str, Any]) -> None:

@@ -13,8 +13,9 @@ import pytest
 
 from tests.gcs.fixture import Gcs
 from tests.vertex.fake import Vertex
-from trainer.core import storage
-from trainer.core.errors import TrainerError, UsageError
+from trainer import submit
+from trainer.core import cloud_requests, storage
+from trainer.core.errors import DataError, TrainerError, UsageError
 
 IMAGE = f"us-docker.pkg.dev/project/repo/trainer@sha256:{'0' * 64}"
 Call = Callable[..., None]
@@ -86,6 +87,44 @@ def test_where_to_look_is_said(call: Call, gcs: Gcs, capsys: pytest.CaptureFixtu
     assert f"{console}/vertex-ai/locations/us-central1/training/1?project=pay\n" in printed
     assert f"{console}/logs/query;query=" in printed
     assert "%22ml_job%22" in printed and "job_id%3D%221%22?project=pay\n" in printed
+
+
+def test_a_bucket_elsewhere_is_said(
+    call: Call, gcs: Gcs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for location, expected in (("us-central1", ""), ("eu", "is in eu, the job in us-central1")):
+        monkeypatch.setattr(storage, "bucket_location", lambda path, found=location: found)
+        call(*flags(gcs), "--dry_run")
+        printed = capsys.readouterr().out
+        assert ("note" in printed) == bool(expected)
+        assert expected in printed
+    # With --resolution nobody is asked.
+    monkeypatch.setattr(storage, "bucket_location", lambda path: pytest.fail("asked"))
+    call(*flags(gcs), "--dry_run", "--resolution=32")
+
+
+def test_a_bucket_whose_place_is_secret(
+    call: Call, gcs: Gcs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with gcs.emulator.faulty(match="bucket", forbidden=True):
+        call(*flags(gcs), "--dry_run")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note")]
+    assert len(lines) == 1 and "permission denied" in lines[0]
+
+
+def test_a_bucket_that_does_not_answer(
+    call: Call, gcs: Gcs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The way out is said long before the patience with it ends."""
+    monkeypatch.setattr(submit, "_SLOW_SEC", 0.2)
+    monkeypatch.setattr(cloud_requests, "RETRY_SECONDS", 1.5)
+    with gcs.emulator.faulty(error_rate=1.0), pytest.raises(DataError, match="give --resolution"):
+        call(*flags(gcs), f"--data={gcs.url}/data", "--dry_run")
+    said = capsys.readouterr().err
+    assert (
+        said
+        == f"{gcs.url}/data doesn't answer yet; with --resolution=WIDTHxHEIGHT it isn't asked\n"
+    )
 
 
 def test_list(call: Call, vertex: Vertex, gcs: Gcs, capsys: pytest.CaptureFixture[str]) -> None:

@@ -210,6 +210,15 @@ def stat(path: str) -> _Info:
     return info
 
 
+def location(path: str) -> str:
+    """Where the bucket of a path is, in lower case; '' if the store doesn't say."""
+    try:
+        info = _tried("call", "GET", "b/{}", split(path)[0], fields="location", json_out=True)
+    except Exception as error:
+        raise missing(error, path) from error
+    return str(info.get("location", "")).lower()
+
+
 def isfile(path: str) -> bool:
     """Whether there is an object; one request."""
     from google.api_core.exceptions import NotFound

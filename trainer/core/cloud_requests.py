@@ -7,6 +7,7 @@ failed for too long. Failures leave as the clients' own exceptions; `reason` put
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import re
 import time
@@ -51,6 +52,7 @@ def client() -> Any:
             f"gs:// paths need Google's client and gcsfs ({error}); "
             "pip install 'stylegan-trainer[gcs]'"
         ) from error
+    logging.getLogger("google.auth").setLevel(logging.ERROR)  # without a login is no failure yet
     try:
         client = storage.Client(project=None)  # objects need none; the credentials' own is billed
     except exceptions.DefaultCredentialsError:

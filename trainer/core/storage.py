@@ -238,6 +238,12 @@ def digest(path: str) -> Digest:
         return Digest(length, crc)
 
 
+def bucket_location(path: str) -> str:
+    """Where the bucket of a gs:// path is: a region, as us-central1, or several, as us."""
+    with _reported("look for the bucket of", path):
+        return str(_reader(path).location(path))
+
+
 def listdir(path: str) -> list[str]:
     """The sorted names in a directory."""
     with _reported("list", path):
