@@ -75,7 +75,7 @@ def assert_same_pixels(actual: np.ndarray, wanted: np.ndarray) -> None:
 
 def test_classes_by_name_and_index() -> None:
     assert choose_class("dog", NAMES) == 1
-    assert choose_class("3", NAMES) == choose_class(3, NAMES) == 3
+    assert choose_class("3", NAMES) == choose_class(3, NAMES) == choose_class("003", NAMES) == 3
     assert choose_class("1", NAMES) == 2  # a name goes before an index
     assert choose_class(1, NAMES) == 1  # but a number is no name
     assert choose_class(np.int64(2), NAMES) == 2
@@ -87,10 +87,11 @@ def test_classes_by_name_and_index() -> None:
     [
         (None, NAMES, "needs label.*cat, dog, 1, sea lion"),
         ("dgo", NAMES, "label=dgo.*did you mean 'dog'"),
-        ("4", NAMES, "label=4.*below 4"),
-        (4, NAMES, "label=4.*below 4"),
-        ("-1", NAMES, "label=-1"),
-        (-1, NAMES, "label=-1"),
+        ("4", NAMES, "label=4: there are 4 classes; use an index from 0 to 3 or one of: cat, dog"),
+        (4, NAMES, "label=4: there are 4 classes; .* from 0 to 3"),
+        ("-1", NAMES, "label=-1: there are 4 classes"),
+        (-1, NAMES, "label=-1: there are 4 classes"),
+        ("9" * 5000, NAMES, "there are 4 classes"),
         ("all", NAMES, "label=all.*no such class"),
         ("cat", [], "label=cat.*without classes"),
         (0, [], "without classes"),
@@ -102,6 +103,13 @@ def test_wrong_classes(wanted: str | int | None, names: list[str], says: str) ->
         choose_class(wanted, names)
     assert len(str(caught.value)) < 400
     assert "\n" not in str(caught.value)
+
+
+def test_a_number_is_not_taken_for_a_misspelt_name() -> None:
+    digits = [str(digit) for digit in range(10)]
+    with pytest.raises(UsageError, match="label=12: there are 10 classes; .* 0 to 9") as caught:
+        choose_class("12", digits)
+    assert "did you mean" not in str(caught.value)
 
 
 def test_names_of_classes_in_messages_are_short() -> None:
@@ -214,7 +222,7 @@ def test_a_trained_generator_says_what_it_is(conditional: Network) -> None:
     assert (generator.resolution, generator.labels) == ((16, 32), tuple(NAMES))
     assert (generator.step, generator.kimg) == (123, 45.6)
     assert trained(conditional, []).labels == ("class 0", "class 1", "class 2", "class 3")
-    with pytest.raises(UsageError, match="needs label: use an index below 4 or one of: cat"):
+    with pytest.raises(UsageError, match="needs label: use an index from 0 to 3 or one of: cat"):
         generator.sample([1])
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import difflib
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
@@ -130,16 +131,19 @@ def choose_class(
         if wanted is not None:
             raise UsageError(f"{option}={wanted}: this network was trained without classes")
         return -1
+    count = len(labels)
     names = ", ".join(shorten(name, 40) for name in labels[:_SHOWN])
-    more = ", ..." if len(labels) > _SHOWN else ""
-    choice = f"use {also}an index below {len(labels)} or one of: {names}{more}"
+    more = ", ..." if count > _SHOWN else ""
+    choice = f"use {also}an index from 0 to {count - 1} or one of: {names}{more}"
     if wanted is None:
         raise UsageError(f"this network was trained with classes and needs {option}: {choice}")
     text = str(wanted)
     if isinstance(wanted, str) and wanted in labels:
         return list(labels).index(wanted)
-    if len(text) < 10 and text.isascii() and text.isdecimal() and int(text) < len(labels):
-        return int(text)
+    if re.fullmatch(r"-?\d+", text, re.ASCII):
+        if len(text) < 10 and 0 <= int(text) < count:  # Python reads no thousands of digits
+            return int(text)
+        raise UsageError(f"{option}={shorten(text)}: there are {count} classes; {choice}")
     near = difflib.get_close_matches(text, labels, n=1)
     hint = f" (did you mean {quoted(near[0])}?)" if near else ""
     raise UsageError(f"{option}={shorten(text)}: no such class{hint}; {choice}")
