@@ -166,8 +166,24 @@ def test_mixing_takes_the_named_layers_of_the_column(plain: Network, tmp_path: P
             assert (tiles[r, c] != tiles[0, c]).mean() > 0.2
 
 
+@pytest.mark.parametrize(
+    ("num_ws", "count"), [(2, 1), (6, 2), (8, 3), (10, 4), (12, 5), (14, 5), (16, 6), (18, 7)]
+)
+def test_coarse_layers_are_nvidias_share(num_ws: int, count: int) -> None:
+    assert generate.coarse_layers(num_ws) == list(range(count))
+
+
+def test_by_default_a_mixture_shows_both(plain: Network, tmp_path: Path) -> None:
+    tiles = mixing_sheet(plain, tmp_path, None)
+    assert np.array_equal(tiles, mixing_sheet(plain, tmp_path, [0, 1]))
+    for r in (1, 2):
+        for c in (1, 2, 3):
+            assert (tiles[r, c] != tiles[r, 0]).mean() > 0.2
+            assert (tiles[r, c] != tiles[0, c]).mean() > 0.2
+
+
 def test_mixing_all_layers_gives_the_column(plain: Network, tmp_path: Path) -> None:
-    tiles = mixing_sheet(plain, tmp_path, None)  # six layers: fewer than NVIDIA's seven
+    tiles = mixing_sheet(plain, tmp_path, list(range(6)))
     for r in (1, 2):
         for c in (1, 2, 3):
             assert_same_pixels(tiles[r, c], tiles[0, c])

@@ -99,13 +99,24 @@ def write_images(
     return paths
 
 
+def coarse_layers(num_ws: int) -> list[int]:
+    """The layers that a mixing sheet takes from the column by default.
+
+    The same share of all as in NVIDIA's style_mixing.py, the first 7 of the 18 at 1024x1024.
+
+    Args:
+      num_ws: layers that take a style.
+    """
+    return list(range(max(1, round(num_ws * 7 / 18))))
+
+
 def write_mixing_sheet(
     renderer: Renderer, rows: Numbers, cols: Numbers, layers: Numbers | None, label: int, out: str
 ) -> str:
     """Writes `mixing.png`: columns' images on top, rows' at the left, their mixtures between.
 
     A mixture has the row's styles, but in `layers` the column's (Karras et al. 2019, section 3.1);
-    None means the first seven, as in NVIDIA's style_mixing.py. Returns the path.
+    None means `coarse_layers`. Returns the path.
 
     Raises:
       UsageError: the network has no such layer, or no styles.
@@ -113,7 +124,7 @@ def write_mixing_sheet(
     last = renderer.num_ws - 1
     if not last:
         raise UsageError("--mix_rows: this network has no styles to mix; use --seeds or --walk")
-    chosen = list(range(min(6, last) + 1)) if layers is None else layers
+    chosen = coarse_layers(renderer.num_ws) if layers is None else layers
     if max(chosen) > last:
         raise UsageError(
             f"--mix_layers: the layers of this network are 0-{last}, not {max(chosen)}"
@@ -161,7 +172,12 @@ def define_flags(values: absl_flags.FlagValues = FLAGS) -> None:
     number("batch", 8, "Images at a time; fewer need less memory.", lower_bound=1)
     text("mix_rows", None, "Style mixing: seeds of the rows.")
     text("mix_cols", None, "Style mixing: seeds of the columns.")
-    text("mix_layers", None, "Style mixing: layers taken from the column, as 0-3; else 0-6.")
+    text(
+        "mix_layers",
+        None,
+        "Style mixing: layers taken from the column, as 0-3; else the first, 7 of 18 at 1024x1024 "
+        "and 3 of 8 at 32x32.",
+    )
     text("walk", None, "Latent walk: seeds to pass, closed to a loop.")
     text("video", "walk.mp4", "Latent walk: a name in --out, *.mp4, *.gif or *.webp.")
     number("frames", 60, "Latent walk: frames from one seed to the next.", lower_bound=1)
