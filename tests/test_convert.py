@@ -505,6 +505,37 @@ def test_mixed_channels_name_both_images(folder, tmp_path):
     assert data.channels == 3 and data.num_images == 40
 
 
+@pytest.mark.parametrize(
+    ("mode", "flags", "options", "channels"),
+    [
+        ("L", "--channels=rgb --background=white", {"channels": 3, "background": "white"}, 3),
+        ("RGB", "--channels=rgb --background=white", {"channels": 3, "background": "white"}, 3),
+        ("LA", "--channels=rgb --background=white", {"channels": 3, "background": "white"}, 3),
+        ("RGB", "--channels=rgba to keep", {"channels": 4}, 4),
+    ],
+)
+def test_transparent_images_beside_others_name_the_background_at_once(
+    tmp_path, mode, flags, options, channels
+):
+    source, dest = tmp_path / "source", tmp_path / "dest"
+    source.mkdir()
+    (source / "a.png").write_bytes(png(mode="RGBA"))
+    (source / "b.png").write_bytes(png(mode=mode))
+    with pytest.raises(DataError, match=rf"a\.png has 4 channels, b\.png has .*{flags}"):
+        run(source, dest)
+    assert run(source, dest, overwrite=True, **options).channels == channels
+
+
+def test_gray_images_with_and_without_alpha_can_stay_gray(tmp_path):
+    source, dest = tmp_path / "source", tmp_path / "dest"
+    source.mkdir()
+    (source / "a.png").write_bytes(png(mode="LA"))
+    (source / "b.png").write_bytes(png(mode="L"))
+    with pytest.raises(DataError, match="pass --channels=gray --background=white"):
+        run(source, dest)
+    assert run(source, dest, overwrite=True, channels=1, background="white").channels == 1
+
+
 def test_an_image_too_small_for_the_crop_is_named(folder, tmp_path):
     (folder / "class0" / "02.png").write_bytes(png(7))
     with pytest.raises(DataError, match=r"class0/02\.png in .*: it is 7x7, too small for a crop"):

@@ -123,7 +123,7 @@ class Frame:
         if self.reference and done.channels != self.channels:
             raise DataError(
                 f"{self.reference} has {self.channels} channels, {task.name} has {done.channels}; "
-                "pass --channels=rgb (or gray, rgba) to make them equal"
+                f"{_alike({self.channels, done.channels})}"
             )
         return done
 
@@ -138,6 +138,17 @@ class Frame:
                 f"{count} images cannot be used, more than --max_bad={self.settings.max_bad}; the "
                 f"last one: {name}: {reason}"
             )
+
+
+def _alike(channels: set[int]) -> str:
+    """The flags that make images alike whose channels are these."""
+    if channels == {1, 3}:
+        return "pass --channels=rgb (or gray) to make them alike"
+    opaque = "gray" if channels == {1, 2} else "rgb"
+    return (
+        f"pass --channels={opaque} --background=white (or another colour) to lay transparent pixels "
+        "over it, or --channels=rgba to keep them"
+    )
 
 
 @dataclass(frozen=True)
