@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trainer.core import storage
 from trainer.core.errors import DataError
 from trainer.data import manifest
 
@@ -46,6 +47,42 @@ def test_the_embedded_data_set_loads():
 def test_no_manifest_says_how_to_make_one(tmp_path):
     with pytest.raises(DataError, match=r"no data set at .*python -m trainer\.convert --source"):
         manifest.load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("data", "dest"),
+    [
+        ("photos", "photos-SIZE"),
+        ("photos/", "photos-SIZE"),
+        ("photos.zip", "photos-SIZE"),
+        (".", "DATASET"),
+        ("memory://images/photos", "memory://images/photos-SIZE"),
+    ],
+)
+def test_a_folder_of_images_is_the_source_and_not_the_destination(
+    tmp_path, monkeypatch, data, dest
+):
+    monkeypatch.chdir(tmp_path)
+    if data.endswith(".zip"):
+        (tmp_path / data).write_bytes(b"PK")
+    else:
+        storage.write_text_atomic(storage.join(data, "cats", "a.png"), "an image")
+    with pytest.raises(DataError, match="if your images are there") as caught:
+        manifest.load(data)
+    assert f"--source={data} --dest={dest} --resolution=SIZE" in str(caught.value)
+
+
+def test_the_name_of_a_folder_of_images_is_quoted(tmp_path):
+    (tmp_path / "my photos").mkdir()
+    (tmp_path / "my photos" / "a.png").write_bytes(b"an image")
+    with pytest.raises(DataError, match=r"'--source=/.*/my photos' '--dest=/.*/my photos-SIZE'"):
+        manifest.load(f"{tmp_path}/my photos")
+
+
+def test_a_directory_that_is_empty_or_not_there_is_the_destination(tmp_path):
+    for data in (tmp_path, tmp_path / "none"):
+        with pytest.raises(DataError, match=f"--source=IMAGES --dest={data} --resolution=SIZE"):
+            manifest.load(str(data))
 
 
 def test_an_unfinished_conversion_says_how_to_go_on(tmp_path):

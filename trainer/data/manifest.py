@@ -181,8 +181,7 @@ def load(path: str) -> Manifest:
     if "labels" in document and "shards" not in document:
         raise DataError(
             f"{where} holds labels of images, not a converted data set; make one: "
-            f"python -m trainer.convert {shlex.quote(f'--source={path}')} --dest=DATASET "
-            "--resolution=SIZE"
+            f"{_conversion_of(path)}"
         )
     try:
         return _parse(document, directory)
@@ -196,10 +195,27 @@ def _missing(path: str, directory: str) -> str:
             f"{path} is an unfinished conversion: run the same trainer.convert command again, "
             "and it goes on"
         )
+    if storage.isfile(directory) or (storage.isdir(directory) and storage.listdir(directory)):
+        return (
+            f"no data set at {path} (it has no {FILE_NAME}); if your images are there, convert them "
+            f"to a directory of their own: {_conversion_of(path)}"
+        )
     return (
         f"no data set at {path} (it has no {FILE_NAME}); make one: "
         f"python -m trainer.convert --source=IMAGES {shlex.quote(f'--dest={path}')} "
         "--resolution=SIZE"
+    )
+
+
+def _conversion_of(path: str) -> str:
+    """The command that converts a folder or archive of images to a directory beside it."""
+    source = path.rstrip("/")
+    dest = f"{source.removesuffix('.zip')}-SIZE"
+    if source.rpartition("/")[2] in {"", ".", ".."}:  # it has no name to derive one from
+        dest = "DATASET"
+    return (
+        f"python -m trainer.convert {shlex.quote(f'--source={path}')} "
+        f"{shlex.quote(f'--dest={dest}')} --resolution=SIZE"
     )
 
 
