@@ -9,6 +9,7 @@ import os
 import pathlib
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -108,6 +109,16 @@ def test_every_image_is_in_the_data_set_once_with_its_label_and_pixels(folder, t
         assert encoded == expected.data
     for shard in range(8):
         shards.check_shard(data, shard)
+
+
+def test_the_fingerprint_is_that_of_the_content_wherever_it_lies(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy")
+    data, same = run(folder, tmp_path / "a"), run(tmp_path / "copy", tmp_path / "b")
+    assert (data.name, same.name) == ("a", "b")
+    assert data.fingerprint == same.fingerprint
+    (tmp_path / "copy" / "class0" / "00.png").write_bytes(png())
+    other = run(tmp_path / "copy", tmp_path / "c")
+    assert other.fingerprint != data.fingerprint
 
 
 def test_the_index_points_at_records(folder, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -35,6 +36,33 @@ def test_names_survive_whatever_they_are(build, tmp_path):
     )
     assert manifest.load(str(tmp_path)).label_names == names
     assert changed.fingerprint != made.fingerprint
+
+
+def test_names_of_files_do_not_count(build, tmp_path):
+    made = build(tmp_path / "a", [5, 4])
+    shards = [dataclasses.replace(shard, name=f"b-{shard.name}") for shard in made.shards]
+    renamed = dataclasses.replace(made, name="b", shards=shards)
+    assert manifest.save(renamed, str(tmp_path / "b")).fingerprint == made.fingerprint
+    assert manifest.load(str(tmp_path / "b")).shards == shards
+
+
+def test_what_is_in_the_shards_counts(build, tmp_path):
+    made = build(tmp_path / "a", [5, 4])
+    first, last = made.shards
+    for shards in ([last, first], [dataclasses.replace(first, crc32c=first.crc32c ^ 1), last]):
+        other = manifest.save(dataclasses.replace(made, shards=shards), str(tmp_path / "b"))
+        assert other.fingerprint != made.fingerprint
+
+
+def test_version_1_keeps_its_fingerprint_over_the_names(build, tmp_path):
+    """Of data sets converted before, so that runs on them go on."""
+    made = dataclasses.replace(build(tmp_path / "a", [5, 4]), version=1)
+    old = manifest.save(made, str(tmp_path / "a"))
+    assert manifest.load(str(tmp_path / "a")) == old
+    renamed = dataclasses.replace(made, name="b")
+    assert manifest.save(renamed, str(tmp_path / "b")).fingerprint != old.fingerprint
+    embedded = manifest.load("package:data/fluent_emoji_32")
+    assert (embedded.version, embedded.fingerprint[:8]) == (1, "7192de68")
 
 
 def test_the_embedded_data_set_loads():
@@ -110,7 +138,8 @@ def _edit(document, path, value):
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (["version"], 2, "version 2 is not 1"),
+        (["version"], 3, "version 3 is not 1 or 2"),
+        (["version"], 1, "fingerprint does not fit"),
         (["version"], True, "version is bool, not int"),
         (["num_images"], 138, "the shards hold 139 images"),
         (["num_images"], "139", "num_images is str, not int"),

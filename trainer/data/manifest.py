@@ -20,7 +20,8 @@ from trainer.core.errors import DataError
 
 FILE_NAME = "dataset.json"
 PARTIAL_NAME = ".partial"  # where the converter keeps its place
-VERSION = 1
+VERSION = 2
+_NAMES_COUNT = 1  # in this version the names of the files enter the fingerprint
 
 _LONGEST = 1 << 28  # bytes; an index of 10 million records has about 2 million
 MAX_BLOCK = 64
@@ -63,7 +64,9 @@ class Manifest:
       block: records from one entry of a shard's index to the next.
       shards: the record files, one lane each.
       skipped: unusable source images, {'name', 'reason'}.
-      fingerprint: SHA-256 of all the above.
+      version: of the format; data sets of version 1 are read, too.
+      fingerprint: SHA-256 of all the above but `name` and the shards' names, which come from the
+        directory. In version 1 they are included.
       directory: where it was loaded from.
     """
 
@@ -125,6 +128,9 @@ def _content(manifest: Manifest) -> dict[str, Any]:
 
 
 def _fingerprint(content: dict[str, Any]) -> str:
+    if content["version"] != _NAMES_COUNT:
+        shards = [{**shard, "name": ""} for shard in content["shards"]]
+        content = {**content, "name": "", "shards": shards}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -248,8 +254,8 @@ def _integer(document: Any, key: str, low: int, high: int, where: str = "") -> i
 
 def _parse(document: Any, directory: str) -> Manifest:
     version = _get(document, "version", int)
-    if version != VERSION:
-        raise _Wrong(f"version {version} is not {VERSION}, which this program reads")
+    if version not in (_NAMES_COUNT, VERSION):
+        raise _Wrong(f"version {version} is not {_NAMES_COUNT} or {VERSION}, which are read here")
     resolution = _list(document, "resolution", int)
     if len(resolution) != 2 or not all(1 <= side <= 16384 for side in resolution):
         raise _Wrong(f"resolution {resolution} is not a height and a width")
