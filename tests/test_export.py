@@ -20,6 +20,7 @@ from absl import flags as absl_flags
 
 import trainer
 from tests.gcs.fixture import Gcs
+from tests.serving.test_model_card import run_snippet
 from trainer import config as config_lib
 from trainer import export as command
 from trainer.config import CheckpointConfig
@@ -222,11 +223,7 @@ def assert_files_are_those_of_the_card(path: str) -> None:
 
 def assert_snippet_of_the_card_runs(path: pathlib.Path) -> None:
     card = (path / "MODEL_CARD.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    values: dict[str, Any] = {}
-    exec(code.replace('load(".")', f'load("{path}")'), values)
-    height, width, channels = map(int, re.findall(r"(\d+)x(\d+)x(\d+)", card)[0])
-    assert values["images"].shape[1:] == (height, width, channels)
+    values = run_snippet(card, str(path))
     (request,) = re.findall(r"-d '(\{.*?\})'\n", card)
     inputs = json.loads(request)["inputs"]
     specs = values["model"].signatures["png"].structured_input_signature[1]

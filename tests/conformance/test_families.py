@@ -17,6 +17,7 @@ import tensorflow as tf
 
 import trainer
 from tests.conformance.families import make
+from tests.serving import test_model_card
 from tests.training.test_step import Run, distance
 from trainer import config as config_lib
 from trainer.config import CheckpointConfig
@@ -24,6 +25,7 @@ from trainer.core.errors import ConfigError, UsageError
 from trainer.data.manifest import Manifest
 from trainer.families import registry
 from trainer.generate import write_mixing_sheet
+from trainer.serving import model_card, saved_model
 from trainer.serving.rendering import Renderer
 from trainer.serving.signatures import Served
 from trainer.training import checkpoint
@@ -261,6 +263,11 @@ def test_a_saved_model_draws_the_same(
     assert np.max(np.abs(found.astype(int) - wanted)) <= 1
     seeded = signature(z=tf.zeros([1, 0]), label=tf.constant([1], tf.int64))
     assert seeded.shape == (1, 8, 8, 3)
+    facts = saved_model._facts(family, network, params)
+    card = test_model_card.make(
+        squares.label_counts, network=facts, signatures=saved_model._specs(served)
+    )
+    test_model_card.run_snippet(model_card.text(card), str(tmp_path))
     if not network.truncates:
         with pytest.raises(tf.errors.InvalidArgumentError, match="truncation_psi must be 1"):
             signature(z=z, label=tf.constant([2], tf.int64), truncation_psi=tf.constant([0.5]))
