@@ -242,7 +242,10 @@ def test_command_draws_sixteen_images_by_default(
     out = command()
     wanted = {"grid.png", *(f"seed{seed:04d}.png" for seed in range(16))}
     assert {path.name for path in out.iterdir()} == wanted
-    assert capsys.readouterr().out == f"wrote 16 images and {out / 'grid.png'}\n"
+    assert capsys.readouterr().out.splitlines() == [
+        "G_ema of step 123, 45.6 kimg (runs/a/checkpoints/step-000000123)",
+        f"wrote 16 images and {out / 'grid.png'}",
+    ]
 
 
 def test_command_uses_its_flags(command: Callable[..., Path], conditional: Network) -> None:

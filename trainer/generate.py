@@ -185,7 +185,7 @@ def define_flags(values: absl_flags.FlagValues = FLAGS) -> None:
 
 
 def main(_: Sequence[str]) -> None:
-    """Draws what the flags ask for and prints where it is.
+    """Draws what the flags ask for and prints of which checkpoint, and where it is.
 
     Raises:
       UsageError: the flags do not fit together, or not the network.
@@ -195,6 +195,7 @@ def main(_: Sequence[str]) -> None:
     trained = rendering.load(
         FLAGS.checkpoint or FLAGS.run, noise_mode=FLAGS.noise_mode, batch=FLAGS.batch
     )
+    print(f"G_ema of step {trained.step}, {trained.kimg:g} kimg ({printable(trained.checkpoint)})")
     label, *more = classes = choose_classes(FLAGS["class"].value, trained.labels)
     if more and ("mix_rows" in seeds or "walk" in seeds):
         raise UsageError("--class=all is for single images; a sheet or a walk has one class")
