@@ -622,7 +622,7 @@ def test_the_command_converts_and_tells(folder, tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert "40 images, 12 wide, 8 high, 3 channels, no classes, 8 shards" in done.stdout
+    assert "40 images 12x8x3, no classes, 8 shards" in done.stdout
     assert (
         "passed over: 1 files of the source are no images by their names: notes.txt" in done.stdout
     )
@@ -638,6 +638,11 @@ def test_the_command_converts_and_tells(folder, tmp_path):
         (["--source={}", "--dest=x", "--resolution=8", "--crop=left"], 2, "crop"),
         (["--source={}", "--dest=x", "--resolution=40x30"], 2, "the nearest are 40x28, 40x32, "),
         (["--source={}", "--dest=x", "--resolution=3"], 2, "the nearest are 8x8, "),
+        (
+            ["--source={}", "--dest=x", "--resolution=300x200"],
+            2,
+            "--resolution=300x200: no network can be trained on it; the nearest are 288x192, ",
+        ),
         (["--source={}/absent", "--dest=x", "--resolution=8"], 3, "no folder or zip archive"),
         (["--source={}", "--dest=x", "--resolution=8", "--labels=a.json"], 3, "no label file"),
     ],

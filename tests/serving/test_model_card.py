@@ -125,7 +125,7 @@ def test_the_call_in_the_card_can_be_copied(classes: int, tmp_path: pathlib.Path
 def test_people_are_told_the_facts() -> None:
     text = model_card.text(make((5, 3), data_licence="CC BY 4.0"))
     for fact in (
-        "16x32x3",
+        "32x16x3",
         "0.192 thousand images (step 12)",
         "123,456 parameters",
         "2 classes (cat, dog)",

@@ -26,6 +26,7 @@ import simplejpeg
 
 from trainer.core import output, storage, tfrecord
 from trainer.core.errors import DataError, TrainerError, UsageError
+from trainer.core.text import image_size
 from trainer.data import images, manifest, records, sources
 from trainer.data import journal as journal_lib
 from trainer.data.encoding import Done, Task, encode, encode_all, encode_in_processes
@@ -304,14 +305,13 @@ def _dataset_name(dest: str) -> str:
 def _identity(settings: Settings, plan: _Plan) -> dict[str, Any]:
     """Everything that the bytes of the result depend on."""
     labels = ",".join(map(str, plan.labels.numbers)) + json.dumps(plan.labels.names)
-    height, width = settings.options.resolution
     return {
         "format version": manifest.VERSION,
         "Pillow version": PIL.__version__,
         "simplejpeg version": simplejpeg.__version__,
         "images in the source": plan.source.fingerprint(),
         "labels": tfrecord.checksum(labels.encode()),
-        "--resolution": f"{width}x{height}",
+        "--resolution": image_size(settings.options.resolution),
         "--crop": settings.options.crop,
         "--filter": settings.options.filter,
         "--channels": images.MODES.get(settings.options.channels, "auto"),

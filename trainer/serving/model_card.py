@@ -9,7 +9,7 @@ from typing import Any
 from trainer import config as config_lib
 from trainer.core import documents, storage
 from trainer.core.errors import StorageError
-from trainer.core.text import code, code_block, markdown
+from trainer.core.text import code, code_block, image_size, markdown
 
 FORMAT = 1
 TEXT = "MODEL_CARD.md"
@@ -90,17 +90,18 @@ _MEANINGS = {
 def text(card: Mapping[str, Any]) -> str:
     """The card for people, in Markdown."""
     network, training, data = card["network"], card["training"], card["data"]
-    height, width, channels = network["resolution"] + [network["channels"]]
+    resolution, channels = network["resolution"], network["channels"]
+    size = image_size(resolution, channels)
     config = config_lib.to_yaml(config_lib.from_dict(training["config"], where="the checkpoint"))
     sections = [
-        f"# Generator of the family {network['family']}, {height}x{width}x{channels}\n",
+        f"# Generator of the family {network['family']}, {size}\n",
         f"The moving average (G_ema) of a generator after {_kimg(training)}, as a TensorFlow "
         f"SavedModel: {network['parameters']:,} parameters, {_classes(data)}. It needs TensorFlow "
         "and nothing else.\n",
         "## Use\n",
         _USE.format(
             call=_call(card["signatures"]["serving_default"]["inputs"], network),
-            shape=f"[2, {height}, {width}, {channels}]",
+            shape=str([2, *resolution, channels]),
             label='"label": [0], ' if network["c_dim"] else "",
             c=f"tf.one_hot([0], {network['c_dim']}), " if network["c_dim"] else "",
             z_dim=network["z_dim"],
