@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import tensorflow as tf
 
 import trainer
-from trainer.core.errors import CheckpointError, UsageError
+from trainer.core.errors import CheckpointError, MissingTensorFlowError, UsageError
 from trainer.families.stylegan2.networks import Generator
 from trainer.serving.rendering import Renderer, TrainedGenerator, choose_class
 from trainer.telemetry import images as grids
@@ -224,6 +225,12 @@ def test_a_trained_generator_says_what_it_is(conditional: Network) -> None:
     assert trained(conditional, []).labels == ("class 0", "class 1", "class 2", "class 3")
     with pytest.raises(UsageError, match="needs label: use an index from 0 to 3 or one of: cat"):
         generator.sample([1])
+
+
+def test_load_without_tensorflow_names_the_extras(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingTensorFlowError, match="TensorFlow is not installed"):
+        trainer.load("runs/a")
 
 
 def test_load_of_what_is_no_run(tmp_path: Path) -> None:
