@@ -129,7 +129,8 @@ def choose_class(
     """
     if not labels:
         if wanted is not None:
-            raise UsageError(f"{option}={wanted}: this network was trained without classes")
+            shown = shorten(str(wanted))
+            raise UsageError(f"{option}={shown}: this network was trained without classes")
         return -1
     count = len(labels)
     names = ", ".join(shorten(name, 40) for name in labels[:_SHOWN])
