@@ -67,7 +67,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE", "THIRD_PARTY_NOTICES.md"],
     packages=find_packages(include=["trainer", "trainer.*"]),
-    package_data={"trainer": ["data/fluent_emoji_32/*"]},
+    package_data={"trainer": ["py.typed", "data/fluent_emoji_32/*"]},
     python_requires=">=3.10,<3.14",
     install_requires=[
         "absl-py>=1.4",

@@ -9,6 +9,7 @@ import os
 import pathlib
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -108,6 +109,16 @@ def test_every_image_is_in_the_data_set_once_with_its_label_and_pixels(folder, t
         assert encoded == expected.data
     for shard in range(8):
         shards.check_shard(data, shard)
+
+
+def test_the_fingerprint_is_that_of_the_content_wherever_it_lies(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy")
+    data, same = run(folder, tmp_path / "a"), run(tmp_path / "copy", tmp_path / "b")
+    assert (data.name, same.name) == ("a", "b")
+    assert data.fingerprint == same.fingerprint
+    (tmp_path / "copy" / "class0" / "00.png").write_bytes(png())
+    other = run(tmp_path / "copy", tmp_path / "c")
+    assert other.fingerprint != data.fingerprint
 
 
 def test_the_index_points_at_records(folder, tmp_path):
@@ -505,6 +516,37 @@ def test_mixed_channels_name_both_images(folder, tmp_path):
     assert data.channels == 3 and data.num_images == 40
 
 
+@pytest.mark.parametrize(
+    ("mode", "flags", "options", "channels"),
+    [
+        ("L", "--channels=rgb --background=white", {"channels": 3, "background": "white"}, 3),
+        ("RGB", "--channels=rgb --background=white", {"channels": 3, "background": "white"}, 3),
+        ("LA", "--channels=rgb --background=white", {"channels": 3, "background": "white"}, 3),
+        ("RGB", "--channels=rgba to keep", {"channels": 4}, 4),
+    ],
+)
+def test_transparent_images_beside_others_name_the_background_at_once(
+    tmp_path, mode, flags, options, channels
+):
+    source, dest = tmp_path / "source", tmp_path / "dest"
+    source.mkdir()
+    (source / "a.png").write_bytes(png(mode="RGBA"))
+    (source / "b.png").write_bytes(png(mode=mode))
+    with pytest.raises(DataError, match=rf"a\.png has 4 channels, b\.png has .*{flags}"):
+        run(source, dest)
+    assert run(source, dest, overwrite=True, **options).channels == channels
+
+
+def test_gray_images_with_and_without_alpha_can_stay_gray(tmp_path):
+    source, dest = tmp_path / "source", tmp_path / "dest"
+    source.mkdir()
+    (source / "a.png").write_bytes(png(mode="LA"))
+    (source / "b.png").write_bytes(png(mode="L"))
+    with pytest.raises(DataError, match="pass --channels=gray --background=white"):
+        run(source, dest)
+    assert run(source, dest, overwrite=True, channels=1, background="white").channels == 1
+
+
 def test_an_image_too_small_for_the_crop_is_named(folder, tmp_path):
     (folder / "class0" / "02.png").write_bytes(png(7))
     with pytest.raises(DataError, match=r"class0/02\.png in .*: it is 7x7, too small for a crop"):
@@ -580,7 +622,7 @@ def test_the_command_converts_and_tells(folder, tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert "40 images, 12 wide, 8 high, 3 channels, no classes, 8 shards" in done.stdout
+    assert "40 images 12x8x3, no classes, 8 shards" in done.stdout
     assert (
         "passed over: 1 files of the source are no images by their names: notes.txt" in done.stdout
     )
@@ -596,6 +638,11 @@ def test_the_command_converts_and_tells(folder, tmp_path):
         (["--source={}", "--dest=x", "--resolution=8", "--crop=left"], 2, "crop"),
         (["--source={}", "--dest=x", "--resolution=40x30"], 2, "the nearest are 40x28, 40x32, "),
         (["--source={}", "--dest=x", "--resolution=3"], 2, "the nearest are 8x8, "),
+        (
+            ["--source={}", "--dest=x", "--resolution=300x200"],
+            2,
+            "--resolution=300x200: no network can be trained on it; the nearest are 288x192, ",
+        ),
         (["--source={}/absent", "--dest=x", "--resolution=8"], 3, "no folder or zip archive"),
         (["--source={}", "--dest=x", "--resolution=8", "--labels=a.json"], 3, "no label file"),
     ],

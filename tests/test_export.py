@@ -18,10 +18,11 @@ import pytest
 import tensorflow as tf
 from absl import flags as absl_flags
 
+import trainer
 from tests.gcs.fixture import Gcs
+from tests.serving.test_model_card import run_snippet
 from trainer import config as config_lib
 from trainer import export as command
-from trainer import generate
 from trainer.config import CheckpointConfig
 from trainer.core import storage
 from trainer.core.errors import CheckpointError, DivergedError, UsageError
@@ -30,8 +31,8 @@ from trainer.layers.ops import Backend
 from trainer.serving import saved_model
 from trainer.serving.saved_model import ExportError
 from trainer.serving.signatures import Served
-from trainer.training import build
-from trainer.training.checkpoint import Checkpoints, load_generator
+from trainer.training import build, checkpoint
+from trainer.training.checkpoint import Checkpoints
 
 ROOT = pathlib.Path(__file__).parents[1]
 MODEL = {
@@ -96,11 +97,10 @@ def run(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> None:
     command.main(["export"])
 
 
-def generated(source: str, **style: Any) -> np.ndarray:
+def generated(source: str, truncation_psi: float = 1.0) -> np.ndarray:
     """What generate draws of seeds 3 and 7, of the first class if there are any: [2, H, W, C]."""
-    network, params, *_ = load_generator(source)
-    renderer = generate.Renderer(network, params, **style)
-    return np.stack(list(renderer.images([3, 7], [0 if network.c_dim else -1] * 2)))
+    trained = trainer.load(source)
+    return trained.sample([3, 7], 0 if trained.labels else None, truncation_psi)
 
 
 # What the check in another process says, where that is another test's concern.
@@ -223,11 +223,7 @@ def assert_files_are_those_of_the_card(path: str) -> None:
 
 def assert_snippet_of_the_card_runs(path: pathlib.Path) -> None:
     card = (path / "MODEL_CARD.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    values: dict[str, Any] = {}
-    exec(code.replace('load(".")', f'load("{path}")'), values)
-    height, width, channels = map(int, re.findall(r"(\d+)x(\d+)x(\d+)", card)[0])
-    assert values["images"].shape[1:] == (height, width, channels)
+    values = run_snippet(card, str(path))
     (request,) = re.findall(r"-d '(\{.*?\})'\n", card)
     inputs = json.loads(request)["inputs"]
     specs = values["model"].signatures["png"].structured_input_signature[1]
@@ -280,7 +276,7 @@ def test_compiled(platform: str, tmp_path: pathlib.Path, monkeypatch: pytest.Mon
     card = json.loads((tmp_path / "1" / "model_card.json").read_text())
     assert card["export"]["check"]["max_difference"] <= 1
     assert b"_XlaMustCompile" in (tmp_path / "1" / "saved_model.pb").read_bytes()
-    config, data = saved_model._origin(load_generator(source)[3])
+    config, data = saved_model._origin(checkpoint.find(source).info)
     wanted = Backend.XLA_CPU if platform == "cpu" else Backend.GENERIC
     assert saved_model._network(config, data, "float32", platform).backend is wanted
 
@@ -302,7 +298,8 @@ def test_the_clamp_is_that_of_training(trained: str) -> None:
 def test_the_loop_can_export(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the values it has and what it says of them, and no word of a path."""
     monkeypatch.setattr(saved_model, "_check", lambda *_: GOOD)
-    _, params, _, info = load_generator(make_run(str(tmp_path / "run")))
+    found = checkpoint.find(make_run(str(tmp_path / "run")))
+    params, info = checkpoint.read_parameters(found, "G_ema"), found.info
     (tmp_path / "run" / "export" / "4").mkdir(parents=True)
     (tmp_path / "run" / "export" / "4" / "saved_model.pb").write_bytes(b"the last one")
     exported = saved_model.publish(params, info, str(tmp_path / "run" / "export"))

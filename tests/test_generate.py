@@ -5,75 +5,29 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import tensorflow as tf
 from absl import flags as absl_flags
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from tests.serving.test_rendering import (
+    NAMES,
+    Network,
+    assert_same_pixels,
+    expected,
+    make_network,
+    trained,
+)
 from trainer import generate
 from trainer.core import storage
 from trainer.core.errors import UsageError
-from trainer.families.stylegan2.networks import Generator
-from trainer.generate import Renderer, choose_classes, parse_seeds
-from trainer.telemetry import images as grids
-
-Network = tuple[Generator, dict[str, tf.Tensor]]
-NAMES = ["cat", "dog", "1", "sea lion"]
-
-
-def make_network(c_dim: int = 0, channels: int = 3) -> Network:
-    """A small generator whose noise can be seen and whose average w is not zero."""
-    network = Generator(
-        z_dim=8,
-        c_dim=c_dim,
-        w_dim=12,
-        resolution=(16, 32),
-        img_channels=channels,
-        mapping_layers=2,
-        channel_base=128,
-        channel_max=8,
-    )
-    params = {name: tf.constant(value) for name, value in network.init(seed=1).items()}
-    for name in params:
-        if name.endswith("noise_strength"):
-            params[name] = tf.constant(0.3)
-        if name.endswith("w_avg"):
-            params[name] = tf.linspace(-1.0, 1.0, 12)
-    return network, params
-
-
-@pytest.fixture(scope="module")
-def plain() -> Network:
-    return make_network()
-
-
-@pytest.fixture(scope="module")
-def conditional() -> Network:
-    return make_network(c_dim=4)
-
-
-def expected(network: Network, seed: int, label: int = -1, psi: float = 1.0) -> np.ndarray:
-    """An image by the definition: one seed, no batching, no tracing."""
-    generator, params = network
-    z = np.random.RandomState(seed).randn(1, generator.z_dim).astype(np.float32)
-    c = np.zeros((1, generator.c_dim), np.float32)
-    if label >= 0:
-        c[0, label] = 1
-    ws = generator.mapping(params, tf.constant(z), tf.constant(c), psi)
-    return grids.to_uint8(generator.synthesis(params, ws).numpy())[0]
-
-
-def assert_same_pixels(actual: np.ndarray, wanted: np.ndarray) -> None:
-    """Equal but for roundings of the last bit that cross from one level to the next."""
-    assert actual.shape == wanted.shape
-    difference = np.abs(actual.astype(int) - wanted.astype(int))
-    assert difference.max() <= 1
-    assert difference.mean() < 0.02
-
+from trainer.generate import choose_classes, parse_seeds
+from trainer.serving import rendering
+from trainer.serving.rendering import Renderer, TrainedGenerator
 
 # Seeds and classes --------------------------------------------------------------------------
 
@@ -111,95 +65,25 @@ def test_any_text_is_a_list_of_seeds_or_a_usage_error(text: str) -> None:
     assert all(0 <= seed < 2**32 for seed in seeds)
 
 
-def test_classes_by_name_index_and_all() -> None:
-    assert choose_classes("dog", NAMES, 4) == [1]
-    assert choose_classes("3", NAMES, 4) == [3]
-    assert choose_classes("1", NAMES, 4) == [2]  # a name goes before an index
-    assert choose_classes("all", NAMES, 4) == [0, 1, 2, 3]
-    assert choose_classes("2", [], 4) == [2]
-    assert choose_classes(None, [], 0) == [-1]
+@pytest.fixture(scope="module")
+def plain() -> Network:
+    return make_network()
 
 
-@pytest.mark.parametrize(
-    ("wanted", "names", "count", "says"),
-    [
-        (None, NAMES, 4, "needs --class.*cat, dog, 1, sea lion"),
-        ("dgo", NAMES, 4, "--class=dgo.*did you mean 'dog'"),
-        ("4", NAMES, 4, "--class=4.*below 4"),
-        ("-1", NAMES, 4, "--class=-1"),
-        ("cat", [], 0, "--class=cat.*without classes"),
-        ("0", [], 0, "without classes"),
-        ("x", [f"name{i}" for i in range(99)], 99, r"name19, \.\.\."),
-    ],
-)
-def test_wrong_classes(wanted: str | None, names: list[str], count: int, says: str) -> None:
-    with pytest.raises(UsageError, match=says) as caught:
-        choose_classes(wanted, names, count)
-    assert len(str(caught.value)) < 400
-    assert "\n" not in str(caught.value)
+@pytest.fixture(scope="module")
+def conditional() -> Network:
+    return make_network(c_dim=4)
 
 
-# Drawing ------------------------------------------------------------------------------------
-
-
-def test_images_are_those_of_the_seeds(plain: Network) -> None:
-    drawn = list(Renderer(*plain, truncation_psi=0.5, batch=4).images([3, 0, 7, 3, 2], [-1] * 5))
-    assert len(drawn) == 5
-    for seed, image in zip([3, 0, 7, 3, 2], drawn, strict=True):
-        assert_same_pixels(image, expected(plain, seed, psi=0.5))
-    assert np.array_equal(drawn[0], drawn[3])
-
-
-@pytest.mark.parametrize("noise_mode", ["const", "random", "none"])
-def test_an_image_alone_is_the_image_among_others(plain: Network, noise_mode: str) -> None:
-    renderer = Renderer(*plain, noise_mode=noise_mode, batch=4)
-    together = list(renderer.images(range(6), [-1] * 6))
-    for seed in (0, 3, 5):
-        (alone,) = renderer.images([seed], [-1])
-        assert np.array_equal(alone, together[seed])
-
-
-def test_noise_modes_differ(plain: Network) -> None:
-    modes = ("const", "random", "none")
-    const, random, none = (next(Renderer(*plain, noise_mode=m).images([5], [-1])) for m in modes)
-    assert (const != none).mean() > 0.1
-    assert (random != none).mean() > 0.1
-    assert (random != const).mean() > 0.1
-    renderer = Renderer(*plain, noise_mode="random")
-    ws = np.repeat(renderer.ws([5], [-1]), 2, axis=0)
-    one, two = renderer.render(ws, [1, 2])
-    assert (one != two).mean() > 0.1
-
-
-def test_truncation_and_cutoff(plain: Network) -> None:
-    average = plain[1]["mapping.w_avg"].numpy()
-    full = Renderer(*plain).ws([1], [-1])
-    half = Renderer(*plain, truncation_psi=0.5, truncation_cutoff=2).ws([1], [-1])
-    np.testing.assert_allclose(half[:, :2], (full[:, :2] + average) / 2, atol=1e-5)
-    np.testing.assert_allclose(half[:, 2:], full[:, 2:], atol=1e-6)
-    Renderer(*plain, truncation_cutoff=0)
-    Renderer(*plain, truncation_cutoff=6)
-
-
-@pytest.mark.parametrize("cutoff", [-1, 7])
-def test_cutoff_out_of_range(plain: Network, cutoff: int) -> None:
-    with pytest.raises(UsageError, match=f"--truncation_cutoff={cutoff}.*0 to 6"):
-        Renderer(*plain, truncation_cutoff=cutoff)
-
-
-def test_nothing_is_traced_twice(plain: Network, monkeypatch: pytest.MonkeyPatch) -> None:
-    traced = []
-    synthesis = plain[0].synthesis
-
-    def counted(*args: object) -> tf.Tensor:
-        traced.append(args)
-        return synthesis(*args)
-
-    monkeypatch.setattr(plain[0], "synthesis", counted)
-    renderer = Renderer(*plain, batch=4)
-    for count in (1, 3, 4, 9):
-        assert len(list(renderer.images(range(count), [-1] * count))) == count
-    assert len(traced) == 1
+def test_classes_are_one_or_all() -> None:
+    assert choose_classes("dog", NAMES) == [1]
+    assert choose_classes("all", NAMES) == [0, 1, 2, 3]
+    assert choose_classes("all", ["none", "all"]) == [1]
+    assert choose_classes(None, []) == [-1]
+    with pytest.raises(UsageError, match="needs --class: use all, an index from 0 to 3 or one of:"):
+        choose_classes(None, NAMES)
+    with pytest.raises(UsageError, match="--class=all: .* without classes"):
+        choose_classes("all", [])
 
 
 # Files --------------------------------------------------------------------------------------
@@ -282,8 +166,24 @@ def test_mixing_takes_the_named_layers_of_the_column(plain: Network, tmp_path: P
             assert (tiles[r, c] != tiles[0, c]).mean() > 0.2
 
 
+@pytest.mark.parametrize(
+    ("num_ws", "count"), [(2, 1), (6, 2), (8, 3), (10, 4), (12, 5), (14, 5), (16, 6), (18, 7)]
+)
+def test_coarse_layers_are_nvidias_share(num_ws: int, count: int) -> None:
+    assert generate.coarse_layers(num_ws) == list(range(count))
+
+
+def test_by_default_a_mixture_shows_both(plain: Network, tmp_path: Path) -> None:
+    tiles = mixing_sheet(plain, tmp_path, None)
+    assert np.array_equal(tiles, mixing_sheet(plain, tmp_path, [0, 1]))
+    for r in (1, 2):
+        for c in (1, 2, 3):
+            assert (tiles[r, c] != tiles[r, 0]).mean() > 0.2
+            assert (tiles[r, c] != tiles[0, c]).mean() > 0.2
+
+
 def test_mixing_all_layers_gives_the_column(plain: Network, tmp_path: Path) -> None:
-    tiles = mixing_sheet(plain, tmp_path, None)  # six layers: fewer than NVIDIA's seven
+    tiles = mixing_sheet(plain, tmp_path, list(range(6)))
     for r in (1, 2):
         for c in (1, 2, 3):
             assert_same_pixels(tiles[r, c], tiles[0, c])
@@ -320,9 +220,9 @@ def command(
 ) -> Callable[..., Path]:
     """Runs the command in this process on a run that is one of the small networks."""
 
-    def load(path: str) -> tuple:
+    def load(path: str, **options: Any) -> TrainedGenerator:
         network, names = (conditional, NAMES) if path.endswith("classes") else (plain, [])
-        return (*network, None, {"label_names": names})
+        return trained(network, names, **options)
 
     def run(*arguments: str, run: str = "runs/plain") -> Path:
         values = absl_flags.FlagValues()
@@ -332,7 +232,7 @@ def command(
         generate.main(["generate"])
         return tmp_path / "out"
 
-    monkeypatch.setattr(generate, "load_generator", load)
+    monkeypatch.setattr(rendering, "load", load)
     return run
 
 
@@ -342,7 +242,10 @@ def test_command_draws_sixteen_images_by_default(
     out = command()
     wanted = {"grid.png", *(f"seed{seed:04d}.png" for seed in range(16))}
     assert {path.name for path in out.iterdir()} == wanted
-    assert capsys.readouterr().out == f"wrote 16 images and {out / 'grid.png'}\n"
+    assert capsys.readouterr().out.splitlines() == [
+        "G_ema of step 123, 45.6 kimg (runs/a/checkpoints/step-000000123)",
+        f"wrote 16 images and {out / 'grid.png'}",
+    ]
 
 
 def test_command_uses_its_flags(command: Callable[..., Path], conditional: Network) -> None:
@@ -379,7 +282,7 @@ def test_command_writes_to_a_url(command: Callable[..., Path]) -> None:
         (["--mix_rows=1", "--mix_cols=2", "--mix_layers=6"], "--mix_layers"),
         (["--walk=1"], "two seeds"),
         (["--walk=1-2", "--video=walk.avi"], r"walk\.avi"),
-        (["--truncation_cutoff=9"], "--truncation_cutoff=9"),
+        (["--truncation_cutoff=9"], "truncation_cutoff=9"),
         (["--class=dog"], "without classes"),
     ],
 )
@@ -410,12 +313,3 @@ def test_examples_in_the_help_are_real_calls() -> None:
         values = absl_flags.FlagValues()
         generate.define_flags(values)
         assert values(["generate", *call.split()]) == ["generate"]
-
-
-def test_names_of_classes_in_messages_are_short() -> None:
-    names = ["\x1b[2J" + "x" * 5000] * 50
-    for wanted in (None, "y" * 5000, "1" * 5000):
-        with pytest.raises(UsageError) as caught:
-            choose_classes(wanted, names, 50)
-        assert len(str(caught.value)) < 1500
-        assert "\x1b" not in str(caught.value)

@@ -62,6 +62,11 @@ def test_metadata() -> None:
     assert done.stdout.split()[-3:] == ["stylegan-trainer", package.__version__, "Apache-2.0"]
 
 
+def test_types_are_for_others_too() -> None:
+    assert (ROOT / "trainer" / "py.typed").exists()
+    assert '"py.typed"' in (ROOT / "setup.py").read_text()
+
+
 def test_licence_and_notices() -> None:
     licence = (ROOT / "LICENSE").read_text()
     assert "Apache License\n                           Version 2.0" in licence

@@ -142,7 +142,7 @@ def test_step_prints_a_table_that_adds_up(tiny: str, capsys: pytest.CaptureFixtu
     absl_flags.FLAGS.steps, absl_flags.FLAGS.channels = 2, 1
     probe.main(["probe", "step"])
     out = capsys.readouterr().out
-    assert "8 images 8x16x1 = 1 replicas x 2 rounds x 4" in out
+    assert "8 images 16x8x1 = 1 replicas x 2 rounds x 4" in out
     rows = re.findall(r"^(\w+) +(-?[\d.]+) +(-?[\d.]+) +(all|1 in \d+) +(-?[\d.]+)$", out, re.M)
     assert [(row[0], row[3]) for row in rows] == [
         ("Gmain", "all"),
@@ -156,7 +156,7 @@ def test_step_prints_a_table_that_adds_up(tiny: str, capsys: pytest.CaptureFixtu
     assert sum(float(row[4]) for row in rows) == pytest.approx(float(total[1]), abs=0.05)
     assert 0 < float(total[2]) <= float(total[1])
     assert re.search(r"^share +\d+% of the bare convolution", out, re.M)
-    assert re.search(r"^convolution +[\d.]+ GFLOP/s .* 4 x 8x16, by (XLA|TensorFlow)$", out, re.M)
+    assert re.search(r"^convolution +[\d.]+ GFLOP/s .* 4 x 16x8, by (XLA|TensorFlow)$", out, re.M)
 
 
 def test_the_share_is_of_operations_per_second() -> None:
@@ -269,7 +269,7 @@ def test_tpu_prints_a_table_that_adds_up(
     absl_flags.FLAGS.replicas, absl_flags.FLAGS.batch = 2, 8
     probe.main(["probe", "tpu"])
     out = capsys.readouterr().out
-    assert "16 images 8x16x3 = 2 replicas x 1 rounds x 8" in out
+    assert "16 images 16x8x3 = 2 replicas x 1 rounds x 8" in out
     row = r"^(\w+) +\d+ s +2000\.0 +(\S+ of 16) +20\.00 +10\.00 +25% +(all|1 in \d+)$"
     assert re.findall(row, out, re.M) == [
         ("Gmain", "8.00 of 16", "all"),

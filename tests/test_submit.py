@@ -166,7 +166,7 @@ MISTAKES: list[tuple[dict[str, str | None], list[str], str]] = [
         [],
         "need about 109.5 GiB, and one A100 GPU has 40; it fits with --set=training.rounds=4",
     ),
-    ({"resolution": "250"}, [], "resolution 250x250 (height x width) is not a grid of 4 to 7"),
+    ({"resolution": "250"}, [], "resolution 250x250 (width x height) is not a grid of 4 to 7"),
     ({"resolution": "big"}, [], "--resolution=big is neither a size, as 256, nor WIDTHxHEIGHT"),
     ({"data": None}, [], "no data set: give --data, the gs:// directory"),
     ({"data": "data/photos"}, [], "--data=data/photos: a job on Vertex AI can't reach it"),

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from trainer import data
 from trainer.core import storage
 from trainer.core.errors import UsageError
-from trainer.core.text import printable
+from trainer.core.text import image_size, printable
 from trainer.data import beam, conversion, images, manifest
 from trainer.distribution import host
 from trainer.families import registry
@@ -126,7 +126,7 @@ def check_resolution(text: str, resolution: tuple[int, int]) -> None:
     """
     sizes = registry.nearest_resolutions(*resolution)
     if resolution not in sizes:
-        nearest = ", ".join(f"{width}x{height}" for height, width in sizes)
+        nearest = ", ".join(map(image_size, sizes))
         raise UsageError(
             f"--resolution={text}: no network can be trained on it; the nearest are {nearest}"
         )
@@ -205,10 +205,9 @@ def _settings() -> conversion.Settings:
 
 
 def _print_result(result: manifest.Manifest, report: conversion.Report) -> None:
-    height, width = result.resolution
     print(
-        f"{printable(result.directory)}: {result.num_images} images, {width} wide, {height} high, "
-        f"{result.channels} channels, {result.num_classes or 'no'} classes, "
+        f"{printable(result.directory)}: {result.num_images} images "
+        f"{image_size(result.resolution, result.channels)}, {result.num_classes or 'no'} classes, "
         f"{len(result.shards)} shards, "
         f"{sum(shard.bytes for shard in result.shards) / 1e6:.1f} MB"
     )

@@ -12,11 +12,10 @@ same image alone or among others. Files of the same name in --out are replaced.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
 from trainer.core import flags
 from trainer.distribution import host
@@ -26,20 +25,17 @@ if __name__ == "__main__":
     host.prepare()  # before anything imports TensorFlow
 
 import numpy as np
-import tensorflow as tf
 from absl import flags as absl_flags
 
 from trainer.core import storage
 from trainer.core.errors import UsageError
-from trainer.core.seeds import Purpose, generator
-from trainer.core.text import printable, quoted, shorten
-from trainer.families.network import Generator, Params
+from trainer.core.text import printable
+from trainer.serving import rendering
+from trainer.serving.rendering import Numbers, Renderer
 from trainer.telemetry import images as grids
 from trainer.telemetry import video
-from trainer.training.checkpoint import load_generator
 
 FLAGS = absl_flags.FLAGS
-Numbers = Sequence[int]
 _MAX_SEEDS = 1_000_000
 
 
@@ -62,113 +58,19 @@ def parse_seeds(text: str, flag: str = "seeds") -> list[int]:
     return numbers
 
 
-def choose_classes(wanted: str | None, label_names: Sequence[str], num_classes: int) -> list[int]:
+def choose_classes(wanted: str | None, labels: Sequence[str]) -> list[int]:
     """The classes to draw: one for a name or an index, all for "all", [-1] without classes.
 
     Args:
       wanted: what --class says, None when it is absent. A name goes before an index.
-      label_names: of the classes, may be empty.
-      num_classes: 0 for an unconditional network.
+      labels: names of the classes by index.
 
     Raises:
       UsageError: there is no such class, or --class is missing or not applicable.
     """
-    if not num_classes:
-        if wanted is not None:
-            raise UsageError(f"--class={wanted}: this network was trained without classes")
-        return [-1]
-    names = ", ".join(shorten(name, 40) for name in label_names[:20]) + (
-        ", ..." if len(label_names) > 20 else ""
-    )
-    choice = f"use all, an index below {num_classes}" + (f" or one of: {names}" if names else "")
-    if wanted is None:
-        raise UsageError(f"this network was trained with classes and needs --class: {choice}")
-    if wanted in label_names:
-        return [list(label_names).index(wanted)]
-    if wanted == "all":
-        return list(range(num_classes))
-    if re.fullmatch(r"\d{1,9}", wanted, re.ASCII) and int(wanted) < num_classes:
-        return [int(wanted)]
-    near = difflib.get_close_matches(wanted, label_names, n=1)
-    hint = f" (did you mean {quoted(near[0])}?)" if near else ""
-    raise UsageError(f"--class={shorten(wanted)}: no such class{hint}; {choice}")
-
-
-class Renderer:
-    """Draws with one traced graph for each network, whatever the number of images.
-
-    Args:
-      network: the generator.
-      params: its parameters by name, as a rule those of G_ema.
-      truncation_psi: 1 is the whole distribution, 0 the average image.
-      truncation_cutoff: how many of the first layers truncation applies to; None means all.
-      noise_mode: const, random or none.
-      batch: images drawn at a time; changes nothing but memory and speed.
-
-    Raises:
-      UsageError: `truncation_cutoff` is no number of layers of this network, or it has no average w
-        to move others to.
-    """
-
-    def __init__(
-        self,
-        network: Generator,
-        params: Params,
-        *,
-        truncation_psi: float = 1.0,
-        truncation_cutoff: int | None = None,
-        noise_mode: str = "const",
-        batch: int = 8,
-    ):
-        self._network, self._batch, self.num_ws = network, batch, network.num_ws
-        if (cutoff := truncation_cutoff) is not None and not 0 <= cutoff <= self.num_ws:
-            raise UsageError(f"--truncation_cutoff={cutoff}: this network takes 0 to {self.num_ws}")
-        if truncation_psi != 1 and not network.truncates:
-            raise UsageError(
-                f"--truncation_psi={truncation_psi}: this network has no average image to move "
-                "others to; leave it out"
-            )
-        sizes = [height * width for height, width in network.noise_shapes]
-        self._noise_size = sum(sizes) if noise_mode == "random" else 0
-        held = {name: tf.convert_to_tensor(value) for name, value in params.items()}
-        self._mapping = tf.function(
-            lambda z, c: network.mapping(held, z, c, truncation_psi, cutoff)
-        )
-
-        def synthesis(ws: tf.Tensor, random: tf.Tensor) -> tf.Tensor:
-            return network.synthesis(held, ws, network.noise(held, noise_mode, random))
-
-        self._synthesis = tf.function(synthesis)
-
-    def ws(self, seeds: Numbers, labels: Numbers) -> np.ndarray:
-        """[N, num_ws, w_dim] float32: the styles of seeds, truncated; label -1 means no class."""
-        z = np.stack([np.random.RandomState(seed).randn(self._network.z_dim) for seed in seeds])
-        c = np.asarray(labels)[:, np.newaxis] == np.arange(self._network.c_dim)  # one-hot
-        parts = self._parts(len(seeds))
-        return np.concatenate([self._run(self._mapping, z[part], c[part]) for part in parts])
-
-    def render(self, ws: np.ndarray, noise_seeds: Numbers) -> Iterator[np.ndarray]:
-        """The [H, W, C] uint8 images of [N, num_ws, w_dim] styles, one after the other.
-
-        With random noise an image takes its own from its noise seed.
-        """
-        for part in self._parts(len(ws)):
-            rngs = [generator(seed, Purpose.SNAPSHOT) for seed in noise_seeds[part]]
-            random = np.stack([rng.standard_normal(self._noise_size) for rng in rngs])
-            yield from grids.to_uint8(self._run(self._synthesis, ws[part], random))
-
-    def images(self, seeds: Numbers, labels: Numbers) -> Iterator[np.ndarray]:
-        """The image of each seed and label; the seed is that of random noise, too."""
-        for part in self._parts(len(seeds)):
-            yield from self.render(self.ws(seeds[part], labels[part]), seeds[part])
-
-    def _parts(self, count: int) -> list[slice]:
-        return [slice(start, start + self._batch) for start in range(0, count, self._batch)]
-
-    def _run(self, function: Callable[..., tf.Tensor], *inputs: np.ndarray) -> np.ndarray:
-        """Calls with a full batch, padded if need be, so that nothing is traced twice."""
-        full = [np.resize(x, (self._batch, *x.shape[1:])).astype(np.float32) for x in inputs]
-        return function(*map(tf.constant, full)).numpy()[: len(inputs[0])]
+    if wanted == "all" and labels and wanted not in labels:
+        return list(range(len(labels)))
+    return [rendering.choose_class(wanted, labels, option="--class", also="all, ")]
 
 
 def write_images(
@@ -197,13 +99,24 @@ def write_images(
     return paths
 
 
+def coarse_layers(num_ws: int) -> list[int]:
+    """The layers that a mixing sheet takes from the column by default.
+
+    The same share of all as in NVIDIA's style_mixing.py, the first 7 of the 18 at 1024x1024.
+
+    Args:
+      num_ws: layers that take a style.
+    """
+    return list(range(max(1, round(num_ws * 7 / 18))))
+
+
 def write_mixing_sheet(
     renderer: Renderer, rows: Numbers, cols: Numbers, layers: Numbers | None, label: int, out: str
 ) -> str:
     """Writes `mixing.png`: columns' images on top, rows' at the left, their mixtures between.
 
     A mixture has the row's styles, but in `layers` the column's (Karras et al. 2019, section 3.1);
-    None means the first seven, as in NVIDIA's style_mixing.py. Returns the path.
+    None means `coarse_layers`. Returns the path.
 
     Raises:
       UsageError: the network has no such layer, or no styles.
@@ -211,7 +124,7 @@ def write_mixing_sheet(
     last = renderer.num_ws - 1
     if not last:
         raise UsageError("--mix_rows: this network has no styles to mix; use --seeds or --walk")
-    chosen = list(range(min(6, last) + 1)) if layers is None else layers
+    chosen = coarse_layers(renderer.num_ws) if layers is None else layers
     if max(chosen) > last:
         raise UsageError(
             f"--mix_layers: the layers of this network are 0-{last}, not {max(chosen)}"
@@ -259,7 +172,12 @@ def define_flags(values: absl_flags.FlagValues = FLAGS) -> None:
     number("batch", 8, "Images at a time; fewer need less memory.", lower_bound=1)
     text("mix_rows", None, "Style mixing: seeds of the rows.")
     text("mix_cols", None, "Style mixing: seeds of the columns.")
-    text("mix_layers", None, "Style mixing: layers taken from the column, as 0-3; else 0-6.")
+    text(
+        "mix_layers",
+        None,
+        "Style mixing: layers taken from the column, as 0-3; else the first, 7 of 18 at 1024x1024 "
+        "and 3 of 8 at 32x32.",
+    )
     text("walk", None, "Latent walk: seeds to pass, closed to a loop.")
     text("video", "walk.mp4", "Latent walk: a name in --out, *.mp4, *.gif or *.webp.")
     number("frames", 60, "Latent walk: frames from one seed to the next.", lower_bound=1)
@@ -267,20 +185,22 @@ def define_flags(values: absl_flags.FlagValues = FLAGS) -> None:
 
 
 def main(_: Sequence[str]) -> None:
-    """Draws what the flags ask for and prints where it is.
+    """Draws what the flags ask for and prints of which checkpoint, and where it is.
 
     Raises:
       UsageError: the flags do not fit together, or not the network.
       CheckpointError: there is no checkpoint.
     """
     seeds = _check_flags()
-    network, params, _config, info = load_generator(storage.resolve(FLAGS.checkpoint or FLAGS.run))
-    names = info["label_names"] or [f"class {i}" for i in range(network.c_dim)]
-    label, *more = classes = choose_classes(FLAGS["class"].value, names, network.c_dim)
+    trained = rendering.load(
+        FLAGS.checkpoint or FLAGS.run, noise_mode=FLAGS.noise_mode, batch=FLAGS.batch
+    )
+    print(f"G_ema of step {trained.step}, {trained.kimg:g} kimg ({printable(trained.checkpoint)})")
+    label, *more = classes = choose_classes(FLAGS["class"].value, trained.labels)
     if more and ("mix_rows" in seeds or "walk" in seeds):
         raise UsageError("--class=all is for single images; a sheet or a walk has one class")
-    style = {name: FLAGS[name].value for name in _STYLE_FLAGS}
-    renderer, out = Renderer(network, params, **style), storage.resolve(FLAGS.out)
+    renderer = trained.renderer.truncated(FLAGS.truncation_psi, FLAGS.truncation_cutoff)
+    out = storage.resolve(FLAGS.out)
     storage.makedirs(out)
     if "mix_rows" in seeds:
         rows, cols, layers = seeds["mix_rows"], seeds["mix_cols"], seeds.get("mix_layers")
@@ -289,12 +209,11 @@ def main(_: Sequence[str]) -> None:
         written = storage.join(out, FLAGS.video)
         write_walk(renderer, seeds["walk"], label, written, frames=FLAGS.frames, fps=FLAGS.fps)
     else:
-        *images, grid = write_images(renderer, seeds["seeds"], classes, names, out)
+        *images, grid = write_images(renderer, seeds["seeds"], classes, trained.labels, out)
         written = f"{len(images)} images and {grid}"
     print(f"wrote {printable(written)}")
 
 
-_STYLE_FLAGS = ("truncation_psi", "truncation_cutoff", "noise_mode", "batch")
 _LIST_FLAGS = ("seeds", "mix_rows", "mix_cols", "mix_layers", "walk")
 
 

@@ -47,7 +47,7 @@ from trainer import config as config_lib
 from trainer.config import BatchArithmetic, Config
 from trainer.core import storage
 from trainer.core.errors import ConfigError, UsageError
-from trainer.core.text import printable
+from trainer.core.text import image_size, printable
 from trainer.distribution import cluster, membership
 from trainer.families.protocol import DataShape
 
@@ -152,7 +152,7 @@ def _data_shape(config: Config) -> DataShape:
 
 
 def _batch_text(a: BatchArithmetic, data: DataShape) -> str:
-    size = "x".join(map(str, (*data.resolution, data.channels)))
+    size = image_size(data.resolution, data.channels)
     return (
         f"{a.global_batch} images {size} = {a.num_replicas} replicas x {a.rounds} rounds x "
         f"{a.per_replica_batch}"
@@ -205,7 +205,7 @@ def verdict_lines(run: Run, measured: StepSpeed) -> list[tuple[str, str]]:
         (
             "convolution",
             f"{bare.median:.1f} GFLOP/s (fastest {bare.fastest:.1f}), 3x3, {channels} channels, "
-            f"{images} x {height}x{width}, by {measured.convolution.formula}",
+            f"{images} x {image_size((height, width))}, by {measured.convolution.formula}",
         ),
         (
             "share",

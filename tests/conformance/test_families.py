@@ -15,13 +15,18 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import trainer
 from tests.conformance.families import make
+from tests.serving import test_model_card
 from tests.training.test_step import Run, distance
+from trainer import config as config_lib
 from trainer.config import CheckpointConfig
 from trainer.core.errors import ConfigError, UsageError
 from trainer.data.manifest import Manifest
 from trainer.families import registry
-from trainer.generate import Renderer, write_mixing_sheet
+from trainer.generate import write_mixing_sheet
+from trainer.serving import model_card, saved_model
+from trainer.serving.rendering import Renderer
 from trainer.serving.signatures import Served
 from trainer.training import checkpoint
 from trainer.training.checkpoint import Checkpoints
@@ -184,10 +189,37 @@ def test_truncation_or_why_not(family: str, squares: Manifest) -> None:
     network, params = generator(family, squares)
     if not network.truncates:
         with pytest.raises(UsageError, match="no average image"):
-            Renderer(network, params, truncation_psi=0.5)
+            Renderer(network, params).truncated(0.5)
         return
-    images = Renderer(network, params, truncation_psi=0.0).images([1, 2], [0, 0])
+    images = Renderer(network, params).truncated(0.0).images([1, 2], [0, 0])
     np.testing.assert_array_equal(*images)
+
+
+@every_family
+def test_a_run_or_a_checkpoint_is_sampled(
+    family: str, squares: Manifest, tmp_path: pathlib.Path
+) -> None:
+    run = trained(family, squares)
+    info = {
+        "kimg": 0.016,
+        "config": config_lib.to_dict(run.config),
+        "resolution": [8, 8],
+        "channels": 3,
+        "label_names": squares.label_names,
+        "label_counts": squares.label_counts,
+    }
+    saving = Checkpoints(str(tmp_path), CheckpointConfig(), run.state.variables())
+    saving.save(2, info)
+    saving.wait()
+    network, params = generator(family, squares)
+    psi = 0.5 if network.truncates else 1.0
+    wanted = list(Renderer(network, params).truncated(psi).images([5, 9], [1, 1]))
+    for path in (tmp_path, tmp_path / "checkpoints" / "step-000000002"):
+        loaded = trainer.load(path)
+        assert (loaded.step, loaded.kimg, loaded.resolution) == (2, 0.016, (8, 8))
+        assert loaded.labels == ("red", "green", "blue")
+        found = loaded.sample([5, 9], label="green", truncation_psi=psi)
+        assert np.max(np.abs(found.astype(int) - wanted)) <= 1
 
 
 @every_family
@@ -231,6 +263,11 @@ def test_a_saved_model_draws_the_same(
     assert np.max(np.abs(found.astype(int) - wanted)) <= 1
     seeded = signature(z=tf.zeros([1, 0]), label=tf.constant([1], tf.int64))
     assert seeded.shape == (1, 8, 8, 3)
+    facts = saved_model._facts(family, network, params)
+    card = test_model_card.make(
+        squares.label_counts, network=facts, signatures=saved_model._specs(served)
+    )
+    test_model_card.run_snippet(model_card.text(card), str(tmp_path))
     if not network.truncates:
         with pytest.raises(tf.errors.InvalidArgumentError, match="truncation_psi must be 1"):
             signature(z=z, label=tf.constant([2], tf.int64), truncation_psi=tf.constant([0.5]))

@@ -56,6 +56,11 @@ def test_values_in_messages(value: object, shown: str) -> None:
     assert text_lib.quoted(value) == shown
 
 
+def test_sizes_are_width_x_height() -> None:
+    assert text_lib.image_size((128, 256)) == "256x128"
+    assert text_lib.image_size([128, 256], 3) == "256x128x3"
+
+
 def test_markdown_and_html_are_text() -> None:
     hostile = "a|b <img src=x onerror=alert(1)> [x](javascript:y) `c` **d** ![e](f)\n# G"
     shown = text_lib.markdown(hostile)

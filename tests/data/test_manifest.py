@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trainer.core import storage
 from trainer.core.errors import DataError
 from trainer.data import manifest
 
@@ -36,6 +38,33 @@ def test_names_survive_whatever_they_are(build, tmp_path):
     assert changed.fingerprint != made.fingerprint
 
 
+def test_names_of_files_do_not_count(build, tmp_path):
+    made = build(tmp_path / "a", [5, 4])
+    shards = [dataclasses.replace(shard, name=f"b-{shard.name}") for shard in made.shards]
+    renamed = dataclasses.replace(made, name="b", shards=shards)
+    assert manifest.save(renamed, str(tmp_path / "b")).fingerprint == made.fingerprint
+    assert manifest.load(str(tmp_path / "b")).shards == shards
+
+
+def test_what_is_in_the_shards_counts(build, tmp_path):
+    made = build(tmp_path / "a", [5, 4])
+    first, last = made.shards
+    for shards in ([last, first], [dataclasses.replace(first, crc32c=first.crc32c ^ 1), last]):
+        other = manifest.save(dataclasses.replace(made, shards=shards), str(tmp_path / "b"))
+        assert other.fingerprint != made.fingerprint
+
+
+def test_version_1_keeps_its_fingerprint_over_the_names(build, tmp_path):
+    """Of data sets converted before, so that runs on them go on."""
+    made = dataclasses.replace(build(tmp_path / "a", [5, 4]), version=1)
+    old = manifest.save(made, str(tmp_path / "a"))
+    assert manifest.load(str(tmp_path / "a")) == old
+    renamed = dataclasses.replace(made, name="b")
+    assert manifest.save(renamed, str(tmp_path / "b")).fingerprint != old.fingerprint
+    embedded = manifest.load("package:data/fluent_emoji_32")
+    assert (embedded.version, embedded.fingerprint[:8]) == (1, "7192de68")
+
+
 def test_the_embedded_data_set_loads():
     embedded = manifest.load("package:data/fluent_emoji_32")
     assert embedded.resolution == (32, 32) and embedded.channels == 3
@@ -46,6 +75,42 @@ def test_the_embedded_data_set_loads():
 def test_no_manifest_says_how_to_make_one(tmp_path):
     with pytest.raises(DataError, match=r"no data set at .*python -m trainer\.convert --source"):
         manifest.load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("data", "dest"),
+    [
+        ("photos", "photos-SIZE"),
+        ("photos/", "photos-SIZE"),
+        ("photos.zip", "photos-SIZE"),
+        (".", "DATASET"),
+        ("memory://images/photos", "memory://images/photos-SIZE"),
+    ],
+)
+def test_a_folder_of_images_is_the_source_and_not_the_destination(
+    tmp_path, monkeypatch, data, dest
+):
+    monkeypatch.chdir(tmp_path)
+    if data.endswith(".zip"):
+        (tmp_path / data).write_bytes(b"PK")
+    else:
+        storage.write_text_atomic(storage.join(data, "cats", "a.png"), "an image")
+    with pytest.raises(DataError, match="if your images are there") as caught:
+        manifest.load(data)
+    assert f"--source={data} --dest={dest} --resolution=SIZE" in str(caught.value)
+
+
+def test_the_name_of_a_folder_of_images_is_quoted(tmp_path):
+    (tmp_path / "my photos").mkdir()
+    (tmp_path / "my photos" / "a.png").write_bytes(b"an image")
+    with pytest.raises(DataError, match=r"'--source=/.*/my photos' '--dest=/.*/my photos-SIZE'"):
+        manifest.load(f"{tmp_path}/my photos")
+
+
+def test_a_directory_that_is_empty_or_not_there_is_the_destination(tmp_path):
+    for data in (tmp_path, tmp_path / "none"):
+        with pytest.raises(DataError, match=f"--source=IMAGES --dest={data} --resolution=SIZE"):
+            manifest.load(str(data))
 
 
 def test_an_unfinished_conversion_says_how_to_go_on(tmp_path):
@@ -73,7 +138,8 @@ def _edit(document, path, value):
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (["version"], 2, "version 2 is not 1"),
+        (["version"], 3, "version 3 is not 1 or 2"),
+        (["version"], 1, "fingerprint does not fit"),
         (["version"], True, "version is bool, not int"),
         (["num_images"], 138, "the shards hold 139 images"),
         (["num_images"], "139", "num_images is str, not int"),

@@ -7,10 +7,16 @@ import pathlib
 import re
 from typing import Any
 
+import numpy as np
 import pytest
+import tensorflow as tf
 
+from tests.serving.test_rendering import make_network
 from trainer import config as config_lib
-from trainer.serving import model_card
+from trainer.serving import model_card, saved_model
+from trainer.serving.rendering import Renderer
+from trainer.serving.signatures import Served
+from trainer.telemetry import images as grids
 
 
 def line(step: int, **results: float) -> str:
@@ -59,10 +65,14 @@ def make(counts: tuple[int, ...] = (), **changes: Any) -> dict[str, Any]:
     export = {
         "network": network | {"parameters": 123456},
         "signatures": {
+            "serving_default": {
+                "inputs": {"z": {"dtype": "float32", "shape": [None, None]}},
+                "outputs": {"images": {"dtype": "uint8", "shape": [None, 16, 32, 3]}},
+            },
             "png": {
                 "inputs": {"z": {"dtype": "float32", "shape": [None, None]}},
                 "outputs": {"image_bytes": {"dtype": "string", "shape": [None]}},
-            }
+            },
         },
         "metrics": [{"results": {"fid50k_full": 9.53}, "step": 10, "kimg": 0.16}],
         "data_licence": "",
@@ -78,10 +88,44 @@ def make(counts: tuple[int, ...] = (), **changes: Any) -> dict[str, Any]:
     return model_card.describe(info, export | changes)
 
 
+def run_snippet(text: str, path: str) -> dict[str, Any]:
+    """What the card's Python leaves; it must call `serving_default` with every input it has."""
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    values: dict[str, Any] = {}
+    exec(code.replace('load(".")', f'load("{path}")'), values)
+    given = re.findall(r"^    (\w+)=", code, re.MULTILINE)
+    inputs = values["model"].signatures["serving_default"].structured_input_signature[1]
+    assert sorted(given) == sorted(inputs)
+    (shape,) = re.findall(r'\["images"\]\.numpy\(\)  # uint8 \[2, (.*)\]', code)
+    assert ", ".join(map(str, values["images"].shape[1:])) == shape
+    return values
+
+
+@pytest.mark.parametrize("classes", [0, 4])
+def test_the_call_in_the_card_can_be_copied(classes: int, tmp_path: pathlib.Path) -> None:
+    """Of all inputs; what it draws is what the defaults of `generate` draw of the same seeds."""
+    network, params = make_network(c_dim=classes)
+    arrays = {name: value.numpy() for name, value in params.items()}
+    served = Served(network, arrays)
+    saved_model._save(served, str(tmp_path))
+    facts = saved_model._facts("some", network, arrays)
+    card = make((1,) * classes, network=facts, signatures=saved_model._specs(served))
+    card["data"]["label_names"] = []
+    values = run_snippet(model_card.text(card), str(tmp_path))
+    label = {"label": tf.constant([0], tf.int64)} if classes else {}
+    seeds, psi = tf.constant([1, 2], tf.int64), tf.constant([0.7])
+    wanted = served.generate(seed=seeds, truncation_psi=psi, **label)["images"].numpy()
+    assert values["images"].dtype == np.uint8
+    assert np.abs(values["images"].astype(int) - wanted).max() <= 1
+    renderer = Renderer(network, params).truncated(0.7)
+    (image,) = renderer.images([1], [0 if classes else -1])
+    assert np.abs(grids.to_uint8(values["image"].numpy())[0].astype(int) - image).max() <= 1
+
+
 def test_people_are_told_the_facts() -> None:
     text = model_card.text(make((5, 3), data_licence="CC BY 4.0"))
     for fact in (
-        "16x32x3",
+        "32x16x3",
         "0.192 thousand images (step 12)",
         "123,456 parameters",
         "2 classes (cat, dog)",

@@ -10,9 +10,9 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from tests.test_generate import Network, assert_same_pixels, make_network
-from trainer.generate import Renderer
+from tests.serving.test_rendering import Network, assert_same_pixels, make_network
 from trainer.layers.ops import Backend
+from trainer.serving.rendering import Renderer
 from trainer.serving.signatures import Served
 
 
@@ -57,7 +57,7 @@ def labelled(conditional: Network) -> Served:
 
 @pytest.mark.parametrize("mode", ["const", "none"])
 def test_latents_make_the_images_of_generate(plain: Network, served: Served, mode: str) -> None:
-    renderer = Renderer(*plain, truncation_psi=0.7, noise_mode=mode)
+    renderer = Renderer(*plain, noise_mode=mode).truncated(0.7)
     drawn = draw(served, z=latents([3, 0, 7]), truncation_psi=[0.7], noise_mode=[mode])
     assert drawn.dtype == np.uint8
     for image, wanted in zip(drawn, renderer.images([3, 0, 7], [-1] * 3), strict=True):
@@ -142,9 +142,7 @@ def test_random_noise_is_standard_normal(plain: Network, served: Served) -> None
 
 def test_mapping_and_synthesis_are_generate_in_two_steps(plain: Network, served: Served) -> None:
     ws = served.mapping(latents([1, 2]), tf.constant([0.7]))["ws"]
-    np.testing.assert_allclose(
-        ws, Renderer(*plain, truncation_psi=0.7).ws([1, 2], [-1] * 2), atol=1e-5
-    )
+    np.testing.assert_allclose(ws, Renderer(*plain).truncated(0.7).ws([1, 2], [-1] * 2), atol=1e-5)
     images = served.synthesis(ws)["images"]
     assert images.dtype == tf.float32
     np.testing.assert_allclose(images, plain[0].synthesis(plain[1], ws), atol=1e-4)

@@ -35,8 +35,9 @@ from trainer.core.fencing import Record
 from trainer.core.lease import Owner
 from trainer.data.manifest import Manifest
 from trainer.families import registry
+from trainer.families.protocol import DataShape
 from trainer.serving import saved_model
-from trainer.training import checkpoint, loop
+from trainer.training import checkpoint, loop, run
 from trainer.training.preemption import Preemption
 from trainer.training.step import Reports, TrainStep
 
@@ -170,6 +171,13 @@ def deterministic(manifest: Manifest) -> Config:
         data={"use_labels": True, "window": 8},
         telemetry={**TINY["telemetry"], "tensorboard": True},
     )
+
+
+def test_the_size_of_images_is_width_x_height(squares: Manifest) -> None:
+    manifest = dataclasses.replace(squares, resolution=(8, 16))
+    config = config_lib.from_dict({"model": TINY_MODEL, "training": {"batch_size": 8}})
+    made = run.Run.create(config, DataShape(manifest.resolution, manifest.channels, ()))
+    assert "64 images 16x8x3, 3 classes" in loop._description(made, manifest)[0]
 
 
 def test_what_a_run_writes(undisturbed: tuple[pathlib.Path, str], squares: Manifest) -> None:

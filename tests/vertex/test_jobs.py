@@ -290,6 +290,12 @@ def test_spot() -> None:
     assert "custom_model_training_preemptible_nvidia_a100_gpus" in rows["quota"]
 
 
+def test_sizes_are_width_x_height() -> None:
+    asked = request("auto", "a100x1", shape=Shape((128, 256)))
+    rows = dict(facts.facts(asked, fit.plan(asked.config, asked.shape, asked.target), None))
+    assert " images 256x128x3 = " in rows["batch"]
+
+
 def test_shards_must_divide_over_machines() -> None:
     asked = request("auto", "a100x16=2x8", shape=Shape((256, 256), shards=7))
     with pytest.raises(ConfigError, match="7 shards don't divide over 2 machines"):

@@ -1,4 +1,4 @@
-"""Text from outside, made fit for a line of a terminal or of a log, and for Markdown.
+"""Text of messages: what comes from outside, made fit for a terminal, a log and Markdown; sizes.
 
 Names, paths, labels, licences, config values, and what peers and services answer are written by
 others. Unescaped they could move a terminal's cursor, hide or forge lines, or reverse what is read.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Sequence
 
 # Characters of a foreign text that a message repeats.
 SHOWN = 200
@@ -56,6 +57,17 @@ def quoted(value: object, limit: int = SHOWN) -> str:
     if isinstance(value, (dict, list)):
         return "an object" if isinstance(value, dict) else "a list"
     return type(value).__name__
+
+
+def image_size(resolution: Sequence[int], channels: int | None = None) -> str:
+    """WIDTHxHEIGHT, as everywhere where people read or type a size; with channels 256x128x3.
+
+    Args:
+      resolution: (height, width) in pixels, the order of arrays.
+      channels: of the images.
+    """
+    height, width = resolution
+    return f"{width}x{height}" if channels is None else f"{width}x{height}x{channels}"
 
 
 def markdown(text: object, limit: int | None = None) -> str:

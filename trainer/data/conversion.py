@@ -26,6 +26,7 @@ import simplejpeg
 
 from trainer.core import output, storage, tfrecord
 from trainer.core.errors import DataError, TrainerError, UsageError
+from trainer.core.text import image_size
 from trainer.data import images, manifest, records, sources
 from trainer.data import journal as journal_lib
 from trainer.data.encoding import Done, Task, encode, encode_all, encode_in_processes
@@ -123,7 +124,7 @@ class Frame:
         if self.reference and done.channels != self.channels:
             raise DataError(
                 f"{self.reference} has {self.channels} channels, {task.name} has {done.channels}; "
-                "pass --channels=rgb (or gray, rgba) to make them equal"
+                f"{_alike({self.channels, done.channels})}"
             )
         return done
 
@@ -138,6 +139,17 @@ class Frame:
                 f"{count} images cannot be used, more than --max_bad={self.settings.max_bad}; the "
                 f"last one: {name}: {reason}"
             )
+
+
+def _alike(channels: set[int]) -> str:
+    """The flags that make images alike whose channels are these."""
+    if channels == {1, 3}:
+        return "pass --channels=rgb (or gray) to make them alike"
+    opaque = "gray" if channels == {1, 2} else "rgb"
+    return (
+        f"pass --channels={opaque} --background=white (or another colour) to lay transparent pixels "
+        "over it, or --channels=rgba to keep them"
+    )
 
 
 @dataclass(frozen=True)
@@ -293,14 +305,13 @@ def _dataset_name(dest: str) -> str:
 def _identity(settings: Settings, plan: _Plan) -> dict[str, Any]:
     """Everything that the bytes of the result depend on."""
     labels = ",".join(map(str, plan.labels.numbers)) + json.dumps(plan.labels.names)
-    height, width = settings.options.resolution
     return {
         "format version": manifest.VERSION,
         "Pillow version": PIL.__version__,
         "simplejpeg version": simplejpeg.__version__,
         "images in the source": plan.source.fingerprint(),
         "labels": tfrecord.checksum(labels.encode()),
-        "--resolution": f"{width}x{height}",
+        "--resolution": image_size(settings.options.resolution),
         "--crop": settings.options.crop,
         "--filter": settings.options.filter,
         "--channels": images.MODES.get(settings.options.channels, "auto"),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from PIL import Image, ImageColor
 
 from trainer.core.errors import DataError, UsageError
+from trainer.core.text import image_size
 from trainer.data import decoding
 
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
@@ -47,7 +48,9 @@ class ImageOptions:
         if self.channels not in {0, *MODES}:
             raise UsageError(f"{self.channels} channels: an image has 1 to 4")
         if not all(1 <= side <= 16384 for side in self.resolution):
-            raise UsageError(f"resolution {self.resolution}: a side has 1 to 16384 pixels")
+            raise UsageError(
+                f"resolution {image_size(self.resolution)}: a side has 1 to 16384 pixels"
+            )
         self.background_rgb()
 
     def background_rgb(self) -> tuple[int, int, int]:

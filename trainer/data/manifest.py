@@ -20,7 +20,8 @@ from trainer.core.errors import DataError
 
 FILE_NAME = "dataset.json"
 PARTIAL_NAME = ".partial"  # where the converter keeps its place
-VERSION = 1
+VERSION = 2
+_NAMES_COUNT = 1  # in this version the names of the files enter the fingerprint
 
 _LONGEST = 1 << 28  # bytes; an index of 10 million records has about 2 million
 MAX_BLOCK = 64
@@ -63,7 +64,9 @@ class Manifest:
       block: records from one entry of a shard's index to the next.
       shards: the record files, one lane each.
       skipped: unusable source images, {'name', 'reason'}.
-      fingerprint: SHA-256 of all the above.
+      version: of the format; data sets of version 1 are read, too.
+      fingerprint: SHA-256 of all the above but `name` and the shards' names, which come from the
+        directory. In version 1 they are included.
       directory: where it was loaded from.
     """
 
@@ -125,6 +128,9 @@ def _content(manifest: Manifest) -> dict[str, Any]:
 
 
 def _fingerprint(content: dict[str, Any]) -> str:
+    if content["version"] != _NAMES_COUNT:
+        shards = [{**shard, "name": ""} for shard in content["shards"]]
+        content = {**content, "name": "", "shards": shards}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -181,8 +187,7 @@ def load(path: str) -> Manifest:
     if "labels" in document and "shards" not in document:
         raise DataError(
             f"{where} holds labels of images, not a converted data set; make one: "
-            f"python -m trainer.convert {shlex.quote(f'--source={path}')} --dest=DATASET "
-            "--resolution=SIZE"
+            f"{_conversion_of(path)}"
         )
     try:
         return _parse(document, directory)
@@ -196,10 +201,27 @@ def _missing(path: str, directory: str) -> str:
             f"{path} is an unfinished conversion: run the same trainer.convert command again, "
             "and it goes on"
         )
+    if storage.isfile(directory) or (storage.isdir(directory) and storage.listdir(directory)):
+        return (
+            f"no data set at {path} (it has no {FILE_NAME}); if your images are there, convert them "
+            f"to a directory of their own: {_conversion_of(path)}"
+        )
     return (
         f"no data set at {path} (it has no {FILE_NAME}); make one: "
         f"python -m trainer.convert --source=IMAGES {shlex.quote(f'--dest={path}')} "
         "--resolution=SIZE"
+    )
+
+
+def _conversion_of(path: str) -> str:
+    """The command that converts a folder or archive of images to a directory beside it."""
+    source = path.rstrip("/")
+    dest = f"{source.removesuffix('.zip')}-SIZE"
+    if source.rpartition("/")[2] in {"", ".", ".."}:  # it has no name to derive one from
+        dest = "DATASET"
+    return (
+        f"python -m trainer.convert {shlex.quote(f'--source={path}')} "
+        f"{shlex.quote(f'--dest={dest}')} --resolution=SIZE"
     )
 
 
@@ -232,8 +254,8 @@ def _integer(document: Any, key: str, low: int, high: int, where: str = "") -> i
 
 def _parse(document: Any, directory: str) -> Manifest:
     version = _get(document, "version", int)
-    if version != VERSION:
-        raise _Wrong(f"version {version} is not {VERSION}, which this program reads")
+    if version not in (_NAMES_COUNT, VERSION):
+        raise _Wrong(f"version {version} is not {_NAMES_COUNT} or {VERSION}, which are read here")
     resolution = _list(document, "resolution", int)
     if len(resolution) != 2 or not all(1 <= side <= 16384 for side in resolution):
         raise _Wrong(f"resolution {resolution} is not a height and a width")

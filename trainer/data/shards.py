@@ -24,6 +24,7 @@ require_tensorflow()  # before anything imports it
 import tensorflow as tf  # noqa: E402
 
 from trainer.core import output, storage, tfrecord  # noqa: E402
+from trainer.core.text import image_size  # noqa: E402
 from trainer.data.manifest import Manifest  # noqa: E402
 
 # What reading can raise. TensorFlow quotes a broken record in its message, which need not be text.
@@ -141,7 +142,7 @@ def _check_record(manifest: Manifest, payload: bytes) -> tuple[np.ndarray, int]:
         raise DataError("it is not an example with image, size and label") from None
     size = (int(parsed["image/height"]), int(parsed["image/width"]))
     if size != manifest.resolution:
-        raise DataError(f"it says {size[1]}x{size[0]} pixels, {_wanted(manifest)}")
+        raise DataError(f"it says {image_size(size)} pixels, {_wanted(manifest)}")
     label = int(parsed["image/class/label"])
     low, high = label_range(manifest)
     if not low <= label <= high:
@@ -151,16 +152,16 @@ def _check_record(manifest: Manifest, payload: bytes) -> tuple[np.ndarray, int]:
     except ERRORS as error:
         raise DataError(f"its image cannot be decoded ({reason(error)})") from None
     if image.shape != (*manifest.resolution, manifest.channels):
-        height, width, channels = image.shape
+        *size, channels = image.shape
         raise DataError(
-            f"its image has {width}x{height} pixels and {channels} channels, {_wanted(manifest)}"
+            f"its image has {image_size(size)} pixels and {channels} channels, {_wanted(manifest)}"
         )
     return image, label
 
 
 def _wanted(manifest: Manifest) -> str:
-    height, width = manifest.resolution
-    return f"the manifest says {width}x{height} and {manifest.channels} channels"
+    size = image_size(manifest.resolution)
+    return f"the manifest says {size} and {manifest.channels} channels"
 
 
 # ---- single images -------------------------------------------------------------------------------

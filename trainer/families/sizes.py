@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from trainer.core.errors import ConfigError
+from trainer.core.text import image_size
 
 
 class BaseGrid(NamedTuple):
@@ -41,8 +42,8 @@ def nearest_resolutions(height: int, width: int, count: int = 3) -> list[tuple[i
 def base_grid(resolution: tuple[int, int]) -> BaseGrid:
     """(h0, w0, n) with resolution = (h0 * 2^n, w0 * 2^n).
 
-    n is the largest for which both sides are whole and at least 4: 32x32 is 4x4 doubled 3 times,
-    256x128 (height x width) is 8x4 doubled 5 times, 96x96 is 6x6 doubled 4 times.
+    n is the largest for which both sides are whole and at least 4: (32, 32) is (4, 4) doubled 3
+    times, (256, 128) is (8, 4) doubled 5 times, (96, 96) is (6, 6) doubled 4 times.
 
     Args:
       resolution: (height, width) in pixels.
@@ -54,9 +55,9 @@ def base_grid(resolution: tuple[int, int]) -> BaseGrid:
     height, width = resolution
     grid = _try_base_grid(height, width)
     if grid is None:
-        nearest = ", ".join(f"{h}x{w}" for h, w in nearest_resolutions(height, width))
+        nearest = ", ".join(map(image_size, nearest_resolutions(height, width)))
         raise ConfigError(
-            f"resolution {height}x{width} (height x width) is not a grid of 4 to 7 (long side up "
+            f"resolution {image_size(resolution)} (width x height) is not a grid of 4 to 7 (long side up "
             f"to 32) doubled one or more times; convert to one that is, the nearest are {nearest}"
         )
     return grid

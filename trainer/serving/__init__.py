@@ -1,1 +1,1 @@
-"""A trained generator for others: signatures, SavedModels with their cards, versions of a model."""
+"""A trained generator for others: in Python, as SavedModels with their cards, in versions."""

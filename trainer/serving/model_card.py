@@ -9,7 +9,7 @@ from typing import Any
 from trainer import config as config_lib
 from trainer.core import documents, storage
 from trainer.core.errors import StorageError
-from trainer.core.text import code, code_block, markdown
+from trainer.core.text import code, code_block, image_size, markdown
 
 FORMAT = 1
 TEXT = "MODEL_CARD.md"
@@ -90,20 +90,22 @@ _MEANINGS = {
 def text(card: Mapping[str, Any]) -> str:
     """The card for people, in Markdown."""
     network, training, data = card["network"], card["training"], card["data"]
-    height, width, channels = network["resolution"] + [network["channels"]]
+    resolution, channels = network["resolution"], network["channels"]
+    size = image_size(resolution, channels)
     config = config_lib.to_yaml(config_lib.from_dict(training["config"], where="the checkpoint"))
     sections = [
-        f"# Generator of the family {network['family']}, {height}x{width}x{channels}\n",
+        f"# Generator of the family {network['family']}, {size}\n",
         f"The moving average (G_ema) of a generator after {_kimg(training)}, as a TensorFlow "
         f"SavedModel: {network['parameters']:,} parameters, {_classes(data)}. It needs TensorFlow "
         "and nothing else.\n",
         "## Use\n",
         _USE.format(
+            call=_call(card["signatures"]["serving_default"]["inputs"], network),
+            shape=str([2, *resolution, channels]),
             label='"label": [0], ' if network["c_dim"] else "",
-            python_label="label=tf.constant([0], tf.int64), " if network["c_dim"] else "",
             c=f"tf.one_hot([0], {network['c_dim']}), " if network["c_dim"] else "",
             z_dim=network["z_dim"],
-            psi=0.7 if network["truncates"] else 1.0,
+            psi=_psi(network),
         ),
         "## Signatures\n",
         *_signatures(card["signatures"]),
@@ -131,12 +133,15 @@ import numpy as np
 import tensorflow as tf
 
 model = tf.saved_model.load(".")  # the directory of this file
-seed, psi = tf.constant([1, 2], tf.int64), tf.constant([{psi}])
-images = model.generate({python_label}seed=seed, truncation_psi=psi)["images"]
+images = model.signatures["serving_default"](
+{call}
+)["images"].numpy()  # uint8 {shape}
 
-z = np.random.RandomState(1).randn(1, {z_dim})  # seed 1 of trainer.generate
+# The image that trainer.generate makes of seed 1, by its latent and its styles.
+z = np.random.RandomState(1).randn(1, {z_dim})
+psi = tf.constant([{psi}])
 ws = model.mapping(tf.constant(z, tf.float32), {c}truncation_psi=psi)["ws"]
-images = model.synthesis(ws)["images"]  # as float32, and differentiable
+image = model.synthesis(ws)["images"]  # float32, about -1 to 1, and differentiable
 ```
 
 ```sh
@@ -148,6 +153,34 @@ curl localhost:8501/v1/models/gan:predict -d '{{"signature_name": "png", "inputs
 Servers that know a signature's defaults do without what has one. In the row format
 (`"instances"`), and with a server that makes batches, give every input a row for each image.
 """
+
+
+def _psi(network: Mapping[str, Any]) -> float:
+    """A usual truncation, if the network has any."""
+    return 0.7 if network["truncates"] else 1.0
+
+
+def _call(inputs: Mapping[str, Any], network: Mapping[str, Any]) -> str:
+    """The arguments of a call for two images, each input of the signature on a line."""
+    values = {
+        "seed": "[1, 2]",
+        "label": "[0]",
+        "truncation_psi": f"[{_psi(network)}]",
+        "noise_mode": '["const"]',
+        "z": "[[]]",
+    }
+    comments = {
+        "seed": "one for each image",
+        "label": f"one for each image, or one for all: 0 to {network['c_dim'] - 1}",
+        "noise_mode": "or random, none",
+        "z": f"the latents of the seeds; or give them: [N, {network['z_dim']}]",
+    }
+    lines = []
+    for name, spec in inputs.items():
+        comment = f"  # {comments[name]}" if name in comments else ""
+        lines.append(f"    {name}=tf.constant({values[name]}, tf.{spec['dtype']}),{comment}")
+    return "\n".join(lines)
+
 
 _SEEDS = """\
 Inputs have one row for each image, or one for all; the number of images is free.

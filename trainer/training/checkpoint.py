@@ -41,7 +41,7 @@ import psutil
 import tensorflow as tf
 
 from trainer import config as config_lib
-from trainer.config import CheckpointConfig, Config
+from trainer.config import CheckpointConfig
 from trainer.core import documents, storage
 from trainer.core import lease as lease_lib
 from trainer.core.errors import CheckpointError, StorageError
@@ -687,22 +687,15 @@ def read_parameters(found: Found, prefix: str) -> dict[str, np.ndarray]:
         }
 
 
-def load_generator(
-    path: str,
-) -> tuple[Generator, dict[str, np.ndarray], Config, dict[str, Any]]:
-    """The moving-average generator of a run or a checkpoint.
-
-    Args:
-      path: a run's directory (its newest checkpoint is taken), or a checkpoint's.
+def load_generator(found: Found) -> tuple[Generator, dict[str, np.ndarray]]:
+    """The moving-average generator of a checkpoint.
 
     Returns:
-      The network in full precision, the parameters of G_ema in float32, the run's config, and
-      `state.json` with `step`, `kimg`, `resolution`, `channels`, `label_names` and `label_counts`.
+      The network in full precision, and the parameters of G_ema in float32.
 
     Raises:
-      CheckpointError: there is no whole checkpoint.
+      CheckpointError: its `state.json` doesn't say what network it is.
     """
-    found = find(path)
     run_info.check_network(found.info, found.path)
     config = config_lib.from_dict(found.info["config"], where=found.path)
     data = DataShape(
@@ -710,5 +703,4 @@ def load_generator(
     )
     generator, _ = build.networks(config, data, rounded=False)
     stored = read_parameters(found, "G_ema")
-    params = {name: value.astype(np.float32) for name, value in stored.items()}
-    return generator, params, config, found.info
+    return generator, {name: value.astype(np.float32) for name, value in stored.items()}

@@ -25,7 +25,7 @@ from trainer.core.errors import (
     StorageError,
 )
 from trainer.core.schedule import Number, Schedule
-from trainer.core.text import printable, quoted
+from trainer.core.text import image_size, printable, quoted
 from trainer.data import manifest as manifest_lib
 from trainer.data.manifest import Manifest
 from trainer.data.pipeline import ImageStream
@@ -338,7 +338,7 @@ def _tensorboard_dir(config: Config, workdir: str) -> str:
 def _description(run: Run, manifest: Manifest) -> list[str]:
     """A summary of the run for the console."""
     config, placement, costs = run.config, run.placement, run.cost()
-    height, width = manifest.resolution
+    size = image_size(manifest.resolution, manifest.channels)
     classes = f", {manifest.num_classes} classes" if manifest.num_classes else ""
     ignored = (
         " (not used: data.use_labels is off)" if classes and not config.data.use_labels else ""
@@ -347,8 +347,7 @@ def _description(run: Run, manifest: Manifest) -> list[str]:
     groups = a.per_replica_batch // a.group_size
     slow = placement.platform == "CPU" and config.run.precision == "bfloat16" and not run.jit
     return [
-        f"data      {manifest.directory}: {manifest.num_images} images {height}x{width}x"
-        f"{manifest.channels}{classes}{ignored}",
+        f"data      {manifest.directory}: {manifest.num_images} images {size}{classes}{ignored}",
         f"devices   {placement.description}, precision {config.run.precision}, "
         f"XLA {'on' if run.jit else 'off'}",
         *(["note      without XLA, bfloat16 takes 15 times as long on a CPU"] if slow else []),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from trainer.core.text import image_size
 from trainer.vertex.fit import Plan
 from trainer.vertex.request import Request
 from trainer.vertex.targets import GIB, Target
@@ -10,7 +11,7 @@ from trainer.vertex.targets import GIB, Target
 def facts(request: Request, found: Plan, sec_per_kimg: float | None) -> list[tuple[str, str]]:
     """Size and cost of the job, by name."""
     target, a = request.target, found.arithmetic
-    shape = "x".join(map(str, (*request.shape.resolution, request.shape.channels)))
+    shape = image_size(request.shape.resolution, request.shape.channels)
     rows = [
         ("target", _describe(target, request)),
         (
