@@ -124,7 +124,7 @@ def submit() -> None:
     job = jobs.build(request)
     _print_rows(facts.facts(request, found, speed))
     if FLAGS.dry_run:
-        if not FLAGS.resolution:  # which makes do without asking anybody
+        if storage.is_remote(request.config.data.path) and not FLAGS.resolution:
             _print_rows(_distant_buckets(request))
         _print_job(request, job)
         return

@@ -92,22 +92,25 @@ def test_where_to_look_is_said(call: Call, gcs: Gcs, capsys: pytest.CaptureFixtu
 def test_a_bucket_elsewhere_is_said(
     call: Call, gcs: Gcs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for location, expected in (("us-central1", ""), ("eu", "is in eu, the job in us-central1")):
+    for number, (location, expected) in enumerate(
+        (("us-central1", ""), ("eu", "is in eu, the job in us-central1"))
+    ):
         monkeypatch.setattr(storage, "bucket_location", lambda path, found=location: found)
-        call(*flags(gcs), "--dry_run")
+        call(*flags(gcs), f"--workdir={gcs.url}/runs/{number}")
         printed = capsys.readouterr().out
         assert ("note" in printed) == bool(expected)
         assert expected in printed
-    # With --resolution nobody is asked.
+    # A dry run asks nobody if it knows the images.
     monkeypatch.setattr(storage, "bucket_location", lambda path: pytest.fail("asked"))
-    call(*flags(gcs), "--dry_run", "--resolution=32")
+    call(*flags(gcs), "--dry_run")
+    call(*flags(gcs), f"--data={gcs.url}/data", "--dry_run", "--resolution=32")
 
 
 def test_a_bucket_whose_place_is_secret(
     call: Call, gcs: Gcs, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with gcs.emulator.faulty(match="bucket", forbidden=True):
-        call(*flags(gcs), "--dry_run")
+        call(*flags(gcs))
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note")]
     assert len(lines) == 1 and "permission denied" in lines[0]
 
@@ -118,6 +121,7 @@ def test_a_bucket_that_does_not_answer(
     """The way out is said long before the patience with it ends."""
     monkeypatch.setattr(submit, "_SLOW_SEC", 0.2)
     monkeypatch.setattr(cloud_requests, "RETRY_SECONDS", 1.5)
+    monkeypatch.setattr(cloud_requests, "_LONGEST_WAIT_SECONDS", 0.1)
     with gcs.emulator.faulty(error_rate=1.0), pytest.raises(DataError, match="give --resolution"):
         call(*flags(gcs), f"--data={gcs.url}/data", "--dry_run")
     said = capsys.readouterr().err
