@@ -85,14 +85,16 @@ FORBIDDEN = {
 
 
 def part_of(module: str) -> str:
-    """'trainer.data.records' is in 'data'; 'trainer.task' is a command; 'trainer' is in 'core'.
+    """'trainer.data.records' is in 'data', 'trainer' in 'core'.
 
-    So others may import the package for its version. What it imports itself, for `trainer.load`, is
-    looked at as that of a command.
+    'trainer.task' and 'trainer.config.__main__' are commands. Others may import the package for its
+    version. What it imports itself, for `trainer.load`, is looked at as that of a command.
     """
     names = module.split(".")
     if len(names) == 1:
         return "core"
+    if names[-1] == "__main__":
+        return "commands"
     if re.match(
         r"trainer\.(families(\.(registry|protocol|sizes|\w+\.keys)\b|$)|objectives\.keys\b)", module
     ):

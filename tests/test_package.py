@@ -28,11 +28,13 @@ def test_lists_the_commands(arguments: list[str]) -> None:
     assert done.returncode == 0
     listed = dict(re.findall(r"^  (\w+) +(\w.*)$", done.stdout, re.MULTILINE))
     modules = {path.stem for path in (ROOT / "trainer").glob("[!_]*.py")}
-    assert listed.keys() == modules - {"task"} | {"train"}
+    packages = {path.parent.name for path in (ROOT / "trainer").glob("*/__main__.py")}
+    assert listed.keys() == modules - {"task"} | packages | {"train"}
     assert listed["submit"] == "Runs a config as a job on Vertex AI: --config, --target, --image."
-    # Each begins with what the command does, and names its flags.
+    # Each begins with what the command does, and names its flags or arguments.
     assert all(
-        re.fullmatch(r"[A-Z][a-z]+s \S.*: .*--\w+\.|.*, --\w+\.", t) for t in listed.values()
+        re.fullmatch(r"[A-Z][a-z]+s \S.*: (.*--\w+|[A-Z]+)\.|.*, --\w+\.", text)
+        for text in listed.values()
     )
 
 

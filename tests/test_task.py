@@ -97,7 +97,7 @@ def test_without_data(config: str) -> None:
     ("override", "expected"),
     [
         ("training.batchsize=8", "did you mean training.batch_size?"),
-        ("trainin.batch_size=8", "did you mean training?"),
+        ("trainin.batch_size=8", "did you mean training.batch_size?"),
         ("training.batch_size=many", "training.batch_size = 'many' (str): expected a whole number"),
         ("training.g_lr=-1", "training.g_lr = -1"),
         ("run.strategy", "expected --set section.key=value"),

@@ -20,10 +20,13 @@ def _commands() -> dict[str, tuple[str, str]]:
     """Each command's module and the first line of its docstring."""
     found = {}
     for _, module, is_package in pkgutil.iter_modules(trainer.__path__):
-        if is_package or module.startswith("_"):
+        if module.startswith("_"):
             continue
-        # Read, not imported: a listing must not wait for TensorFlow, nor need it.
-        source = pkgutil.get_data("trainer", f"{module}.py") or b""
+        try:
+            # Read, not imported: a listing must not wait for TensorFlow, nor need it.
+            source = pkgutil.get_data("trainer", f"{module}{'/__main__' * is_package}.py") or b""
+        except OSError:
+            continue  # a package that is no command
         first_line = (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
         found[_NAMES.get(module, module)] = f"trainer.{module}", first_line
     return found

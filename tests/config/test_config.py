@@ -12,7 +12,7 @@ import hypothesis.strategies as st
 import pytest
 
 from trainer import config as config_lib
-from trainer.config import Config, loading, schema
+from trainer.config import Config, identity, loading, schema
 from trainer.core import errors, schedule, sections, storage
 from trainer.core.errors import ConfigError
 from trainer.core.schedule import Schedule
@@ -141,6 +141,7 @@ def test_error_in_a_base_names_the_base(tmp_path: pathlib.Path) -> None:
         ("base: missing.yaml\n", r"missing\.yaml.*does not exist"),
         ("trianing: {}\n", "unknown section 'trianing'; did you mean training"),
         ("batch_size: 8\n", r"did you mean training\.batch_size"),
+        ("batchsize: 8\nrun: {}\n", r"section 'batchsize'; did you mean training\.batch_size"),
         ("training: {mirror: true}\n", r"unknown key training\.mirror; did you mean data\.mirror"),
         ("training: {batchsize: 8}\n", r"did you mean training\.batch_size"),
         (
@@ -252,8 +253,16 @@ def test_on_and_exponents_read_as_a_person_means_them(tmp_path: pathlib.Path) ->
     ("override", "message"),
     [
         ("training.batch_size", "expected --set section.key=value"),
-        ("batch_size=8", "expected --set section.key=value"),
-        ("trainin.batch_size=8", "did you mean training"),
+        ("training=8", "expected --set section.key=value"),
+        ("=8", "expected --set section.key=value"),
+        ("g_lr=0.1", r"^--set g_lr=0\.1: unknown key g_lr; did you mean training\.g_lr\?$"),
+        ("batchsize=8", r"unknown key batchsize; did you mean training\.batch_size\?"),
+        ("z_dim=8", r"did you mean model\.z_dim\?"),
+        ("qqqqqqq=8", "unknown key qqqqqqq; sections are run, data"),
+        ("trainin.batch_size=8", r"unknown section 'trainin'; did you mean training\.batch_size\?"),
+        ("trainin.qqqqqqq=8", r"unknown section 'trainin'; did you mean training\?"),
+        ("data.g_lr=0.1", r"unknown key data\.g_lr; did you mean training\.g_lr\?"),
+        ("model.g_lr=0.1", r"unknown key model\.g_lr; did you mean training\.g_lr\?"),
         ("training.batch_sizes=8", r"did you mean training\.batch_size"),
         ("training.batch_size=eight", "--set training.batch_size=eight: training.batch_size = 'e"),
         ("training.batch_size=", "training.batch_size = null: expected"),
@@ -318,6 +327,11 @@ FREE = {
     "telemetry.tensorboard=false",
     "telemetry.tensorboard_dir=events",
 }
+
+
+def test_may_change_is_what_is_free() -> None:
+    free = {text.partition("=")[0] for text in FREE}
+    assert {key for key in KEYS if identity.may_change(key)} == free
 
 
 @pytest.mark.parametrize("key", sorted(KEYS))

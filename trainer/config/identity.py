@@ -48,13 +48,18 @@ _FREE_KEYS = frozenset(
 )
 
 
+def may_change(key: str) -> bool:
+    """Whether a resumed run may have another value of 'section.key'."""
+    return key.partition(".")[0] in _FREE_SECTIONS or key in _FREE_KEYS
+
+
 def _defining(config: Config) -> dict[str, Any]:
     """The values that define the numbers of a run."""
     return {
         f"{section}.{name}": value
         for section, keys in to_dict(config).items()
         for name, value in keys.items()
-        if section not in _FREE_SECTIONS and f"{section}.{name}" not in _FREE_KEYS
+        if not may_change(f"{section}.{name}")
     }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from trainer.config.schema import SECTIONS, Config
@@ -64,11 +64,10 @@ def _unknown(key: str, where: str, family: str = "") -> ConfigError:
     """The error for a key that does not exist, naming the one that was probably meant.
 
     Args:
-      key: 'section.key'.
+      key: 'section.key', or without its section.
       where: it is.
       family: that the config chooses; '' if the key isn't one of `model`.
     """
-    section, _, name = key.partition(".")
     known = known_keys(family) if family else _KEYS
     owners = [other for other in registry.NAMES if family and key in known_keys(other)]
     if owners:
@@ -76,22 +75,48 @@ def _unknown(key: str, where: str, family: str = "") -> ConfigError:
             f"{where}: {shorten(key)} is a key of {' and '.join(owners)}, and model.family is "
             f"{family}"
         )
-    neighbours = [each.partition(".")[2] for each in known if each.startswith(f"{section}.")]
-    elsewhere = [each for each in known if name and each.endswith(f".{name}")]
-    close = difflib.get_close_matches(name, neighbours, n=1, cutoff=0.5)
-    if elsewhere or close:
-        hint = f"did you mean {elsewhere[0] if elsewhere else f'{section}.{close[0]}'}?"
-    else:
-        hint = f"keys of {section} are {', '.join(neighbours)}"
-    return ConfigError(f"{where}: unknown key {shorten(key)}; {hint}")
+    return ConfigError(f"{where}: unknown key {shorten(key)}; {nearest(key, known)}")
 
 
 def _unknown_section(name: Any, where: str) -> ConfigError:
-    text = shorten(name)
-    owners = [known for known in _KEYS if known.endswith(f".{text}")]
-    close = owners or difflib.get_close_matches(text, SECTIONS, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]}?" if close else f"sections are {', '.join(SECTIONS)}"
-    return ConfigError(f"{where}: unknown section {text!r}; {hint}")
+    return ConfigError(f"{where}: unknown section {shorten(name)!r}; {nearest(shorten(name))}")
+
+
+def nearest(text: str, known: Iterable[str] = _KEYS) -> str:
+    """'did you mean training.g_lr?' for a key that no config has, or the names that there are.
+
+    Args:
+      text: 'section.key', or a key without its section, or a section.
+      known: the keys to choose from.
+    """
+    section, dot, name = text.partition(".")
+    means: dict[str, list[str]] = {}  # what a single word may stand for
+    for key in known:
+        means.setdefault(key.partition(".")[2], []).append(key)
+    neighbours = [key.partition(".")[2] for key in known if key.startswith(f"{section}.")]
+    if not dot:
+        for each in SECTIONS:
+            means[each] = [each]
+        close = _closest(text, means)
+        found = means[close] if close else []
+    elif name in means:
+        found = means[name]
+    elif section in SECTIONS:
+        close = _closest(name, neighbours)
+        found = [f"{section}.{close}"] if close else []
+    else:
+        close = _closest(section, SECTIONS)
+        found = [close] if close else []
+    if found:
+        return f"did you mean {' or '.join(found)}?"
+    if section in SECTIONS:
+        return f"keys of {section} are {', '.join(neighbours)}"
+    return f"sections are {', '.join(SECTIONS)}"
+
+
+def _closest(name: str, names: Iterable[str]) -> str:
+    """The name that is spelt most like another, '' if none is."""
+    return next(iter(difflib.get_close_matches(name[:100], list(names), n=1, cutoff=0.5)), "")
 
 
 def _is_like_a_config(document: Mapping[Any, Any]) -> bool:
@@ -155,11 +180,13 @@ def _read_override(text: str) -> tuple[str, _Value]:
     where = f"--set {shorten(text)}"
     key, equals, raw = text.partition("=")
     key = key.strip()
+    if equals and key and "." not in key and key not in SECTIONS:
+        raise _unknown(key, where)
     if not equals or "." not in key:
         raise ConfigError(f"{where}: expected --set section.key=value")
     section = key.partition(".")[0]
     if section not in SECTIONS:
-        raise _unknown_section(section, where)
+        raise ConfigError(f"{where}: unknown section {shorten(section)!r}; {nearest(key)}")
     if section != "model" and key not in _KEYS:
         raise _unknown(key, where)
     raw = raw.strip()

@@ -24,7 +24,7 @@ from trainer.objectives.keys import ObjectiveConfig
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig(Section):
-    """The `run:` section: execution of a run.
+    """Where and how a run is executed.
 
     Attributes:
       seed: every random draw of the run is a function of this and of the draw's place in the run
@@ -86,7 +86,7 @@ class RunConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(Section):
-    """The `data:` section: the training images.
+    """The training images.
 
     Attributes:
       path: directory of a converted data set (the one with dataset.json): local, gs://, or
@@ -184,7 +184,7 @@ class AugmentConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig(Section):
-    """The `checkpoint:` section: what is kept to resume from.
+    """What is kept to resume from.
 
     Attributes:
       every_steps: steps between two checkpoints.
@@ -206,7 +206,7 @@ class CheckpointConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class TelemetryConfig(Section):
-    """The `telemetry:` section: what is shown while training.
+    """What is shown while training.
 
     Attributes:
       tick_kimg: thousands of images between two lines of progress (NVIDIA: 4).

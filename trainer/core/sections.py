@@ -81,7 +81,8 @@ def is_clean(text: str) -> bool:
     return "\0" not in text and not any("\ud800" <= char <= "\udfff" for char in text)
 
 
-def _expected(hint: Any, limit: Limit | None) -> str:
+def describe(hint: Any, limit: Limit | None = None) -> list[str]:
+    """The alternatives of a type in words, with the limit of its numbers if there is one."""
     names: list[str] = []
     for option in _options(hint):
         if typing.get_origin(option) is Literal:
@@ -97,6 +98,11 @@ def _expected(hint: Any, limit: Limit | None) -> str:
             names.append(f"{kind}, {limit.text}" if limit else kind)
         else:
             names.append("text")
+    return names
+
+
+def _expected(hint: Any, limit: Limit | None) -> str:
+    names = describe(hint, limit)
     return ", or ".join(names) if len(names) < 3 else "one of " + ", ".join(names)
 
 
