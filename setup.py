@@ -4,6 +4,7 @@ import pathlib
 import re
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 HERE = pathlib.Path(__file__).parent
 
@@ -58,6 +59,26 @@ EXTRAS = {
     ],
 }
 
+PRESETS = [str(path.relative_to(HERE)) for path in sorted((HERE / "configs").glob("*.yaml"))]
+
+
+class BuildWithPresets(build_py):
+    """Puts the presets of `configs/` into the package, as `trainer/presets`."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return  # a checkout has them beside the package
+        folder = pathlib.Path(self.build_lib, "trainer", "presets")
+        self.mkpath(str(folder))
+        for preset in PRESETS:
+            self.copy_file(preset, str(folder))
+
+    def get_source_files(self) -> list[str]:
+        """What a source distribution holds besides."""
+        return [*super().get_source_files(), *PRESETS]
+
+
 setup(
     name="stylegan-trainer",
     version=VERSION.group(1),
@@ -67,6 +88,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE", "THIRD_PARTY_NOTICES.md"],
     packages=find_packages(include=["trainer", "trainer.*"]),
+    cmdclass={"build_py": BuildWithPresets},
     package_data={"trainer": ["py.typed", "data/fluent_emoji_32/*"]},
     python_requires=">=3.10,<3.14",
     install_requires=[

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Proves an installation, in an image or out of it, in a minute on CPUs: a tiny network is trained
-# from scratch, goes on from its checkpoint, and draws. Needs nothing but the package and configs/.
+# from scratch, goes on from its checkpoint, and draws. Needs nothing but the package.
 #
 #   sh docker/smoke.sh [FOLDER]
 set -eu
@@ -9,7 +9,7 @@ set -eu
 export TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 NO_GCE_CHECK=true
 folder=${1:-$(mktemp -d)}
 train() {
-    python -m trainer.task --config=configs/smoke.yaml --workdir="$folder/run" --strategy=cpu \
+    python -m trainer.task --config=smoke --workdir="$folder/run" --strategy=cpu \
         --jit=off --set=model.channel_max=8 --set=telemetry.tick_kimg=0.032 \
         --set=run.precision=float32 --set=training.total_kimg="$1"
 }

@@ -109,7 +109,7 @@ def test_a_wrong_override(config: str, override: str, expected: str) -> None:
 
 
 def test_a_config_that_is_not_there() -> None:
-    assert "missing.yaml" in failed(4, "--config=missing.yaml", "--data=x", "--workdir=unused")
+    assert "missing.yaml" in failed(2, "--config=missing.yaml", "--data=x", "--workdir=unused")
 
 
 def test_an_unknown_flag() -> None:

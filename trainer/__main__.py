@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 
 import trainer
-from trainer.core import flags, output
+from trainer.core import flags, installation, output
 from trainer.core.errors import UsageError
 
 _NAMES = {"task": "train"}  # the others are called as their modules
@@ -41,7 +41,7 @@ def _listing(commands: Mapping[str, tuple[str, str]]) -> str:
             "stylegan-trainer COMMAND [FLAGS], with COMMAND one of",
             *lines,
             "",
-            "COMMAND --help lists its flags.",
+            "COMMAND --help lists its flags, --version the versions of what is installed.",
         ]
     )
 
@@ -54,6 +54,10 @@ def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in {"", "help", "-h", "--help"}:
         print(_listing(commands))
+        output.check()
+        sys.exit(0)
+    if name == "--version":
+        print(installation.describe())
         output.check()
         sys.exit(0)
     if name not in commands:

@@ -47,7 +47,6 @@ goes on."""
 _CHANNELS = {"auto": 0, "gray": 1, "rgb": 3, "rgba": 4}
 _LINE_SECONDS = 30
 _SHOWN = 3
-_CONFIG = "configs/auto.yaml"
 
 FLAGS = flags.FLAGS
 
@@ -230,14 +229,12 @@ def _print_result(result: manifest.Manifest, report: conversion.Report) -> None:
 
 
 def training_command(result: manifest.Manifest) -> str:
-    """The training command for a data set, to be typed where this command was started."""
+    """The training command for a data set, with a workdir that is free."""
     workdir, count = f"runs/{result.name}", 1
     while storage.exists(workdir):  # another run's
         count += 1
         workdir = f"runs/{result.name}-{count}"
-    beside = storage.sibling(storage.resolve("package:configs"), "../configs/auto.yaml")
-    found = storage.isfile(_CONFIG) or not storage.isfile(beside)
-    command_line = ["python", "-m", "trainer.task", f"--config={_CONFIG if found else beside}"]
+    command_line = ["python", "-m", "trainer.task", "--config=auto"]
     return shlex.join([*command_line, f"--data={result.directory}", f"--workdir={workdir}"])
 
 

@@ -44,7 +44,7 @@ if __name__ == "__main__":
 from absl import flags as absl_flags
 
 from trainer import config as config_lib
-from trainer.config import BatchArithmetic, Config
+from trainer.config import BatchArithmetic, Config, presets
 from trainer.core import storage
 from trainer.core.errors import ConfigError, UsageError
 from trainer.core.text import image_size, printable
@@ -67,7 +67,7 @@ def define_flags() -> None:
     """The command's flags."""
     text, several = absl_flags.DEFINE_string, absl_flags.DEFINE_multi_string
     whole, real = absl_flags.DEFINE_integer, absl_flags.DEFINE_float
-    text("config", None, "YAML preset or config, local or gs://.")
+    text("config", None, "Preset, or YAML file, local or gs://; list shows the presets.")
     text("data", None, "Directory of the converted data set; overrides data.path.")
     several("set", [], "section.key=value, overrides the config; may be repeated.")
     text("workdir", None, "checkpoint: where to write, local or gs://.")
@@ -99,6 +99,9 @@ def parse_resolution(text: str) -> tuple[int, int]:
 
 def main(argv: Sequence[str]) -> None:
     """Measures what the command line names."""
+    if FLAGS.config == "list":
+        print(presets.listing())
+        return
     probes = {
         "step": probe_step,
         "data": probe_data,

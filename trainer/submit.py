@@ -33,7 +33,7 @@ if __name__ == "__main__":
 from absl import flags as absl_flags
 
 from trainer import config as config_lib
-from trainer.config import Config
+from trainer.config import Config, presets
 from trainer.core import documents, storage
 from trainer.core.errors import DataError, StorageError, UsageError
 from trainer.core.text import printable, shorten
@@ -55,7 +55,7 @@ def define_flags(values: absl_flags.FlagValues = FLAGS) -> None:
     several = functools.partial(absl_flags.DEFINE_multi_string, flag_values=values)
     real = functools.partial(absl_flags.DEFINE_float, flag_values=values)
     yes = functools.partial(absl_flags.DEFINE_boolean, flag_values=values)
-    text("config", None, "YAML preset or config, local or gs://.")
+    text("config", None, "Preset, or YAML file, local or gs://; list shows the presets.")
     several("set", [], "section.key=value, overrides the config; may be repeated.")
     text("target", None, "Where to run: a100x8, a100x16=2x8, v5e-8, ...")
     text("image", None, "Container image, with its digest.")
@@ -91,6 +91,9 @@ def define_flags(values: absl_flags.FlagValues = FLAGS) -> None:
 
 def main(argv: Sequence[str]) -> None:
     """Does what the first word names; without one, submits."""
+    if FLAGS.config == "list":
+        print(presets.listing())
+        return
     words = list(argv[1:])
     if not words:
         submit()
@@ -200,7 +203,8 @@ def _max_wait_hours() -> float | None:
 
 
 def _stem(path: str) -> str:
-    return path.rpartition("/")[2].rpartition(".")[0] or "run"
+    name = path.rpartition("/")[2]
+    return name.rpartition(".")[0] or name or "run"
 
 
 def _shape(config: Config) -> Shape:

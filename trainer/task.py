@@ -20,7 +20,7 @@ if __name__ == "__main__":
 from absl import flags as absl_flags
 
 from trainer import config as config_lib
-from trainer.config import Config
+from trainer.config import Config, presets
 from trainer.core import output, storage
 from trainer.core.errors import StorageError, UsageError
 from trainer.core.text import printable
@@ -36,7 +36,7 @@ _SHORTHANDS = ("strategy", "precision", "jit")
 def define_flags() -> None:
     """The command's flags."""
     text, several = absl_flags.DEFINE_string, absl_flags.DEFINE_multi_string
-    text("config", None, "YAML preset or config, local or gs://.")
+    text("config", None, "Preset, or YAML file, local or gs://; list shows the presets.")
     text("data", None, "Directory of the converted data set; overrides data.path.")
     text("workdir", None, "Directory of the run, local or gs://; that of AIP_CHECKPOINT_DIR.")
     for name in _SHORTHANDS:
@@ -59,6 +59,9 @@ def define_flags() -> None:
 
 def main(_: Sequence[str]) -> None:
     """Trains as the flags say."""
+    if FLAGS.config == "list":
+        print(presets.listing())
+        return
     output.outlive_readers()  # what nobody reads stops the run in time, saved
     workdir = environment.workdir(FLAGS.workdir)
     if not FLAGS.config or not (workdir.path or FLAGS.dry_run):

@@ -210,7 +210,7 @@ def test_a_file_that_is_no_config_is_not_shown(
     """Only where it is, and the line: it may hold secrets that a job's log must not."""
     path = write(tmp_path / "other", SECRETS[kind])
     if as_base:
-        path = write(tmp_path / "c.yaml", "base: other\n")
+        path = write(tmp_path / "c.yaml", "base: ./other\n")
     with pytest.raises(ConfigError) as caught:
         config_lib.load(path)
     text = str(caught.value)

@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 
 from trainer import config as config_lib
+from trainer.config import presets
+from trainer.core import storage
+from trainer.core.errors import ConfigError, StorageError
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 PRESETS = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
@@ -34,7 +37,7 @@ AUTO = {
 
 
 def load(name: str) -> config_lib.Config:
-    return config_lib.load(str(CONFIGS / f"{name}.yaml"))
+    return config_lib.load(name)
 
 
 def spec(config: config_lib.Config) -> tuple[Any, ...]:
@@ -116,8 +119,7 @@ def test_preset_trains_on_one_replica_and_says_how_in_its_head(name: str) -> Non
     side = 64 if name == "emoji64" else 32
     config = config_lib.resolve(load(name), resolution=(side, side))
     assert config_lib.batch_arithmetic(config, num_replicas=1).per_replica_batch > 0
-    text = (CONFIGS / f"{name}.yaml").read_text()
-    head = text[: text.index("\n\n")]
+    _, head, _ = (CONFIGS / f"{name}.yaml").read_text().split("\n\n", maxsplit=2)
     assert f"--config=configs/{name}.yaml" in head
     for part in ("Hardware", "s/kimg", "memory"):
         assert f"\n# {part}" in head
@@ -134,3 +136,116 @@ def test_emoji64_is_conditional_and_smoke_brings_its_data() -> None:
     assert load("emoji64").data.use_labels
     assert load("smoke").data.path == "package:data/fluent_emoji_32"
     assert load("smoke").run.precision == "float32"
+
+
+# ---------------------------------------------------------------- by name
+
+
+def test_a_name_is_the_preset_wherever_one_is(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load("paper256") == config_lib.load(str(CONFIGS / "paper256.yaml"))
+    assert load("paper256").training.batch_size == 64
+    (tmp_path / "paper256").write_text("training: {batch_size: 8}")
+    (tmp_path / "paper256.yaml").write_text("training: {batch_size: 16}")
+    assert load("paper256").training.batch_size == 64
+    assert load("./paper256").training.batch_size == 8
+    assert load("paper256.yaml").training.batch_size == 16
+
+
+def test_a_base_may_be_a_preset(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "a.yaml").write_text("base: paper256\nrun: {seed: 7}\n")
+    config = config_lib.load(str(tmp_path / "a.yaml"))
+    assert (config.run.seed, config.training.batch_size) == (7, 64)
+
+
+def test_presets_are_found_inside_an_installed_package(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "presets").mkdir()
+    (tmp_path / "presets" / "tiny.yaml").write_text("description: Tiny\nrun: {seed: 7}\n")
+    monkeypatch.setattr(storage, "_PACKAGE_ROOT", str(tmp_path))
+    assert load("tiny").run.seed == 7
+    assert presets.listing() == "tiny  Tiny"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("paper-256", "unknown preset 'paper-256'; did you mean the preset paper256?"),
+        ("qqqqqq", "unknown preset 'qqqqqq'; --config=list lists the presets"),
+        ("mine", "unknown preset 'mine'; for the file of this name give ./mine"),
+        (
+            "configs/smokes.yaml",
+            "cannot read configs/smokes.yaml: it does not exist; check the "
+            "path; did you mean the preset smoke?",
+        ),
+        (
+            "auto.yaml",
+            "cannot read auto.yaml: it does not exist; check the path; did you mean the "
+            "preset auto?",
+        ),
+        (
+            "mine/auto.yaml",
+            "cannot read mine/auto.yaml: a part of the path is a file, not a "
+            "directory; check the path; did you mean the preset auto?",
+        ),
+        (
+            "memory://nowhere/qqqqqq.yaml",
+            "cannot read memory://nowhere/qqqqqq.yaml: it does not "
+            "exist; check the path; --config=list lists the presets",
+        ),
+        ("based.yaml", "based.yaml: base: unknown preset 'atuo'; did you mean the preset auto?"),
+        (
+            "below.yaml",
+            "cannot read cifra.yaml: it does not exist; check the path; did you mean "
+            "the preset cifar?",
+        ),
+    ],
+)
+def test_a_config_that_does_not_exist_is_a_usage_error(
+    text: str, message: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").write_text("")
+    (tmp_path / "based.yaml").write_text("base: atuo\n")
+    (tmp_path / "below.yaml").write_text("base: cifra.yaml\n")
+    with pytest.raises(ConfigError) as caught:
+        load(text)
+    assert str(caught.value) == message
+    assert caught.value.exit_code == 2
+
+
+def test_a_config_that_cannot_be_read_is_no_usage_error(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(StorageError, match="it is a directory") as caught:
+        load(str(tmp_path))
+    assert caught.value.exit_code == 4
+
+
+# ---------------------------------------------------------------- descriptions
+
+
+def test_each_preset_has_a_line_in_the_list() -> None:
+    lines = presets.listing().splitlines()
+    assert [line.split()[0] for line in lines] == PRESETS
+    for line in lines:
+        _, description = line.split(maxsplit=1)
+        assert description[0].isupper()
+        assert not description.endswith((".", "..."))
+        assert len(line) <= 100
+
+
+def test_a_description_changes_nothing(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "a.yaml").write_text("description: Mine, and no other's\nrun: {seed: 7}\n")
+    (tmp_path / "b.yaml").write_text("run: {seed: 7}\n")
+    described, bare = (config_lib.load(str(tmp_path / name)) for name in ("a.yaml", "b.yaml"))
+    assert described == bare
+    assert config_lib.to_yaml(described) == config_lib.to_yaml(bare)
+    assert config_lib.fingerprint(described) == config_lib.fingerprint(bare)
+
+
+def test_a_description_is_text(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "a.yaml").write_text("description: {hunter2: 1}\nrun: {seed: 7}\n")
+    with pytest.raises(ConfigError, match=r"a\.yaml: description: expected a line of text$"):
+        config_lib.load(str(tmp_path / "a.yaml"))

@@ -9,7 +9,7 @@ import textwrap
 
 import pytest
 
-from trainer.core import errors, flags
+from trainer.core import errors, flags, installation
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -125,6 +125,11 @@ def test_help_shows_usage_and_own_flags(flag: str, tmp_path: pathlib.Path) -> No
     assert "--colour: <red|blue>: What to paint with." in done.stdout
     assert "--[no]debug" in done.stdout
     assert "verbosity" not in done.stdout
+
+
+def test_version_is_told_before_anything_is_done(tmp_path: pathlib.Path) -> None:
+    done = command(tmp_path, "print('done')", "--version", "--no_such_flag")
+    assert (done.returncode, done.stdout) == (0, f"{installation.describe()}\n")
 
 
 @pytest.mark.parametrize(

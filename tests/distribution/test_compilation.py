@@ -9,8 +9,9 @@ import sys
 
 import pytest
 
+from trainer.core import installation
 from trainer.core.errors import ConfigError, StorageError
-from trainer.distribution import compilation, host
+from trainer.distribution import compilation
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -122,7 +123,7 @@ def test_a_folder_for_each_compiler(
     found = {first}
     for change in (
         lambda: monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true"),
-        lambda: monkeypatch.setattr(host, "tensorflow_version", lambda: "0.1"),
+        lambda: monkeypatch.setattr(installation, "tensorflow_version", lambda: "0.1"),
         lambda: monkeypatch.setattr(compilation, "_processor", lambda: "flags: amx"),
     ):
         change()

@@ -1,4 +1,4 @@
-"""Reads configs: YAML presets with `base:`, overrides, and the keys of the family that they choose.
+"""Reads configs: YAML with `base:`, presets, overrides, and the keys of the family that they choose.
 
 YAML is read by the 1.2 core rules: `on`, `yes` and dates are plain text, `1e-3` is a number, a
 repeated key is an error. Unknown keys, wrong types and values out of range raise `ConfigError`.
@@ -11,9 +11,10 @@ import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from trainer.config import presets
 from trainer.config.schema import SECTIONS, Config
 from trainer.core import documents, schedule, sections, storage
-from trainer.core.errors import ConfigError
+from trainer.core.errors import ConfigError, StorageError
 from trainer.core.schedule import Schedule
 from trainer.core.sections import Key, checked, is_clean
 from trainer.core.text import quoted, shorten
@@ -162,18 +163,38 @@ def _read_layers(path: str, children: tuple[str, ...] = ()) -> dict[str, _Value]
         raise ConfigError(
             f"{children[0]}: there are more than {_MOST_BASES} base files below it; expected a few"
         )
-    try:
-        document = documents.read_yaml(path)
-    except documents.DocumentError as error:
-        raise _wrong(path, error) from None
+    document = _read_document(path)
     values: dict[str, _Value] = {}
+    if isinstance(document, dict) and not isinstance(document.pop("description", ""), str):
+        raise ConfigError(f"{path}: description: expected a line of text")
     if isinstance(document, dict) and "base" in document:
         base = document.pop("base")
         if not isinstance(base, str) or not 0 < len(base) <= _LONGEST_BASE or not is_clean(base):
             raise ConfigError(f"{path}: base = {quoted(base)}: expected the path of another config")
-        values = _read_layers(storage.sibling(path, base), (*children, path))
+        try:
+            below = presets.find(base, storage.sibling(path, base))
+        except ConfigError as error:
+            raise ConfigError(f"{path}: base: {error}") from None
+        values = _read_layers(below, (*children, path))
     values.update(_flatten(document, path))
     return values
+
+
+def _read_document(path: str) -> Any:
+    """The value of a config file.
+
+    Raises:
+      ConfigError: it is no YAML, or does not exist.
+      StorageError: it cannot be read.
+    """
+    try:
+        return documents.read_yaml(path)
+    except documents.DocumentError as error:
+        raise _wrong(path, error) from None
+    except StorageError as error:
+        if not isinstance(error.__cause__, (FileNotFoundError, NotADirectoryError)):
+            raise
+        raise ConfigError(f"{error}; {presets.nearest(path)}") from error
 
 
 def _read_override(text: str) -> tuple[str, _Value]:
@@ -235,15 +256,16 @@ def load(path: str, overrides: Sequence[str] = ()) -> Config:
     """Reads a config file, those it is based on, and overrides on top.
 
     Args:
-      path: a YAML file, local or gs://. Its top level holds sections, and optionally `base`: the
-        path of another config, relative to this file, whose values hold where this one is silent.
+      path: the name of a preset, or a YAML file, local or gs://. Its top level holds sections, and
+        optionally `description`, a line of text, and `base`: another config, by its path relative
+        to this file or by a preset's name, whose values hold where this one is silent.
       overrides: texts of the form 'section.key=value', the last one wins.
 
     Raises:
-      ConfigError: naming the file, key, value and what was expected.
+      ConfigError: there is no such config, or naming the file, key, value and what was expected.
       StorageError: a file cannot be read.
     """
-    values = _read_layers(storage.resolve(path))
+    values = _read_layers(presets.find(path, storage.resolve(path)))
     values.update(_read_override(text) for text in overrides)
     return _build(values)
 

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 
-from trainer.core import output
+from trainer.core import installation, output
 from trainer.core.errors import PreemptedError, TrainerError, UsageError, require_tensorflow
 from trainer.core.text import shorten
 
@@ -56,6 +56,10 @@ def run(
             text in {"-h", "-help", "--help", "-helpshort", "--helpshort"} for text in arguments
         ):
             print(_help(main, usage))
+            output.check()
+            sys.exit(0)
+        if "--version" in arguments:
+            print(installation.describe())
             output.check()
             sys.exit(0)
         try:

@@ -14,9 +14,8 @@ import os
 import platform
 import stat
 
-from trainer.core import storage
+from trainer.core import installation, storage
 from trainer.core.errors import ConfigError, StorageError
-from trainer.distribution import host
 
 _CPUINFO = "/proc/cpuinfo"
 # What else decides how XLA compiles.
@@ -68,7 +67,7 @@ def keep(directory: str) -> None:
 def _compiler() -> str:
     """A folder's name, different for whatever compiles differently."""
     settings = [f"{name}={os.environ.get(name, '')}" for name in _SETTINGS]
-    parts = [host.tensorflow_version(), platform.machine(), _processor(), *settings]
+    parts = [installation.tensorflow_version(), platform.machine(), _processor(), *settings]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 

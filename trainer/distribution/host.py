@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from importlib import metadata
 
-from trainer.core import output, tensorflow_log
+from trainer.core import installation, output, tensorflow_log
 
 # XLA's CPU runtime asks for its scratch memory anew at each call. By default glibc takes such
 # blocks from the kernel and gives them back, so every step would fault in a gigabyte page by page;
@@ -77,18 +76,9 @@ def choose_emitters() -> None:
     """Sets how XLA compiles for the CPU, unless the user has; before TensorFlow is imported."""
     flags = os.environ.get("XLA_FLAGS", "")
     name = _OLDER_EMITTERS.partition("=")[0]
-    if tensorflow_version().startswith(_OLDER_EMITTERS_FOR) and name not in flags:
+    version = installation.tensorflow_version()
+    if version.startswith(_OLDER_EMITTERS_FOR) and name not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {_OLDER_EMITTERS}".strip()
-
-
-def tensorflow_version() -> str:
-    """The version of the installed TensorFlow, without importing it; empty if there is none."""
-    for name in ("tensorflow", "tensorflow-cpu", "tensorflow-tpu"):
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return ""
 
 
 # libtpu looks for TPUs, for the metadata server of a TPU VM and for other users of the same TPU
