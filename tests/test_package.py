@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import re
 import shutil
@@ -18,10 +19,13 @@ from trainer.core import installation
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def trainer(*arguments: str) -> subprocess.CompletedProcess[str]:
+def trainer(
+    *arguments: str, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "trainer", *arguments],
         cwd=ROOT,
+        env=environment,
         capture_output=True,
         text=True,
         timeout=120,
@@ -50,20 +54,67 @@ def test_unknown_command_names_the_nearest() -> None:
     assert done.stderr == "error: unknown command 'convrt'; did you mean convert?\n"
 
 
-def test_command_gets_its_own_command_line() -> None:
-    done = trainer("generate", "--no_such_flag")
-    assert done.returncode == 2
-    assert "error: Unknown command line flag 'no_such_flag'" in done.stderr
+# Ends whoever imports it, with a code that no command has.
+POISON = "import os; os._exit(99)"
+COMMANDS = sorted(main._commands())
+SUBMIT = ["submit", "--target=v5e-8", "--workdir=gs://bucket/run", "--resolution=64"]
+
+
+@pytest.fixture(scope="module")
+def no_tensorflow(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """An environment in which nothing that imports TensorFlow goes on."""
+    folder = tmp_path_factory.mktemp("poison")
+    (folder / "tensorflow.py").write_text(POISON)
+    return {**os.environ, "PYTHONPATH": str(folder)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        *(([name, "--help"], 0, "flags:") for name in COMMANDS),
+        *(([name, "--version"], 0, "stylegan-trainer ") for name in COMMANDS),
+        *(([name, "--no_such_flag"], 2, "flag 'no_such_flag'") for name in COMMANDS),
+        (["train"], 2, "--config and --workdir are needed"),
+        (["convert"], 2, "--source is missing"),
+        (["export"], 2, "--dest and one of --run and --checkpoint are needed"),
+        (["generate"], 2, "--out and one of --run and --checkpoint are needed"),
+        (["probe"], 2, "probe what"),
+        (["probe", "step"], 2, "--config is needed"),
+        (["submit"], 2, "--config and --target and --workdir are needed"),
+        (["generate", "--run=r", "--out=o", "--seeds=x"], 2, "--seeds=x"),
+        (["train", "--config=list"], 0, "paper256 "),
+        *(
+            ([*command, f"--config={config}"], 2, "did you mean the preset paper256?")
+            for command in (["train", "--dry_run"], ["probe", "step"], SUBMIT)
+            for config in ("paper265", "configs/paper265.yaml")
+        ),
+        *(
+            ([*command, "--config=smoke", "--set=g_lr=1"], 2, "did you mean training.g_lr?")
+            for command in (["train", "--dry_run"], ["probe", "step"], SUBMIT)
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_needs_no_tensorflow_waits_for_none(
+    arguments: list[str], code: int, text: str, no_tensorflow: dict[str, str]
+) -> None:
+    done = trainer(*arguments, environment=no_tensorflow)
+    assert done.returncode == code, done.stderr
+    output = done.stderr if code else done.stdout
+    assert text in output
+    assert output.count("\n") == 1 or not code
     assert "Traceback" not in done.stderr
 
 
-COMMANDS = sorted(command for command in main._commands())
+def test_the_poison_would_be_seen(no_tensorflow: dict[str, str]) -> None:
+    done = trainer("export", "--run=r", "--dest=d", environment=no_tensorflow)
+    assert done.returncode == 99
 
 
-@pytest.mark.parametrize("arguments", [["--version"], *([name, "--version"] for name in COMMANDS)])
-def test_version(arguments: list[str]) -> None:
-    done = trainer(*arguments)
-    assert (done.returncode, done.stdout) == (0, f"{installation.describe()}\n"), done.stderr
+def test_version() -> None:
+    for form in ([], ["generate"]):
+        done = trainer(*form, "--version")
+        assert (done.returncode, done.stdout) == (0, f"{installation.describe()}\n"), done.stderr
 
 
 @pytest.mark.parametrize("command", ["train", "probe", "submit"])

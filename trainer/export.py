@@ -30,19 +30,15 @@ import functools
 from collections.abc import Sequence
 
 from trainer.core import flags
-from trainer.distribution import host
 
 if __name__ == "__main__":
     flags.guard_imports()
-    host.prepare()  # before anything imports TensorFlow
 
 from absl import flags as absl_flags
 
 from trainer.core import storage
 from trainer.core.errors import UsageError
 from trainer.core.text import printable
-from trainer.serving import saved_model
-from trainer.training import checkpoint
 
 FLAGS = absl_flags.FLAGS
 
@@ -82,6 +78,10 @@ def main(_: Sequence[str]) -> None:
     """
     if not FLAGS.dest or bool(FLAGS.run) == bool(FLAGS.checkpoint):
         raise UsageError("--dest and one of --run and --checkpoint are needed")
+    # TensorFlow takes seconds to import; mistakes in the call are told before.
+    from trainer.serving import saved_model
+    from trainer.training import checkpoint
+
     found = checkpoint.find(storage.resolve(FLAGS.checkpoint or FLAGS.run))
     exported = saved_model.publish(
         checkpoint.read_parameters(found, "G_ema"),
@@ -102,5 +102,8 @@ def main(_: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    from trainer.distribution import host
+
+    host.prepare()
     define_flags()
     flags.run(main, usage=__doc__ or "")

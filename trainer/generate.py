@@ -16,13 +16,12 @@ import functools
 import math
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from trainer.core import flags
-from trainer.distribution import host
 
 if __name__ == "__main__":
     flags.guard_imports()
-    host.prepare()  # before anything imports TensorFlow
 
 import numpy as np
 from absl import flags as absl_flags
@@ -30,10 +29,12 @@ from absl import flags as absl_flags
 from trainer.core import storage
 from trainer.core.errors import UsageError
 from trainer.core.text import printable
-from trainer.serving import rendering
-from trainer.serving.rendering import Numbers, Renderer
 from trainer.telemetry import images as grids
 from trainer.telemetry import video
+
+# TensorFlow takes seconds to import; mistakes in the call are told before.
+if TYPE_CHECKING:
+    from trainer.serving.rendering import Numbers, Renderer
 
 FLAGS = absl_flags.FLAGS
 _MAX_SEEDS = 1_000_000
@@ -70,6 +71,8 @@ def choose_classes(wanted: str | None, labels: Sequence[str]) -> list[int]:
     """
     if wanted == "all" and labels and wanted not in labels:
         return list(range(len(labels)))
+    from trainer.serving import rendering
+
     return [rendering.choose_class(wanted, labels, option="--class", also="all, ")]
 
 
@@ -192,6 +195,8 @@ def main(_: Sequence[str]) -> None:
       CheckpointError: there is no checkpoint.
     """
     seeds = _check_flags()
+    from trainer.serving import rendering
+
     trained = rendering.load(
         FLAGS.checkpoint or FLAGS.run, noise_mode=FLAGS.noise_mode, batch=FLAGS.batch
     )
@@ -235,5 +240,8 @@ def _check_flags() -> dict[str, list[int]]:
 
 
 if __name__ == "__main__":
+    from trainer.distribution import host
+
+    host.prepare()
     define_flags()
     flags.run(main, usage=__doc__ or "")
