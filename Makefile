@@ -32,10 +32,10 @@ install: $(STAMP) ## set up the environment
 
 smoke: $(STAMP) ## train the small network from scratch into runs/smoke
 	@rm -rf $(SMOKE)
-	$(BIN)/python -m trainer.task --config=configs/smoke.yaml --workdir=$(SMOKE)
+	$(BIN)/python -m trainer train --config=smoke --workdir=$(SMOKE)
 
 # Networks too small to learn anything, and not compiled: about a minute for both.
-QUICK = $(BIN)/python -m trainer.task --config=configs/smoke.yaml --jit=off \
+QUICK = $(BIN)/python -m trainer train --config=smoke --jit=off \
 	--set=model.channel_max=8 --set=training.total_kimg=0.064
 WORKERS = "cluster": {"worker": ["localhost:47311", "localhost:47312"]}
 WORKER = TF_CONFIG='{$(WORKERS), "task": {"type": "worker", "index": $(1)}}' \

@@ -626,7 +626,7 @@ def test_the_command_converts_and_tells(folder, tmp_path):
     assert (
         "passed over: 1 files of the source are no images by their names: notes.txt" in done.stdout
     )
-    assert "python -m trainer.task" in done.stdout
+    assert "python -m trainer train" in done.stdout
     assert manifest.load(str(tmp_path / "d")).resolution == (8, 12)
 
 
@@ -761,8 +761,8 @@ def test_the_command_that_it_prints_trains(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "my runs")
     printed = convert.training_command(run(folder, dest))
     words = shlex.split(printed)
-    assert words[:3] == ["python", "-m", "trainer.task"]
-    given = dict(word.split("=", 1) for word in words[3:])
+    assert words[:4] == ["python", "-m", "trainer", "train"]
+    given = dict(word.split("=", 1) for word in words[4:])
     assert given == {
         "--config": "auto",
         "--data": str(dest),

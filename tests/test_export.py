@@ -421,7 +421,7 @@ def test_a_dest_that_cannot_be_written(tmp_path: pathlib.Path) -> None:
 
 
 def test_examples_in_the_help_are_real_calls() -> None:
-    calls = re.findall(r"python -m trainer\.export (.*)", command.__doc__ or "")
+    calls = re.findall(r"python -m trainer export (.*)", command.__doc__ or "")
     assert len(calls) == 3
     for call in calls:
         values = absl_flags.FlagValues()

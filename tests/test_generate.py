@@ -307,7 +307,7 @@ def test_all_classes_are_for_single_images(command: Callable[..., Path], flag: s
 
 
 def test_examples_in_the_help_are_real_calls() -> None:
-    calls = re.findall(r"python -m trainer\.generate (.*)", generate.__doc__ or "")
+    calls = re.findall(r"python -m trainer generate (.*)", generate.__doc__ or "")
     assert len(calls) == 3
     for call in calls:
         values = absl_flags.FlagValues()

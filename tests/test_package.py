@@ -111,6 +111,26 @@ def test_the_poison_would_be_seen(no_tensorflow: dict[str, str]) -> None:
     assert done.returncode == 99
 
 
+def test_a_module_may_be_called_by_its_own_name() -> None:
+    done = trainer("task", "--help")
+    assert (done.returncode, done.stdout) == (0, trainer("train", "--help").stdout)
+
+
+def test_texts_name_commands_in_one_form() -> None:
+    """`python -m trainer convert`, where users read it; what starts jobs may name modules."""
+    modules = "|".join(module.partition(".")[2] for module, _ in main._commands().values())
+    texts = [ROOT / "README.md", ROOT / "Makefile", ROOT / "cloudbuild.yaml"]
+    for folder, pattern in (("trainer", "*.py"), ("configs", "*.yaml"), ("docker", "*.sh")):
+        texts += (ROOT / folder).rglob(pattern)
+    called = rf"python3? -m trainer\.({modules})\b"
+    found = [
+        f"{path.relative_to(ROOT)}: {match.group()}"
+        for path in texts
+        for match in re.finditer(called, path.read_text())
+    ]
+    assert found == []
+
+
 def test_version() -> None:
     for form in ([], ["generate"]):
         done = trainer(*form, "--version")

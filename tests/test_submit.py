@@ -170,7 +170,7 @@ MISTAKES: list[tuple[dict[str, str | None], list[str], str]] = [
     ({"resolution": "big"}, [], "--resolution=big is neither a size, as 256, nor WIDTHxHEIGHT"),
     ({"data": None}, [], "no data set: give --data, the gs:// directory"),
     ({"data": "data/photos"}, [], "--data=data/photos: a job on Vertex AI can't reach it"),
-    ({"data": "data/photos", "resolution": None}, [], "trainer.convert --source=IMAGES"),
+    ({"data": "data/photos", "resolution": None}, [], "python -m trainer convert --source=IMAGES"),
     ({"data": "gs://Bucket/data"}, [], "'Bucket' can't be a bucket's name"),
     ({"workdir": "runs/a"}, [], "--workdir=runs/a: a job on Vertex AI can't reach it"),
     ({"workdir": "gs://bucket"}, [], "--workdir=gs://bucket is a whole bucket"),

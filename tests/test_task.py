@@ -118,7 +118,7 @@ def test_an_unknown_flag() -> None:
 
 def test_no_data_set(config: str, tmp_path: pathlib.Path) -> None:
     message = failed(3, f"--config={config}", f"--data={tmp_path}", f"--workdir={tmp_path / 'run'}")
-    assert f"python -m trainer.convert --source=IMAGES --dest={tmp_path}" in message
+    assert f"python -m trainer convert --source=IMAGES --dest={tmp_path}" in message
     assert not (tmp_path / "run").exists()
 
 

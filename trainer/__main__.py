@@ -1,4 +1,8 @@
-"""`python -m trainer` and `stylegan-trainer`: lists the commands, or runs one of them."""
+"""`python -m trainer` and `stylegan-trainer`: lists the commands, or runs one of them.
+
+Each runs as `python -m trainer.MODULE`, too; the module of `train` is `trainer.task`, as Vertex AI
+has it.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +42,7 @@ def _listing(commands: Mapping[str, tuple[str, str]]) -> str:
         [
             "Trains networks of the StyleGAN family.",
             "",
-            "stylegan-trainer COMMAND [FLAGS], with COMMAND one of",
+            "python -m trainer COMMAND [FLAGS], with COMMAND one of",
             *lines,
             "",
             "COMMAND --help lists its flags, --version the versions of what is installed.",
@@ -60,6 +64,7 @@ def main() -> None:
         print(installation.describe())
         output.check()
         sys.exit(0)
+    name = _NAMES.get(name, name)  # a module's own name is fine, too
     if name not in commands:
         close = difflib.get_close_matches(name, commands, n=1)
         known = ", ".join(sorted(commands))

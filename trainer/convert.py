@@ -1,6 +1,6 @@
 """Makes a data set of a folder or archive of images: --source, --dest, --resolution.
 
-The command behind `python -m trainer.convert`; the work is done in `trainer.data.conversion`.
+The command behind `python -m trainer convert`; the work is done in `trainer.data.conversion`.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from trainer.families import registry
 
 USAGE = """Convert a folder or zip archive of images into sharded TFRecords with a manifest.
 
-  python -m trainer.convert --source=photos/ --dest=data/photos256 --resolution=256
-  python -m trainer.convert --source=gs://bucket/photos.zip --dest=gs://bucket/photos \\
+  python -m trainer convert --source=photos/ --dest=data/photos256 --resolution=256
+  python -m trainer convert --source=gs://bucket/photos.zip --dest=gs://bucket/photos \\
       --resolution=256x128 --labels=folders --channels=rgb --background=white
-  python -m trainer.convert --source=gs://bucket/photos --dest=gs://bucket/photos256 \\
+  python -m trainer convert --source=gs://bucket/photos --dest=gs://bucket/photos256 \\
       --resolution=256 --runner=DataflowRunner --beam=project=mine --beam=region=europe-west4 \\
       --beam=temp_location=gs://bucket/beam --beam=setup_file=./setup.py
 
@@ -234,7 +234,7 @@ def training_command(result: manifest.Manifest) -> str:
     while storage.exists(workdir):  # another run's
         count += 1
         workdir = f"runs/{result.name}-{count}"
-    command_line = ["python", "-m", "trainer.task", "--config=auto"]
+    command_line = ["python", "-m", "trainer", "train", "--config=auto"]
     return shlex.join([*command_line, f"--data={result.directory}", f"--workdir={workdir}"])
 
 

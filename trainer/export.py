@@ -1,8 +1,8 @@
 """Makes a SavedModel of a trained network, which needs nothing of this package: --run, --dest.
 
-  python -m trainer.export --run=runs/emoji --dest=runs/emoji/export
-  python -m trainer.export --run=gs://bucket/run --dest=gs://bucket/models/emoji --jit=gpu
-  python -m trainer.export --checkpoint=runs/emoji/checkpoints/step-000012500 --dest=models/emoji
+  python -m trainer export --run=runs/emoji --dest=runs/emoji/export
+  python -m trainer export --run=gs://bucket/run --dest=gs://bucket/models/emoji --jit=gpu
+  python -m trainer export --checkpoint=runs/emoji/checkpoints/step-000012500 --dest=models/emoji
 
 Each call makes a new version, --dest/1, --dest/2 ..., as TensorFlow Serving expects; Vertex AI takes
 one of them as its artifact URI. It holds the SavedModel of the moving average G_ema, and
@@ -14,9 +14,9 @@ MODEL_CARD.md and model_card.json, which say what it is and how to call it. Its 
   synthesis        ws -> float32 images
 
 Before it is published it is loaded by a process that cannot import this package, and its pixels
-must be those of trainer.generate within 1/255. (In bfloat16 they are further away; how far is
-printed, and in the card.) The number of images is free in each call. Seeds draw other latents than
-in trainer.generate, since NumPy's generator is no TensorFlow op; pass z for the same image.
+must be those of `python -m trainer generate` within 1/255. (In bfloat16 they are further away; how
+far is printed, and in the card.) The number of images is free in each call. Seeds draw other
+latents than there, since NumPy's generator is no TensorFlow op; pass z for the same image.
 
 What a reader of --dest sees while a version is written: locally nothing, then the whole. On gs://
 first a directory without saved_model.pb, which no loader takes, for moments; that file comes last.
@@ -96,7 +96,7 @@ def main(_: Sequence[str]) -> None:
     print(
         f"checked: loads in {check['load_seconds']:.1f} s, pixels at most "
         f"{check['max_difference']} and on average {check['mean_difference']:.3g} of 255 from "
-        "those of trainer.generate"
+        "those of `python -m trainer generate`"
     )
     print(f"wrote {printable(exported.path)}")
 

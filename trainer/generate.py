@@ -2,9 +2,9 @@
 
 Single images and a labelled grid, a style-mixing sheet, or a latent walk.
 
-  python -m trainer.generate --run=runs/emoji --seeds=0-15 --truncation_psi=0.7 --out=out
-  python -m trainer.generate --run=runs/emoji --mix_rows=0-3 --mix_cols=8-11 --out=out
-  python -m trainer.generate --run=runs/emoji --walk=0-5 --video=walk.gif --out=out
+  python -m trainer generate --run=runs/emoji --seeds=0-15 --truncation_psi=0.7 --out=out
+  python -m trainer generate --run=runs/emoji --mix_rows=0-3 --mix_cols=8-11 --out=out
+  python -m trainer generate --run=runs/emoji --walk=0-5 --video=walk.gif --out=out
 
 Seed n is the latent `np.random.RandomState(n).randn(1, z_dim)`, as in NVIDIA's tools, and makes the
 same image alone or among others. Files of the same name in --out are replaced.

@@ -1,10 +1,10 @@
 """Measures what a config costs: step, data, checkpoint or tpu, --config.
 
-  python -m trainer.probe step --config=configs/emoji64.yaml --resolution=64
-  python -m trainer.probe data --config=configs/smoke.yaml --step_sec_per_kimg=20
-  python -m trainer.probe checkpoint --config=configs/paper256.yaml --resolution=256 \
+  python -m trainer probe step --config=emoji64 --resolution=64
+  python -m trainer probe data --config=smoke --step_sec_per_kimg=20
+  python -m trainer probe checkpoint --config=paper256 --resolution=256 \
       --workdir=gs://BUCKET/runs/probe
-  python -m trainer.probe tpu --config=configs/paper256.yaml --topology=v5e:2x2 --resolution=256
+  python -m trainer probe tpu --config=paper256 --topology=v5e:2x2 --resolution=256
 
 `step` times the training step of a run on random images: the first step, each phase, s/kimg with
 the lazy regularisers and the moving average as often as they are due, peak memory without pipeline
@@ -225,7 +225,9 @@ def verdict_lines(run: Run, measured: StepSpeed) -> list[tuple[str, str]]:
 def probe_data(config: Config) -> None:
     """Times the input pipeline and says whether it keeps up with the step."""
     if not config.data.path:
-        raise UsageError("no data set: give --data, the directory that trainer.convert wrote")
+        raise UsageError(
+            "no data set: give --data, the directory that `python -m trainer convert` wrote"
+        )
     from trainer.data.pipeline import ImageStream
     from trainer.data.shards import BadRecords
     from trainer.probing import data as data_speed

@@ -1,13 +1,13 @@
 """Runs a config as a job on Vertex AI: --config, --target, --image.
 
-    python -m trainer.submit --config=C --target=T --image=I --data=gs://D --workdir=gs://W
-    python -m trainer.submit ... --dry_run        prints the job, and starts nothing
-    python -m trainer.submit resume JOB|WORKDIR   starts a job that ended with 75 again
-    python -m trainer.submit watch JOB|WORKDIR    follows a job and its run
-    python -m trainer.submit watch --resume ...   and starts it again as often as it takes
-    python -m trainer.submit logs JOB|WORKDIR     prints what its machines have logged
-    python -m trainer.submit cancel JOB|WORKDIR   ends a job; its run saves before
-    python -m trainer.submit list                 lists the trainer's jobs of a region
+    python -m trainer submit --config=C --target=T --image=I --data=gs://D --workdir=gs://W
+    python -m trainer submit ... --dry_run        prints the job, and starts nothing
+    python -m trainer submit resume JOB|WORKDIR   starts a job that ended with 75 again
+    python -m trainer submit watch JOB|WORKDIR    follows a job and its run
+    python -m trainer submit watch --resume ...   and starts it again as often as it takes
+    python -m trainer submit logs JOB|WORKDIR     prints what its machines have logged
+    python -m trainer submit cancel JOB|WORKDIR   ends a job; its run saves before
+    python -m trainer submit list                 lists the trainer's jobs of a region
 
 Targets: a100x1 a100x8 a100x16=2x8 a100-80x8 h100x8 h100-megax8 h200x8 b200x8 rtx6000x1 l4x1 v100x8
 t4x1, v5e-8 v3-8 v2-8 v3-32, cpux1.
@@ -217,7 +217,9 @@ def _shape(config: Config) -> Shape:
             )
         return Shape((int(found[2] or found[1]), int(found[1])))
     if not config.data.path:
-        raise UsageError("no data set: give --data, the gs:// directory that trainer.convert wrote")
+        raise UsageError(
+            "no data set: give --data, the gs:// directory that `python -m trainer convert` wrote"
+        )
     impatience = threading.Timer(_SLOW_SEC, _say_slow, [config.data.path])
     impatience.daemon = True
     impatience.start()
@@ -314,7 +316,7 @@ def _start(client: service.Service, job: dict[str, Any], workdir: str) -> None:
     print(f"started {printable(started.name)}")
     for name, address in started.addresses.items():
         print(f"{name:<14}{printable(address)}")
-    print(f"follow it with: python -m trainer.submit watch {printable(workdir)}", flush=True)
+    print(f"follow it with: python -m trainer submit watch {printable(workdir)}", flush=True)
 
 
 def _create(client: service.Service, job: dict[str, Any], workdir: str) -> service.Job:

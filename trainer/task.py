@@ -1,6 +1,6 @@
 """Trains a network: --config, --data, --workdir.
 
-  python -m trainer.task --config=configs/auto.yaml --data=data/emoji --workdir=runs/emoji
+  python -m trainer train --config=auto --data=data/emoji --workdir=runs/emoji
 
 Run the same command again to go on from the newest checkpoint in the workdir. Exit code 75 asks for
 that: the machine was taken away, or the time was up, and the run is saved. In a job on Vertex AI the
@@ -73,7 +73,9 @@ def main(_: Sequence[str]) -> None:
         overrides.append(f"data.path={FLAGS.data}")
     config = config_lib.load(FLAGS.config, overrides)
     if not config.data.path:
-        raise UsageError("no data set: give --data, the directory that trainer.convert wrote")
+        raise UsageError(
+            "no data set: give --data, the directory that `python -m trainer convert` wrote"
+        )
     events = environment.tensorboard_dir(config.telemetry.tensorboard_dir)
     model = environment.model_dir(config.checkpoint.export_dir)
     for line in _sources(config, workdir, events, model):

@@ -73,7 +73,7 @@ def test_the_embedded_data_set_loads():
 
 
 def test_no_manifest_says_how_to_make_one(tmp_path):
-    with pytest.raises(DataError, match=r"no data set at .*python -m trainer\.convert --source"):
+    with pytest.raises(DataError, match=r"no data set at .*python -m trainer convert --source"):
         manifest.load(str(tmp_path))
 
 

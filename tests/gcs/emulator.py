@@ -3,7 +3,7 @@
 By hand, any command with its gs:// paths on it (its buckets are made on first use, and gone with
 the command):
 
-  python -m tests.gcs.emulator -- python -m trainer.convert --dest=gs://bucket/photos ...
+  python -m tests.gcs.emulator -- python -m trainer convert --dest=gs://bucket/photos ...
 
 The servers behind it are written by others, independently of each other: what holds on one only
 must not be relied upon.

@@ -1,6 +1,6 @@
 """The config: typed sections, YAML presets with `base:`, overrides, and the rules between keys.
 
-    config = load("configs/auto.yaml", ["data.mirror=true", "training.batch_size=64"])
+    config = load("auto", ["data.mirror=true", "training.batch_size=64"])
     config = resolve(config, resolution=(256, 256))     # no 'auto' is left
     batch = batch_arithmetic(config, num_replicas=8)
 

@@ -191,7 +191,7 @@ class CheckpointConfig(Section):
       keep_last: the newest this many are kept.
       keep_every_kimg: besides, one for every this many thousand images is kept; 0 for none.
       export_dir: where the trained generator is exported at the end of the run, as by
-        `trainer.export --dest`; '' for nowhere.
+        `python -m trainer export --dest`; '' for nowhere.
       export_snapshots: export it there with each image grid, too.
     """
 

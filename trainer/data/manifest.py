@@ -198,7 +198,7 @@ def load(path: str) -> Manifest:
 def _missing(path: str, directory: str) -> str:
     if storage.exists(storage.join(directory, PARTIAL_NAME)):
         return (
-            f"{path} is an unfinished conversion: run the same trainer.convert command again, "
+            f"{path} is an unfinished conversion: run the same `python -m trainer convert` again, "
             "and it goes on"
         )
     if storage.isfile(directory) or (storage.isdir(directory) and storage.listdir(directory)):
@@ -208,7 +208,7 @@ def _missing(path: str, directory: str) -> str:
         )
     return (
         f"no data set at {path} (it has no {FILE_NAME}); make one: "
-        f"python -m trainer.convert --source=IMAGES {shlex.quote(f'--dest={path}')} "
+        f"python -m trainer convert --source=IMAGES {shlex.quote(f'--dest={path}')} "
         "--resolution=SIZE"
     )
 
@@ -220,7 +220,7 @@ def _conversion_of(path: str) -> str:
     if source.rpartition("/")[2] in {"", ".", ".."}:  # it has no name to derive one from
         dest = "DATASET"
     return (
-        f"python -m trainer.convert {shlex.quote(f'--source={path}')} "
+        f"python -m trainer convert {shlex.quote(f'--source={path}')} "
         f"{shlex.quote(f'--dest={dest}')} --resolution=SIZE"
     )
 

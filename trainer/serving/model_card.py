@@ -137,7 +137,7 @@ images = model.signatures["serving_default"](
 {call}
 )["images"].numpy()  # uint8 {shape}
 
-# The image that trainer.generate makes of seed 1, by its latent and its styles.
+# The image that `python -m trainer generate` makes of seed 1, by its latent and its styles.
 z = np.random.RandomState(1).randn(1, {z_dim})
 psi = tf.constant([{psi}])
 ws = model.mapping(tf.constant(z, tf.float32), {c}truncation_psi=psi)["ws"]
@@ -185,7 +185,7 @@ def _call(inputs: Mapping[str, Any], network: Mapping[str, Any]) -> str:
 _SEEDS = """\
 Inputs have one row for each image, or one for all; the number of images is free.
 
-Seed n draws another latent than in `trainer.generate`, where it is NumPy's
+Seed n draws another latent than in `python -m trainer generate`, where it is NumPy's
 `np.random.RandomState(n).randn(1, {z_dim})`: for the same image, pass that as `z`.
 """
 
@@ -231,7 +231,7 @@ def _export(how: Mapping[str, Any]) -> str:
         f"Exported {how['time']} by trainer {how['trainer']} with TensorFlow {how['tensorflow']}, "
         f"computing in {how['precision']}{compiled}. Loaded in a process without the trainer, its "
         f"pixels were at most {check['max_difference']} and on average "
-        f"{check['mean_difference']:.3g} of 255 from those of `trainer.generate`.\n"
+        f"{check['mean_difference']:.3g} of 255 from those of `python -m trainer generate`.\n"
     )
 
 

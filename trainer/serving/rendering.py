@@ -1,4 +1,4 @@
-"""Images of a trained generator, in Python: `trainer.load` and what `trainer.generate` is made of.
+"""Images of a trained generator, in Python: `trainer.load`, and what the command generate uses.
 
 Seed n is the latent `np.random.RandomState(n).randn(1, z_dim)`, as in NVIDIA's tools, and makes the
 same image alone or among others.
@@ -73,7 +73,7 @@ class TrainedGenerator:
         label: str | int | None = None,
         truncation_psi: float = 1.0,
     ) -> npt.NDArray[np.uint8]:
-        """The images that `python -m trainer.generate` makes of the same seeds.
+        """The images that `python -m trainer generate` makes of the same seeds.
 
         Args:
           seeds: 0 to 2**32 - 1, one for each image.

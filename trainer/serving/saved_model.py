@@ -35,7 +35,7 @@ from trainer.training.snapshot import AtSnapshot, Snapshot
 Precision = Literal["float32", "bfloat16"]
 Jit = Literal["off", "cpu", "gpu"]
 
-# How far pixels may be, in steps of 255, from those of `trainer.generate`.
+# How far pixels may be, in steps of 255, from those of `python -m trainer generate`.
 _MAX_DIFFERENCE = 1
 _MAX_MEAN_BFLOAT16 = 6.0
 _CHECK_SECONDS = 900  # that a checking process may take; at 1024x1024 it takes half a minute
@@ -215,7 +215,7 @@ def _latents(network: Generator) -> dict[str, np.ndarray]:
 def _draw(
     network: Generator, params: Mapping[str, np.ndarray], inputs: Mapping[str, np.ndarray]
 ) -> np.ndarray:
-    """The images of latents, [N, H, W, C] uint8, as `trainer.generate` makes them."""
+    """The images of latents, [N, H, W, C] uint8, as `python -m trainer generate` makes them."""
     with tf.device("/CPU:0"):  # GPUs may round convolutions to ten bits
         values = {name: tf.constant(value) for name, value in params.items()}
         label = inputs.get("label", np.full([2], -1))

@@ -20,10 +20,11 @@ Their inputs, all but `label`, `z` of `mapping`, `c` and `ws` with defaults:
 N is any number and may differ from call to call. Each input has N rows, or one row for all. (With a
 row for each image they fit the row format of TensorFlow Serving and of Vertex AI.)
 
-Seeds are others than those of `trainer.generate`: its latents come from NumPy's Mersenne twister,
-which is no TensorFlow op. Here seed n is `tf.random.stateless_normal([z_dim], [n, 0], alg="philox")`,
-and its random noise, of all layers one after the other, the same with [n, 1]. Whoever wants the
-image of generate's seed n passes `z = np.random.RandomState(n).randn(1, z_dim)`.
+Seeds are others than those of `python -m trainer generate`: its latents come from NumPy's Mersenne
+twister, which is no TensorFlow op. Here seed n is
+`tf.random.stateless_normal([z_dim], [n, 0], alg="philox")`, and its random noise, of all layers one
+after the other, the same with [n, 1]. Whoever wants the image of generate's seed n passes
+`z = np.random.RandomState(n).randn(1, z_dim)`.
 """
 
 from __future__ import annotations

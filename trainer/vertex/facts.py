@@ -78,8 +78,8 @@ def _cost(request: Request, found: Plan, sec_per_kimg: float | None) -> list[tup
     target, total = request.target, found.config.training.total_kimg
     if sec_per_kimg is None:
         text = (
-            f"not known; give --sec_per_kimg, from `trainer.probe step` on {target.name} or from "
-            "the head of a preset"
+            "not known; give --sec_per_kimg, from `python -m trainer probe step` on "
+            f"{target.name} or from the head of a preset"
         )
         return [("cost", text)]
     hours = sec_per_kimg * total / 3600

@@ -70,8 +70,8 @@ def _try_plan(config: Config, shape: Shape, target: Target) -> Plan:
     _check_precision(config, target)
     if shape.shards % target.machines:
         raise ConfigError(
-            f"{shape.shards} shards don't divide over {target.machines} machines (trainer.convert "
-            "makes another number with --shards)"
+            f"{shape.shards} shards don't divide over {target.machines} machines "
+            "(`python -m trainer convert` makes another number with --shards)"
         )
     arithmetic = _arithmetic(config, target)
     classes = shape.num_classes if config.data.use_labels else 0

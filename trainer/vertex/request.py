@@ -122,7 +122,9 @@ def _check_places(request: Request) -> None:
     _check_bucket("workdir", request.workdir, "gs://BUCKET/runs/NAME")
     path = request.config.data.path
     if not path:
-        raise UsageError("no data set: give --data, the gs:// directory that trainer.convert wrote")
+        raise UsageError(
+            "no data set: give --data, the gs:// directory that `python -m trainer convert` wrote"
+        )
     if not path.startswith("package:"):
         _check_bucket("data", path, "gs://BUCKET/DATASET")
     config = request.config

@@ -142,7 +142,7 @@ class Job:
         text = f"{self.name} {how}" + (f": {self.error}" if self.error else "")
         if code is None or code in _GOES_ON:
             code = PreemptedError.exit_code
-            text += f"; go on with `python -m trainer.submit resume {self.workdir or self.name}`"
+            text += f"; go on with `python -m trainer submit resume {self.workdir or self.name}`"
         return JobFailedError(text, code)
 
 
