@@ -118,6 +118,14 @@ def test_the_data_set_is_asked_for_its_resolution(
     assert "16 images 32x32x3 = 2 replicas x 1 rounds x 8" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("config", ["auto", "configs/auto.yaml"])
+def test_a_job_is_named_after_its_preset(
+    config: str, call: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call(*command(config=config), "--dry_run")
+    assert '"displayName": "auto-a100x8"' in capsys.readouterr().out
+
+
 def test_help() -> None:
     done = as_program("--help")
     assert done.returncode == 0
