@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import pytest
 
-from tests.gcs.emulator import ROOT
+from tests.gcs.emulator import ROOT, SERVERS
 from tests.gcs.fixture import Gcs
 from trainer import config
 from trainer.core import cloud_requests, cloud_storage, storage
@@ -107,6 +107,7 @@ def test_retries_end_at_the_deadline_and_wait_between(
     assert 5 < len(_kinds(gcs)) < 60
 
 
+@pytest.mark.parametrize("gcs", SERVERS, indirect=True)
 def test_an_upload_goes_on_with_the_part_that_failed(
     gcs: Gcs, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
@@ -130,7 +131,7 @@ def test_a_download_goes_on_where_it_stopped(
     gcs: Gcs, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
     """Each try brings half of what is left: so many faults in a row are no long time without a
-    byte."""
+    byte. (The second server knows no ranges without an end, and sends all of it again.)"""
     monkeypatch.setattr(cloud_requests, "RETRY_SECONDS", 0.5)
     content = os.urandom(4 << 20)
     storage.write_bytes_atomic(f"{gcs.url}/large", content)

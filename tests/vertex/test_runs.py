@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import random
 import time
 
 import numpy as np
@@ -36,7 +37,7 @@ def submitted(gcs: Gcs, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch)
     """Submits a job of two workers for a workdir, by the command and the real client."""
     with Vertex(tmp_path, gcs.environment()) as vertex:
 
-        def start(workdir: str) -> RunningJob:
+        def start(workdir: str, *more: str) -> RunningJob:
             values = absl_flags.FlagValues()
             submit.define_flags(values)
             flags = [
@@ -47,6 +48,7 @@ def submitted(gcs: Gcs, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch)
                 "--project=pay",
                 f"--endpoint={vertex.endpoint}",
                 *(f"--set={setting}" for setting in SETTINGS),
+                *more,
             ]
             rest = values(["submit", *flags])
             monkeypatch.setattr(submit, "FLAGS", values)
@@ -73,9 +75,9 @@ def wait_for_checkpoint(job: RunningJob, workdir: str) -> None:
     raise AssertionError(f"no checkpoint\n{logs(job)}")
 
 
-def parameters(workdir: str) -> dict[str, np.ndarray]:
+def parameters(workdir: str, steps: int = STEPS) -> dict[str, np.ndarray]:
     found, _ = checkpoint.newest(workdir)
-    assert found is not None and found.step == STEPS
+    assert found is not None and found.step == steps
     return {
         f"{network}/{name}": value
         for network in ("G", "D", "G_ema")
@@ -119,5 +121,36 @@ def test_a_preempted_job_ends_like_an_undisturbed_one(submitted: object, gcs: Gc
     expected = parameters(undisturbed)
     found = parameters(preempted)
     assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+@pytest.mark.proof
+def test_a_spot_job_finishes_alone_however_often_it_is_taken_away(
+    submitted: object, gcs: Gcs
+) -> None:
+    """Five times, at random, with the 30 seconds that Spot machines have."""
+    preempted, undisturbed = f"{gcs.url}/runs/spot", f"{gcs.url}/runs/undisturbed"
+    steps = 1000
+    more = [
+        "--target=cpux1",
+        "--spot",
+        f"--set=training.total_kimg={steps * BATCH / 1000}",
+        "--set=checkpoint.every_steps=20",
+        "--set=run.grace_time=28",
+    ]
+    job, rng = submitted(preempted, *more), random.Random(5)
+    for number in range(5):
+        time.sleep(rng.uniform(1, 40))
+        job.preempt()
+        end = time.monotonic() + LIMIT
+        while job.preemptions == number:
+            assert job.state == "JOB_STATE_RUNNING" and time.monotonic() < end, logs(job)
+            time.sleep(0.1)
+    assert job.wait(LIMIT) == "JOB_STATE_SUCCEEDED", logs(job)
+    assert job.preemptions == 5
+    other = submitted(undisturbed, *more)
+    assert other.wait(LIMIT) == "JOB_STATE_SUCCEEDED", logs(other)
+    expected, found = parameters(undisturbed, steps), parameters(preempted, steps)
     for name, value in expected.items():
         np.testing.assert_array_equal(found[name], value, err_msg=name)
