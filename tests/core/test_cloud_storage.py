@@ -193,6 +193,52 @@ def _one_line(action: Callable[[], Any], pattern: str) -> None:
     assert len(str(caught.value)) < 400
 
 
+@pytest.mark.parametrize("gcs", SERVERS, indirect=True)
+def test_requester_pays(gcs: Gcs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kind of request, of both clients, names the project that pays."""
+    monkeypatch.setattr(cloud_storage, "_LARGE", 1 << 10)
+    large = os.urandom(1 << 12)
+    with gcs.emulator.faulty(requester_pays=True):
+        for name in ("read", "open", "write", "list", "lease"):
+            pattern = "requester pays.*the project that pays with GOOGLE_CLOUD_QUOTA_PROJECT"
+            _one_line(_actions(gcs.url)[name], pattern)
+        monkeypatch.setenv("GOOGLE_CLOUD_QUOTA_PROJECT", "mine")
+        cloud_requests.forget_client()
+        storage.write_bytes_atomic(f"{gcs.url}/a/x", large)
+        assert storage.read_bytes(f"{gcs.url}/a/x") == large
+        assert storage.read_range(f"{gcs.url}/a/x", 1, 5) == large[1:6]
+        with storage.open_read(f"{gcs.url}/a/x") as file:
+            assert file.read() == large
+        log = storage.AppendedFile(f"{gcs.url}/log", b"1\n", None)
+        log.add(b"2\n")
+        log.flush()
+        storage.rename(f"{gcs.url}/a", f"{gcs.url}/b")
+        assert storage.listdir(gcs.url) == ["b", "log"]
+        storage.remove_tree(f"{gcs.url}/b")
+    assert gcs.emulator.names(gcs.bucket) == ["log"]
+    assert {r.kind for r in gcs.emulator.log()} > {"read", "stat", "list", "write", "part"}
+
+
+def test_names_with_empty_parts(gcs: Gcs) -> None:
+    """Each is another object, below another folder. (The second server takes a//b for a/b.)"""
+    names = ["/a", "a//b", "a/b", "a//c//d", "a/c/d"]
+    for name in names:
+        storage.write_bytes_atomic(f"{gcs.url}/{name}", name.encode())
+    assert gcs.emulator.names(gcs.bucket) == sorted(names)
+    for name, digest in storage.walk(gcs.url).items():
+        path = storage.join(gcs.url, name)
+        assert storage.read_bytes(path) == name.encode()
+        assert storage.digest(path) == digest
+    assert set(storage.walk(f"{gcs.url}/a")) == {"/b", "b", "/c//d", "c/d"}
+    assert set(storage.walk(f"{gcs.url}/a/")) == {"/b", "b", "/c//d", "c/d"}
+    assert set(storage.walk(f"{gcs.url}/a//")) == {"b", "c//d"}
+    assert storage.listdir(f"{gcs.url}/a//") == ["b", "c"]
+    assert storage.read_bytes(storage.join(f"{gcs.url}/a", "/b")) == b"a//b"
+    assert storage.read_bytes(storage.sibling(f"{gcs.url}/a//b", "../b")) == b"a/b"
+    storage.remove_tree(f"{gcs.url}/a//c")
+    assert gcs.emulator.names(gcs.bucket) == sorted(set(names) - {"a//c//d"})
+
+
 @pytest.mark.parametrize("name", _actions(""))
 def test_missing_bucket(gcs: Gcs, name: str) -> None:
     _one_line(_actions("gs://not-there")[name], "there is no bucket not-there; check its name")
