@@ -1,4 +1,4 @@
-"""Draws images with a trained network: --run, --seeds, --out.
+"""Renders images with a trained network: --run, --seeds, --out.
 
 Single images and a labelled grid, a style-mixing sheet, or a latent walk.
 
@@ -60,7 +60,7 @@ def parse_seeds(text: str, flag: str = "seeds") -> list[int]:
 
 
 def choose_classes(wanted: str | None, labels: Sequence[str]) -> list[int]:
-    """The classes to draw: one for a name or an index, all for "all", [-1] without classes.
+    """The classes to render: one for a name or an index, all for "all", [-1] without classes.
 
     Args:
       wanted: what --class says, None when it is absent. A name goes before an index.
@@ -165,7 +165,7 @@ def define_flags(values: absl_flags.FlagValues = FLAGS) -> None:
     text("run", None, "Directory of a run; its newest checkpoint is used.")
     text("checkpoint", None, "Directory of one checkpoint, used instead of --run.")
     text("out", None, "Directory to write to, made if need be; may be a gs:// path.")
-    text("seeds", "0-15", "Images to draw, as in 0-15,20.")
+    text("seeds", "0-15", "Images to render, as in 0-15,20.")
     real("truncation_psi", 1.0, "1: all it has learned; 0: the average image.")
     number("truncation_cutoff", None, "Truncate only so many of the first layers.")
     text("class", None, "Name or index of a class, or all: one row for each.")
@@ -188,7 +188,7 @@ def define_flags(values: absl_flags.FlagValues = FLAGS) -> None:
 
 
 def main(_: Sequence[str]) -> None:
-    """Draws what the flags ask for and prints of which checkpoint, and where it is.
+    """Renders what the flags ask for and prints of which checkpoint, and where it is.
 
     Raises:
       UsageError: the flags do not fit together, or not the network.

@@ -188,7 +188,7 @@ class Graph:
     def _block_order(self, lane: tf.Tensor, blocks: Any, epoch: Any) -> tf.Tensor:
         """All blocks of a lane as an epoch takes them."""
         windows = -(-blocks // self._window_blocks)
-        return _order(self._seed, self._draw(lane, epoch, windows, 0), blocks)
+        return _order(self._seed, self._shuffle_index(lane, epoch, windows, 0), blocks)
 
     def _blocks(self, lane: tf.Tensor, blocks: Any, step: Any) -> tf.Tensor:
         """The blocks in a window, int64."""
@@ -198,8 +198,8 @@ class Graph:
         order = self._block_order(lane, blocks, epoch)
         return tf.cast(order[number * per_window : (number + 1) * per_window], tf.int64)
 
-    def _draw(self, lane: Any, epoch: Any, windows: Any, number: Any) -> Any:
-        """The index of a draw: number 0 orders the blocks, 1 + k the records of window k."""
+    def _shuffle_index(self, lane: Any, epoch: Any, windows: Any, number: Any) -> Any:
+        """The index of a shuffle: number 0 orders the blocks, 1 + k the records of window k."""
         return (epoch * (windows + 1) + number) * len(self._manifest.shards) + lane
 
     def _build(self, lanes: _Lanes) -> tf.data.Dataset:
@@ -322,8 +322,8 @@ class Graph:
             count = tf.size(serialized, tf.int64)
             tf.debugging.assert_equal(count, expected, "records in a window")
             encoded, labels = self._parse(serialized)
-            draw = self._draw(lane, epoch, windows, number + 1)
-            picked = _order(self._seed, draw, count)[begin:]
+            shuffle = self._shuffle_index(lane, epoch, windows, number + 1)
+            picked = _order(self._seed, shuffle, count)[begin:]
             return tf.gather(encoded, picked), tf.gather(labels, picked)
 
         # The last block is read up to the end of the file, so that a surplus shows.
@@ -405,8 +405,8 @@ class Graph:
     def _flips(self, numbers: tf.Tensor) -> tf.Tensor:
         """The images of the groups that are mirrored: bool [groups * size]."""
         place = numbers[:, tf.newaxis] * self._size + tf.range(self._size, dtype=tf.int64)
-        drawn = seeds.fold_in_groups(self._seed, seeds.Purpose.MIRROR, tf.reshape(place, [-1]))
-        return tf.cast(drawn[:, 0] & 1, tf.bool)
+        bits = seeds.fold_in_groups(self._seed, seeds.Purpose.MIRROR, tf.reshape(place, [-1]))
+        return tf.cast(bits[:, 0] & 1, tf.bool)
 
 
 def _flip(image: tf.Tensor, flip: tf.Tensor) -> tf.Tensor:

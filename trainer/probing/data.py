@@ -82,14 +82,14 @@ def measure_reading(
 def _time_reading(
     manifest: Manifest, bad_records: BadRecords, readers: int, blocks: int, seconds: float
 ) -> Reading:
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     places = []
     for number, shard in enumerate(manifest.shards):
         ends = [*shard.index, shard.bytes]
         for first in range(0, len(shard.index) - blocks + 1, blocks):
             length = ends[first + blocks] - ends[first]
             places.append((number, first, ends[first], length))
-    places = [places[n] for n in draw.permutation(len(places))]
+    places = [places[n] for n in rng.permutation(len(places))]
     numbers, firsts, offsets, lengths = (list(part) for part in zip(*places, strict=True))
     paths = [manifest.path(number) for number in numbers]
     records_each = blocks * manifest.block

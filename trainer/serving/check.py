@@ -1,4 +1,4 @@
-"""Loads a SavedModel as a stranger would, and says what it draws.
+"""Loads a SavedModel as a stranger would, and reports what it renders.
 
 Run by `trainer.serving.saved_model` as a script, in a process of its own that cannot import `trainer`:
 
@@ -20,7 +20,7 @@ import numpy as np
 
 
 def compare(path: str, inputs: dict[str, np.ndarray]) -> dict[str, float]:
-    """Draws by each signature and compares with `pixels`.
+    """Renders by each signature and compares with `pixels`.
 
     Args:
       path: of the SavedModel.
@@ -41,14 +41,14 @@ def compare(path: str, inputs: dict[str, np.ndarray]) -> dict[str, float]:
         "truncation_psi": tf.constant(inputs["psi"]),
         "noise_mode": tf.constant(["const"]),
     }
-    drawn = serving(z=tf.constant(inputs["z"]), **label, **common)["images"].numpy().astype(int)
-    if drawn.shape != pixels.shape:
-        raise ValueError(f"images of shape {drawn.shape} instead of {pixels.shape}")
+    rendered = serving(z=tf.constant(inputs["z"]), **label, **common)["images"].numpy().astype(int)
+    if rendered.shape != pixels.shape:
+        raise ValueError(f"images of shape {rendered.shape} instead of {pixels.shape}")
 
     # Other numbers of images, and the other ways to the same.
     one = {name: value[:1] for name, value in label.items()}
     png = signatures["png"](z=tf.constant(inputs["z"][:1]), **one, **common)["image_bytes"]
-    _agree("png", tf.io.decode_png(png[0]).numpy(), drawn[0])
+    _agree("png", tf.io.decode_png(png[0]).numpy(), rendered[0])
     c = {}
     if label:
         width = signatures["mapping"].structured_input_signature[1]["c"].shape[1]
@@ -56,13 +56,13 @@ def compare(path: str, inputs: dict[str, np.ndarray]) -> dict[str, float]:
     psi = {"truncation_psi": common["truncation_psi"]}
     ws = signatures["mapping"](z=tf.constant(inputs["z"][1:]), **c, **psi)["ws"]
     images = signatures["synthesis"](ws=ws)["images"].numpy()
-    _agree("synthesis", np.clip(images * 127.5 + 128, 0, 255).astype(np.uint8), drawn[1:])
+    _agree("synthesis", np.clip(images * 127.5 + 128, 0, 255).astype(np.uint8), rendered[1:])
     random = common | {"noise_mode": tf.constant(["random"])}
     seeded = serving(z=tf.zeros([1, 0]), **one, **random)["images"]
     if seeded.shape != (1, *pixels.shape[1:]):
         raise ValueError(f"an image of shape {seeded.shape} from a seed")
 
-    difference = np.abs(drawn - pixels)
+    difference = np.abs(rendered - pixels)
     return {
         "max_difference": int(difference.max()),
         "mean_difference": float(difference.mean()),
@@ -70,8 +70,8 @@ def compare(path: str, inputs: dict[str, np.ndarray]) -> dict[str, float]:
     }
 
 
-def _agree(name: str, images: np.ndarray, drawn: np.ndarray) -> None:
-    difference = np.abs(images.astype(int) - drawn)
+def _agree(name: str, images: np.ndarray, rendered: np.ndarray) -> None:
+    difference = np.abs(images.astype(int) - rendered)
     if difference.max() > 1:
         raise ValueError(f"{name} and serving_default differ by {difference.max()} of 255")
 

@@ -117,7 +117,7 @@ def text(card: Mapping[str, Any]) -> str:
         "## Metrics\n",
         _metrics(card["metrics"]),
         "## Limits\n",
-        "What it draws resembles its data, faults and gaps of the data included, and may resemble "
+        "What it renders resembles its data, faults and gaps of the data included, and may resemble "
         "single images of it. Nobody has examined it for a use; do so before you rely on it. For "
         "what its images may be used, the licence of the data matters too.\n",
         "## Training\n",
@@ -185,7 +185,7 @@ def _call(inputs: Mapping[str, Any], network: Mapping[str, Any]) -> str:
 _SEEDS = """\
 Inputs have one row for each image, or one for all; the number of images is free.
 
-Seed n draws another latent than in `python -m trainer generate`, where it is NumPy's
+Seed n stands for another latent than in `python -m trainer generate`, where it is NumPy's
 `np.random.RandomState(n).randn(1, {z_dim})`: for the same image, pass that as `z`.
 """
 

@@ -92,14 +92,14 @@ def publish(
     Raises:
       LeaseHeldError: another process exports to `dest`.
       StorageError: `dest` can't be written.
-      DivergedError: the network draws values that are not finite.
+      DivergedError: the network renders values that are not finite.
       ExportError: the SavedModel is not the network.
     """
     config, data = _origin(info)
     params = {name: np.asarray(value, np.float32) for name, value in params.items()}
     trained = build.networks(config, data, rounded=False)[0]
     latents = _latents(trained)
-    pixels = _draw(trained, params, latents)
+    pixels = _render(trained, params, latents)
     network = _network(config, data, precision, jit)
     with versions.draft(dest, scratch=checkpoint.scratch, log=log) as draft:
         try:
@@ -212,7 +212,7 @@ def _latents(network: Generator) -> dict[str, np.ndarray]:
     return inputs
 
 
-def _draw(
+def _render(
     network: Generator, params: Mapping[str, np.ndarray], inputs: Mapping[str, np.ndarray]
 ) -> np.ndarray:
     """The images of latents, [N, H, W, C] uint8, as `python -m trainer generate` makes them."""
@@ -224,7 +224,7 @@ def _draw(
         images = network.synthesis(values, ws).numpy()
     if not np.isfinite(images).all():
         raise DivergedError(
-            "the network draws values that are not finite, so it is not exported; take an older "
+            "the network renders values that are not finite, so it is not exported; take an older "
             "checkpoint with --checkpoint"
         )
     return grids.to_uint8(images)
@@ -236,7 +236,7 @@ def _check(
     """Loads what was written in a new process, and compares.
 
     Raises:
-      ExportError: it can't be loaded, or draws something else.
+      ExportError: it can't be loaded, or renders something else.
     """
     buffer, arrays = io.BytesIO(), dict[str, Any](inputs, pixels=pixels)
     np.savez(buffer, **arrays)
@@ -252,7 +252,7 @@ def _check(
         )
     except subprocess.TimeoutExpired as error:
         raise ExportError(
-            f"{failed} a new process could not load it and draw two images in "
+            f"{failed} a new process could not load it and render two images in "
             f"{_CHECK_SECONDS} s; run the same command on a machine that does less"
         ) from error
     if done.returncode:
@@ -260,7 +260,7 @@ def _check(
         lines = [line for line in lines if not tensorflow_log.harmless(line)] or [b"nothing said"]
         said = lines[-1].decode(errors="replace")
         raise ExportError(
-            f"{failed} a new process could not load it and draw with it (exit code "
+            f"{failed} a new process could not load it and render with it (exit code "
             f"{done.returncode}: {said[:300]}); if there is memory enough, please report this"
         )
     try:
@@ -268,7 +268,7 @@ def _check(
         difference, mean = float(check["max_difference"]), float(check["mean_difference"])
     except (documents.DocumentError, KeyError, TypeError, ValueError) as error:
         raise ExportError(
-            f"{failed} a new process that drew with it reported no difference; please report this"
+            f"{failed} a new process that rendered with it reported no difference; please report this"
         ) from error
     if precision == "bfloat16" and mean > _MAX_MEAN_BFLOAT16:
         raise ExportError(

@@ -52,8 +52,8 @@ class Served(tf.Module):
     Args:
       generator: the network.
       params: its parameters by name.
-      jit: compile mapping and synthesis with XLA, once for each number of images. What a seed draws
-        stays outside: there XLA would draw other numbers.
+      jit: compile mapping and synthesis with XLA, once for each number of images. Random numbers
+        stay outside: there XLA would make others of a seed.
     """
 
     def __init__(
@@ -187,12 +187,12 @@ class Served(tf.Module):
         return tf.cast(pixels, tf.uint8)
 
     def _latents(self, z: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-        """z where it has columns, else what the seeds draw."""
+        """z where it has columns, else the latents of the seeds."""
         z_dim, columns = self._generator.z_dim, tf.shape(z)[1]
         fits = tf.reduce_any(columns == [0, z_dim])
         message = f"z must have {z_dim} columns, or none to take the latents of the seeds; it has"
         with tf.control_dependencies([tf.debugging.Assert(fits, [message, columns])]):
-            latents = tf.cond(columns > 0, lambda: z, lambda: _draw(seed, z_dim, _LATENT))
+            latents = tf.cond(columns > 0, lambda: z, lambda: _normal(seed, z_dim, _LATENT))
         return tf.ensure_shape(latents, [None, z_dim])
 
     def _one_hot(self, label: tf.Tensor | None, count: tf.Tensor) -> tf.Tensor:
@@ -211,16 +211,16 @@ class Served(tf.Module):
         with tf.control_dependencies([tf.debugging.Assert(known, [message, mode])]):
             const, random = (mode[:, tf.newaxis] == name for name in NOISE_MODES[:2])
         size = sum(height * width for height, width in self._generator.noise_shapes)
-        drawn = tf.cond(
+        sampled = tf.cond(
             tf.reduce_any(random),
-            lambda: _repeated(_draw(seed, size, _NOISE), count),
+            lambda: _repeated(_normal(seed, size, _NOISE), count),
             lambda: tf.zeros([1, size]),
         )
-        noise = tf.where(const, self._const_noise(), tf.where(random, drawn, 0.0))
+        noise = tf.where(const, self._const_noise(), tf.where(random, sampled, 0.0))
         return tf.ensure_shape(noise, [None, size])
 
 
-def _draw(seed: tf.Tensor, size: int, purpose: int) -> tf.Tensor:
+def _normal(seed: tf.Tensor, size: int, purpose: int) -> tf.Tensor:
     """[N, size] standard normal: each seed's own numbers, alone or among others.
 
     With the algorithm named the numbers are the same on every device.

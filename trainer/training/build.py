@@ -44,7 +44,7 @@ def networks(
       config: resolved.
       data: what they make and judge.
       backend: how layers are computed.
-      rounded: whether 16-bit blocks are; without, they keep their clamp. Pictures are drawn so:
+      rounded: whether 16-bit blocks are; without, they keep their clamp. Images are rendered so:
         uncompiled, CPUs take 16 bits an order of magnitude slower than 32.
       clamped: whether activations are clamped; by default where `run.precision` is in 16 bits.
     """
