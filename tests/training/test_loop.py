@@ -211,6 +211,9 @@ def test_ticks(undisturbed: tuple[pathlib.Path, str]) -> None:
         assert abs(line["Loss/signs/real"]["mean"]) <= 1
     # R1 runs at steps 0, 3 and 6.
     assert ["Loss/r1_penalty" in line for line in lines] == [True, False, True, True]
+    # Grids are made every two ticks, and at the end.
+    assert ["Progress/variety" in line for line in lines] == [False, False, True, True]
+    assert lines[3]["Progress/variety"]["mean"] > 0
 
 
 @pytest.fixture(scope="module")
