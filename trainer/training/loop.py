@@ -298,6 +298,7 @@ def train(
                         tick=tick,
                         nimg=images,
                         augment_p=float(state.augment_p.numpy()),
+                        r1_gamma=_r1_gamma(config, images / 1000),
                         total_sec=total_sec,
                         tick_sec=tick_sec,
                         maintenance_sec=maintenance,
@@ -451,6 +452,13 @@ def _take_stats(state: TrainState) -> dict[str, Stat]:
             variance = max(squares / number - mean**2, 0.0)
             stats[name] = Stat(int(number), float(mean), float(np.sqrt(variance)))
     return stats
+
+
+def _r1_gamma(config: Config, kimg: float) -> float:
+    """The weight of R1 at a position of the run."""
+    gamma = config.objective.r1_gamma
+    assert gamma != "auto"
+    return gamma.at(kimg) if isinstance(gamma, Schedule) else gamma
 
 
 def _take_loss_scales(state: TrainState) -> dict[str, Stat]:
