@@ -21,6 +21,7 @@ IMAGE = f"us-docker.pkg.dev/project/repo/gpu@sha256:{'0' * 64}"
 PRESETS = {
     "auto": 256,
     "cifar": 32,
+    "digits32": 32,
     "emoji64": 64,
     "paper256": 256,
     "paper512": 512,
