@@ -65,6 +65,13 @@ def test_three_snapshots_far_apart_are_enough() -> None:
     assert "objective.r1_gamma=10" in texts[2][0]
 
 
+def test_without_r1_no_weight_of_it_is_named() -> None:
+    """Of WGAN-GP, say."""
+    advice = Advice()
+    *_, (text,) = [update(advice, kimg, variety=0.1, r1_gamma=0) for kimg in (200, 400, 600)]
+    assert "r1_gamma" not in text and "D's penalty" in text
+
+
 def test_variety_that_comes_back_is_not_lost() -> None:
     advice = Advice()
     for kimg in range(0, 400, 4):

@@ -114,6 +114,8 @@ def _leak(augment_p: float) -> str | None:
 
 def _raise(r1_gamma: float) -> str:
     """What to do against a discriminator that is too steep."""
+    if r1_gamma == 0:
+        return "start a new run with a larger weight of D's penalty"
     return (
         f"start a new run with objective.r1_gamma={_RAISE * r1_gamma:.2g}, {_RAISE} times as much"
     )
