@@ -256,7 +256,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(
         assert found[name].tobytes() == value.tobytes(), name
 
     def measured(workdir: pathlib.Path) -> list[dict[str, Any]]:
-        names = ("tick", "nimg", "Progress/kimg", "Progress/augment")
+        names = ("tick", "nimg", "Progress/kimg", "Progress/augment", "Progress/variety")
         return [
             {k: v for k, v in line.items() if k.startswith("Loss/") or k in names}
             for line in stats(workdir)
