@@ -55,7 +55,7 @@ def test_lost_variety_is_told_once_with_a_value() -> None:
     assert told == [33]  # the first snapshot that is 20 kimg after the first low one
     (text,) = texts[25]
     assert "variety" in text and "0.45" in text and "kimg 13" in text
-    assert "objective.r1_gamma=0.13" in text
+    assert "objective.r1_gamma=1, in place of 0.013" in text
 
 
 def test_three_snapshots_far_apart_are_enough() -> None:
@@ -98,7 +98,7 @@ def test_a_growing_r1_is_told_once_with_a_value() -> None:
     assert [kimg for kimg, text in enumerate(texts) if text] == [18]
     (text,) = texts[18]
     assert "from 0.4 to 4.6 since kimg 5" in text
-    assert "objective.r1_gamma=0.13" in text
+    assert "objective.r1_gamma=1, in place of 0.013" in text
 
 
 def test_r1_that_is_flat_or_grows_slowly_is_silent() -> None:

@@ -90,7 +90,7 @@ def test_advice_reaches_the_console(tmp_path: Path, capsys: pytest.CaptureFixtur
             tick=tick,
             nimg=10_000 * (tick + 1),
             augment_p=0.25,
-            r1_gamma=0.03,
+            r1_gamma=0.3,
             total_sec=1.0,
             tick_sec=1.0,
             maintenance_sec=0.0,
@@ -98,7 +98,7 @@ def test_advice_reaches_the_console(tmp_path: Path, capsys: pytest.CaptureFixtur
     telemetry.close()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["tick"] * 3 + ["advice:"] + ["tick"] * 2
-    assert "objective.r1_gamma=0.3" in lines[3]
+    assert "objective.r1_gamma=3, in place of 0.3" in lines[3]
 
 
 def test_resume_writes_no_tick_twice(tmp_path: Path) -> None:
