@@ -64,6 +64,7 @@ def test_all_presets_are_there() -> None:
         "smoke",
         "smoke-relativistic",
         "emoji64",
+        "digits32",
         *(f"r3gan-{n}" for n in r3gan),
     }
 
@@ -132,8 +133,8 @@ def test_nvidias_presets_fit_8_replicas(name: str) -> None:
     assert config_lib.batch_arithmetic(config, replicas).per_replica_batch % 4 == 0
 
 
-def test_emoji64_is_conditional_and_smoke_brings_its_data() -> None:
-    assert load("emoji64").data.use_labels
+def test_small_presets_are_conditional_and_smoke_brings_its_data() -> None:
+    assert load("emoji64").data.use_labels and load("digits32").data.use_labels
     assert load("smoke").data.path == "package:data/fluent_emoji_32"
     assert load("smoke").run.precision == "float32"
 

@@ -164,3 +164,28 @@ def test_sheet_cuts_captions_that_are_wider_than_a_tile() -> None:
     pixels = np.asarray(images.labelled_sheet([tile] * 2, ["x" * 200, ""], cols=2))
     assert (pixels[:, 3 + 99 :] == 255).all()
     assert (pixels < 128).any()
+
+
+def test_split_is_the_inverse_of_tile() -> None:
+    pictures = np.random.RandomState(0).randint(0, 256, (6, 2, 5, 3)).astype(np.uint8)
+    assert np.array_equal(images.split(images.tile(pictures, (3, 2)), (3, 2)), pictures)
+
+
+def test_spread_is_that_of_all_pairs() -> None:
+    pictures = np.random.RandomState(0).randint(0, 256, (7, 4, 3, 2)).astype(np.uint8)
+    floats = pictures.astype(float)
+    squares = [np.mean((floats[i] - floats[j]) ** 2) for i in range(7) for j in range(i)]
+    found = images.spread(pictures, np.full(7, -1))
+    assert found == pytest.approx(np.sqrt(np.mean(squares)), rel=1e-6)
+
+
+def test_spread_compares_images_of_one_class() -> None:
+    """One image for each class is no variety, wherever its tiles are."""
+    labels = np.array([4, 1, 4, 1])
+    pictures = (labels * 50).astype(np.uint8).reshape(4, 1, 1, 1) + np.zeros((4, 2, 2, 1), np.uint8)
+    assert images.spread(pictures, labels) == 0
+    assert images.spread(pictures, np.full(4, -1)) > 50
+    pictures[0] += 10
+    # One class has a pair that is 10 apart, the other one that is 0 apart.
+    assert images.spread(pictures, labels) == pytest.approx(np.sqrt((10**2 + 0) / 2))
+    assert np.isnan(images.spread(pictures[:2], labels[:2]))

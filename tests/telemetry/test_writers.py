@@ -13,7 +13,7 @@ from tensorboard.util import tensor_util
 
 from trainer.core import storage, tfrecord
 from trainer.telemetry import images, tensorboard
-from trainer.telemetry.statsfile import Stat
+from trainer.telemetry.statsfile import Stat, constant
 from trainer.telemetry.writers import Telemetry
 
 
@@ -34,6 +34,7 @@ def _run(
             tick=tick,
             nimg=tick * images,
             augment_p=0.25,
+            r1_gamma=1.0,
             total_sec=tick * 20.0,
             tick_sec=16.0,
             maintenance_sec=4.0,
@@ -80,6 +81,26 @@ def test_tick_reports_everywhere(tmp_path: Path, capsys: pytest.CaptureFixture[s
         _scalars(tmp_path, "Loss/pl_penalty")  # not measured: no point
 
 
+def test_advice_reaches_the_console(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the weight of R1 that the tick is given, and after the tick."""
+    telemetry = Telemetry(str(tmp_path), tensorboard="", total_kimg=100)
+    for tick in range(5):
+        telemetry.tick(
+            {"Progress/variety": constant(0.1)},
+            tick=tick,
+            nimg=10_000 * (tick + 1),
+            augment_p=0.25,
+            r1_gamma=0.3,
+            total_sec=1.0,
+            tick_sec=1.0,
+            maintenance_sec=0.0,
+        )
+    telemetry.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["tick"] * 3 + ["advice:"] + ["tick"] * 2
+    assert "objective.r1_gamma=3, in place of 0.3" in lines[3]
+
+
 def test_resume_writes_no_tick_twice(tmp_path: Path) -> None:
     _run(tmp_path, [1, 2, 3, 4], loss=0.5)
     _run(tmp_path, [3, 4, 5], loss=0.25, resume=8.0)  # the last checkpoint was that of tick 2
@@ -112,6 +133,7 @@ def test_images_stay_with_their_tick(tmp_path: Path) -> None:
             tick=number,
             nimg=number * 100,
             augment_p=0.0,
+            r1_gamma=1.0,
             total_sec=1.0,
             tick_sec=1.0,
             maintenance_sec=0.0,

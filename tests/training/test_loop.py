@@ -219,6 +219,9 @@ def test_ticks(undisturbed: tuple[pathlib.Path, str]) -> None:
         assert abs(line["Loss/signs/real"]["mean"]) <= 1
     # R1 runs at steps 0, 3 and 6.
     assert ["Loss/r1_penalty" in line for line in lines] == [True, False, True, True]
+    # Grids are made every two ticks, and at the end.
+    assert ["Progress/variety" in line for line in lines] == [False, False, True, True]
+    assert lines[3]["Progress/variety"]["mean"] > 0
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +264,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(
         assert found[name].tobytes() == value.tobytes(), name
 
     def measured(workdir: pathlib.Path) -> list[dict[str, Any]]:
-        names = ("tick", "nimg", "Progress/kimg", "Progress/augment")
+        names = ("tick", "nimg", "Progress/kimg", "Progress/augment", "Progress/variety")
         return [
             {k: v for k, v in line.items() if k.startswith("Loss/") or k in names}
             for line in stats(workdir)

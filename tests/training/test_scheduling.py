@@ -121,3 +121,9 @@ def test_values_are_in_the_statistics_and_a_resumed_run_has_the_right_ones(
     )
     strengths = [line["Progress/augment"]["mean"] for line in lines]
     np.testing.assert_allclose(strengths, [p.at(k) for k in kimg], rtol=1e-5)
+
+
+def test_advice_is_given_the_weight_of_r1_at_its_tick(squares: Manifest) -> None:
+    moving = make(squares, objective={"r1_gamma": {"linear": [1, 0.5], "kimg": 10}})
+    assert [loop._r1_gamma(moving, kimg) for kimg in (0, 5, 20)] == [1, 0.75, 0.5]
+    assert loop._r1_gamma(make(squares, objective={"r1_gamma": 0.25}), 5) == 0.25

@@ -98,6 +98,44 @@ def test_reals_are_those_of_the_layout(squares: Manifest) -> None:
     np.testing.assert_array_equal(tiles(shots.reals()), wanted)
 
 
+def test_variety_of_reals_is_1_and_that_of_one_image_0(
+    squares: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the classes of their rows, without a second look at the records."""
+    shots = Snapshots(generator(c_dim=3)[0], squares, use_labels=True, seed=3)
+    resumed = Snapshots(generator(c_dim=3)[0], squares, use_labels=True, seed=3)
+    reals = shots.reals()
+    faded = (128 + (reals.astype(float) - 128) / 2).astype(np.uint8)
+    assert resumed.variety(faded) == shots.variety(faded) == pytest.approx(0.5, abs=0.01)
+    monkeypatch.setattr(shards, "read_images", None)
+    assert shots.variety(reals) == resumed.variety(reals) == 1
+    one_for_each_class = np.concatenate(
+        [tiles(reals)[labels == shots.layout.labels][:1] for labels in shots.layout.labels]
+    )
+    assert shots.variety(images.tile(one_for_each_class, shots.layout.size)) == 0
+
+
+def test_variety_of_fakes_is_what_their_latents_change(squares: Manifest) -> None:
+    network, params = generator()
+    shots = Snapshots(network, squares, use_labels=False, seed=3)
+    before = shots.variety(shots.fakes(params))
+    assert before > 0.01
+    for name, value in params.items():
+        if name.endswith("affine.weight"):
+            value.assign(tf.zeros_like(value))
+    assert shots.variety(shots.fakes(params)) == 0
+
+
+def test_a_data_set_without_variety_has_no_measure(
+    squares: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shots = Snapshots(generator()[0], squares, use_labels=False, seed=3)
+    monkeypatch.setattr(
+        shards, "read_images", lambda *_: (np.zeros([COLUMNS * ROWS, 8, 8, 3], np.uint8), None)
+    )
+    assert np.isnan(shots.variety(np.zeros([ROWS * 8, COLUMNS * 8, 3], np.uint8)))
+
+
 def test_a_damaged_record_leaves_the_grids_of_a_resumed_run(
     squares: Manifest, tmp_path: pathlib.Path
 ) -> None:

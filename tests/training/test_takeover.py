@@ -87,6 +87,7 @@ def train(workdir: str, steps: int, leases: list[Lease]) -> None:
                 tick=step - 1,
                 nimg=step,
                 augment_p=0.0,
+                r1_gamma=1.0,
                 total_sec=0.0,
                 tick_sec=0.0,
                 maintenance_sec=0.0,

@@ -22,6 +22,7 @@ TPU_IMAGE = f"us-docker.pkg.dev/project/repo/trainer-tpu@sha256:{'0' * 64}"
 PRESETS = {
     "auto": 256,
     "cifar": 32,
+    "digits32": 32,
     "emoji64": 64,
     "paper256": 256,
     "paper512": 512,

@@ -140,6 +140,45 @@ def tile(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return grid.reshape(rows * height, cols * width, channels)
 
 
+def split(grid: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The images of a full grid: the inverse of `tile`.
+
+    Args:
+      grid: [rows * H, columns * W, C].
+      size: (columns, rows).
+
+    Returns:
+      [columns * rows, H, W, C] of the same dtype.
+    """
+    (cols, rows), (height, width, channels) = size, grid.shape
+    parts = grid.reshape(rows, height // rows, cols, width // cols, channels)
+    return parts.transpose(0, 2, 1, 3, 4).reshape(-1, height // rows, width // cols, channels)
+
+
+def spread(images: np.ndarray, labels: np.ndarray) -> float:
+    """Root mean square distance of pixels between two images of the same class.
+
+    Pairs of different classes are left out: a generator that makes one image for each class, or the
+    same one for all, has a spread of 0. Without classes every pair counts. The mean square over pairs
+    is twice the variance within classes, so no pair is formed.
+
+    Args:
+      images: [N, H, W, C] uint8.
+      labels: [N] int64, the class of each image; -1 everywhere without classes.
+
+    Returns:
+      0 to 255; NaN if no class has two images.
+    """
+    squares, freedom = 0.0, 0
+    for c in np.unique(labels):
+        members = images[labels == c]
+        mean = members.mean(axis=0, dtype=np.float32)
+        # One by one: all at once would need the memory of a large grid in floats.
+        squares += sum(float(np.square(image - mean).mean()) for image in members)
+        freedom += len(members) - 1
+    return math.sqrt(2 * squares / freedom) if freedom else math.nan
+
+
 def to_pillow(image: np.ndarray) -> Image.Image:
     """A [H, W, C] uint8 array as a Pillow image: L, LA, RGB or RGBA for C = 1, 2, 3, 4."""
     return Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)

@@ -72,6 +72,7 @@ class Telemetry:
         tick: int,
         nimg: int,
         augment_p: float,
+        r1_gamma: float,
         total_sec: float,
         tick_sec: float,
         maintenance_sec: float,
@@ -80,10 +81,12 @@ class Telemetry:
 
         Args:
           stats: what training measured in it, by NVIDIA's names: `Loss/scores/real`,
-            `Loss/signs/real`, `Loss/G/loss`, `Loss/r1_penalty`, ...
+            `Loss/signs/real`, `Loss/G/loss`, `Loss/r1_penalty`, ... A tick with a snapshot has
+            `Progress/variety`, too, see `Snapshots.variety`.
           tick: number of the tick, counted from the start of the run.
           nimg: position of the run in images.
           augment_p: augmentation probability now.
+          r1_gamma: weight of the R1 penalty now, 0 for none.
           total_sec: wall time of the whole run, earlier processes included.
           tick_sec: wall time of this tick.
           maintenance_sec: wall time between the last tick and this: snapshots, checkpoints.
@@ -109,10 +112,8 @@ class Telemetry:
         merged = {**stats, **{name: constant(value) for name, value in values.items()}}
         eta = self._eta.update(nimg / 1000, total_sec, values["Timing/sec_per_kimg"])
         self._console.line(tick_line(merged, eta))
-        if "Loss/signs/real" in stats:
-            advice = self._advice.update(nimg / 1000, stats["Loss/signs/real"].mean, augment_p)
-            if advice is not None:
-                self._console.line(advice)
+        for text in self._advice.update(nimg / 1000, stats, augment_p=augment_p, r1_gamma=r1_gamma):
+            self._console.line(text)
         self._stats.add(statsfile.line(merged, tick=tick, nimg=nimg))
         if self._tensorboard is not None:
             self._tensorboard.scalars(merged, nimg)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -281,6 +282,12 @@ def train(
                     stats |= _take_loss_scales(state)
                 for key, number in config_lib.schedules(config).items():
                     stats[f"Schedule/{key}"] = constant(number.at(images / 1000))
+                grid = None
+                at_snap = done or (tick > 0 and tick % config.telemetry.snap_ticks == 0)
+                if telemetry and at_snap:
+                    grid = snapshots.fakes(state.g_ema)
+                    if math.isfinite(variety := snapshots.variety(grid)):
+                        stats["Progress/variety"] = constant(variety)
                 if lease:
                     lease.check()
                 if telemetry:
@@ -291,15 +298,13 @@ def train(
                         tick=tick,
                         nimg=images,
                         augment_p=float(state.augment_p.numpy()),
+                        r1_gamma=_r1_gamma(config, images / 1000),
                         total_sec=total_sec,
                         tick_sec=tick_sec,
                         maintenance_sec=maintenance,
                     )
-                    maintenance_began = time.monotonic()
-                    if done or (tick > 0 and tick % config.telemetry.snap_ticks == 0):
-                        name = f"fakes{images // 1000:06d}"
-                        grid = snapshots.fakes(state.g_ema)
-                        snapshot(telemetry, name, grid, images / 1000)
+                    if grid is not None:
+                        snapshot(telemetry, f"fakes{images // 1000:06d}", grid, images / 1000)
                         if not done:
                             call_at_snapshot(total_sec, last=False)
                 tick, tick_start = tick + 1, images
@@ -446,6 +451,13 @@ def _take_stats(state: TrainState) -> dict[str, Stat]:
             variance = max(squares / number - mean**2, 0.0)
             stats[name] = Stat(int(number), float(mean), float(np.sqrt(variance)))
     return stats
+
+
+def _r1_gamma(config: Config, kimg: float) -> float:
+    """The weight of R1 at a position of the run."""
+    gamma = config.objective.r1_gamma
+    assert gamma != "auto"
+    return gamma.at(kimg) if isinstance(gamma, Schedule) else gamma
 
 
 def _take_loss_scales(state: TrainState) -> dict[str, Stat]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -81,6 +82,7 @@ class Snapshots:
         classes = np.arange(generator.c_dim)
         self._c = (self.layout.labels[:, np.newaxis] == classes).astype(np.float32)
         self._draw = tf.function(self._images, autograph=False)
+        self._spread_of_reals: float | None = None
 
     def _images(self, params: dict[str, tf.Tensor], z: tf.Tensor, c: tf.Tensor) -> tf.Tensor:
         (dtype,) = {value.dtype for value in params.values()}
@@ -90,6 +92,7 @@ class Snapshots:
     def reals(self) -> np.ndarray:
         """The grid of reals: [rows * H, columns * W, C] uint8."""
         tiles, _ = shards.read_images(self._manifest, self.layout.indices, self._bad_records)
+        self._spread_of_reals = images.spread(tiles, self.layout.labels)
         return images.tile(tiles, self.layout.size)
 
     def fakes(self, params: dict[str, tf.Variable]) -> np.ndarray:
@@ -102,3 +105,24 @@ class Snapshots:
             drawn = self._draw(values, tf.constant(self._z[rows]), tf.constant(self._c[rows]))
             tiles.append(images.to_uint8(drawn.numpy()))
         return images.tile(np.concatenate(tiles)[: len(self._z)], self.layout.size)
+
+    def variety(self, fakes: np.ndarray) -> float:
+        """How far apart a grid's fakes are, compared with the reals.
+
+        The root mean square distance of pixels between fakes of different latents, divided by that
+        between reals. A conditional run compares images of the same class only: one glyph for all
+        classes then gives 0, and so does one glyph for each class, which between classes would look
+        varied. What it cannot see is a generator that ignores its classes, but not its latents.
+
+        Args:
+          fakes: [rows * H, columns * W, C] uint8, as `fakes` gives them.
+
+        Returns:
+          0 for one and the same image, about 1 for the variety of the reals; NaN where the reals
+          have none.
+        """
+        if self._spread_of_reals is None:  # a resumed run has not drawn them
+            self.reals()
+        tiles = images.split(fakes, self.layout.size)
+        of_reals = self._spread_of_reals
+        return images.spread(tiles, self.layout.labels) / of_reals if of_reals else math.nan
