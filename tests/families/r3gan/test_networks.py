@@ -15,6 +15,7 @@ from tests.families.stylegan2.test_networks import constants, error, load, nhwc,
 from trainer.augment.pipe import AugmentPipe
 from trainer.config import ObjectiveConfig
 from trainer.families.network import Latents
+from trainer.families.r3gan.keys import Layout
 from trainer.families.r3gan.networks import Discriminator, Generator
 from trainer.layers.ops import Backend
 from trainer.objectives.objective import objective
@@ -44,16 +45,16 @@ class Recorded:
         self.meta = json.loads(str(self.golden["meta_json"]))
         g, d = self.meta["G_kwargs"], self.meta["D_kwargs"]
         assert list(reversed(d["WidthPerStage"])) == g["WidthPerStage"]
-        shared: dict[str, Any] = {
-            "c_dim": g.get("ConditionDimension", 0),
-            "resolution": (32, 32),
-            "widths": g["WidthPerStage"],
-            "blocks": g["BlocksPerStage"],
-            "group_channels": 16,
-            **options,
-        }
-        self.g = Generator(z_dim=g["NoiseDimension"], **shared)
-        self.d = Discriminator(**shared)
+        layout = Layout(
+            c_dim=g.get("ConditionDimension", 0),
+            resolution=(32, 32),
+            img_channels=3,
+            widths=tuple(g["WidthPerStage"]),
+            blocks=tuple(g["BlocksPerStage"]),
+            group_channels=16,
+        )
+        self.g = Generator(layout, z_dim=g["NoiseDimension"], **options)
+        self.d = Discriminator(layout, **options)
         self.g_params = constants(self.g.from_nvidia(part(self.golden, "G/")), dtype)
         self.d_params = constants(self.d.from_nvidia(part(self.golden, "D/")), dtype)
         self.z = tf.constant(self.golden["in/z"], dtype)
@@ -194,9 +195,15 @@ def test_16_bits_are_in_the_highest_stages_alone() -> None:
 
 
 def test_sizes_other_than_squares() -> None:
-    options: dict[str, Any] = {"widths": [16, 8], "blocks": [1, 2], "group_channels": 8}
-    g = Generator(z_dim=4, c_dim=0, resolution=(10, 14), img_channels=4, **options)
-    d = Discriminator(c_dim=0, resolution=(10, 14), img_channels=4, **options)
+    layout = Layout(
+        c_dim=0,
+        resolution=(10, 14),
+        img_channels=4,
+        widths=(16, 8),
+        blocks=(1, 2),
+        group_channels=8,
+    )
+    g, d = Generator(layout, z_dim=4), Discriminator(layout)
     latents = Latents(tf.ones([3, 4]), tf.zeros([3, 0]))
     images = g.apply(constants(randomized(g)), latents).values
     assert images.shape == [3, 10, 14, 4]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any, Literal
 
 from trainer.core.errors import ConfigError
@@ -17,6 +16,27 @@ from trainer.families.sizes import BaseGrid, base_grid, nearest_resolutions
 EXPANSION = 2
 # What keeps the variance behind a leaky ReLU of slope 0.2.
 _GAIN = math.sqrt(2 / (1 + 0.2**2))
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The layers that both networks have.
+
+    Attributes:
+      c_dim: number of classes, 0 if unconditional.
+      resolution: (height, width), the base grid times 2 ** (stages - 1).
+      img_channels: 1 to 4.
+      widths: channels of each stage, from the base grid up.
+      blocks: residual blocks of each stage, likewise.
+      group_channels: hidden channels in a group of the grouped convolutions.
+    """
+
+    c_dim: int
+    resolution: tuple[int, int]
+    img_channels: int
+    widths: tuple[int, ...]
+    blocks: tuple[int, ...]
+    group_channels: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,37 +117,32 @@ class Keys(protocol.Keys):
         """The parameters of resolved keys, and what they cost."""
         grid = base_grid(data.resolution)
         widths = self.widths(grid)
-        blocks = [self.blocks] * len(widths)
-        shared: dict[str, Any] = {
-            "c_dim": len(data.label_counts),
-            "resolution": data.resolution,
-            "img_channels": data.channels,
-            "widths": widths,
-            "blocks": blocks,
-            "group_channels": self.group_channels,
-        }
+        layout = self.layout(data)
         # The input of each block, and twice the hidden maps, before and after what acts on them.
         values = sum(
             (grid.height * grid.width << 2 * level) * width * (1 + 4 * EXPANSION) * self.blocks
             for level, width in enumerate(widths)
         )
-        return Tables(
-            generator_table(z_dim=self.z_dim, **shared), discriminator_table(**shared), values
+        return Tables(generator_table(layout, self.z_dim), discriminator_table(layout), values)
+
+    def layout(self, data: DataShape) -> Layout:
+        """The layers of both networks for a data set."""
+        widths = self.widths(base_grid(data.resolution))
+        return Layout(
+            c_dim=len(data.label_counts),
+            resolution=data.resolution,
+            img_channels=data.channels,
+            widths=tuple(widths),
+            blocks=(self.blocks,) * len(widths),
+            group_channels=self.group_channels,
         )
 
 
-def generator_table(
-    *,
-    z_dim: int,
-    c_dim: int,
-    resolution: tuple[int, int],
-    img_channels: int,
-    widths: Sequence[int],
-    blocks: Sequence[int],
-    group_channels: int,
-) -> Table:
-    """The parameters of `networks.Generator`, which explains the arguments."""
-    table, grid = Table(), base_grid(resolution)
+def generator_table(layout: Layout, z_dim: int) -> Table:
+    """The parameters of `networks.Generator`."""
+    widths, blocks, group_channels = layout.widths, layout.blocks, layout.group_channels
+    c_dim = layout.c_dim
+    table, grid = Table(), base_grid(layout.resolution)
     features = 2 * z_dim if c_dim else z_dim
     first = "MainLayers.0.Layers.0"
     table[f"{first}.Basis"] = Spec((grid.height, grid.width, widths[0]), 1.0, True)
@@ -142,26 +157,20 @@ def generator_table(
             name = f"MainLayers.{stage}.Layers.{block + 1}"
             _block(table, name, width, group_channels, pixels, sum(blocks))
         inputs = width
-    _conv(table, "AggregationLayer.Layer", inputs, img_channels, 1, pixels)
+    _conv(table, "AggregationLayer.Layer", inputs, layout.img_channels, 1, pixels)
     if c_dim:
         _linear(table, "EmbeddingLayer", c_dim, z_dim)
     return table
 
 
-def discriminator_table(
-    *,
-    c_dim: int,
-    resolution: tuple[int, int],
-    img_channels: int,
-    widths: Sequence[int],
-    blocks: Sequence[int],
-    group_channels: int,
-) -> Table:
-    """The parameters of `networks.Discriminator`, which explains the arguments."""
-    table, grid = Table(), base_grid(resolution)
+def discriminator_table(layout: Layout) -> Table:
+    """The parameters of `networks.Discriminator`."""
+    widths, blocks, group_channels = layout.widths, layout.blocks, layout.group_channels
+    c_dim = layout.c_dim
+    table, grid = Table(), base_grid(layout.resolution)
     top = len(widths) - 1
     pixels = grid.height * grid.width << 2 * top
-    _conv(table, "ExtractionLayer.Layer", img_channels, widths[top], 1, pixels)
+    _conv(table, "ExtractionLayer.Layer", layout.img_channels, widths[top], 1, pixels)
     for stage, level in enumerate(range(top, -1, -1)):
         pixels = grid.height * grid.width << 2 * level
         width = widths[level]

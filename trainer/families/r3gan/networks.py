@@ -6,7 +6,6 @@ stage, counted from z in the generator and from the image in the discriminator.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -14,8 +13,7 @@ import tensorflow as tf
 from trainer.families import network
 from trainer.families.network import Output, Params
 from trainer.families.protocol import DataShape
-from trainer.families.r3gan.keys import Keys, discriminator_table, generator_table
-from trainer.families.sizes import base_grid
+from trainer.families.r3gan.keys import Keys, Layout, discriminator_table, generator_table
 from trainer.layers import grouped, ops
 
 
@@ -39,32 +37,21 @@ def build(
       backend: how layers are computed.
     """
     del group_size, clamped
-    widths = keys.widths(base_grid(data.resolution))
+    layout = keys.layout(data)
     shared: dict[str, Any] = {
-        "c_dim": len(data.label_counts),
-        "resolution": data.resolution,
-        "img_channels": data.channels,
-        "widths": widths,
-        "blocks": [keys.blocks] * len(widths),
-        "group_channels": keys.group_channels,
         "num_fp16_res": keys.num_fp16_res,
         "half_dtype": half_dtype,
         "backend": backend,
     }
-    return Generator(z_dim=keys.z_dim, **shared), Discriminator(**shared)
+    return Generator(layout, z_dim=keys.z_dim, **shared), Discriminator(layout, **shared)
 
 
 class Generator(network.Generator):
     """z, c -> images. Its only w is z with the embedding of the class behind it.
 
     Args:
+      layout: its layers.
       z_dim: length of z, and of the embedding of a class.
-      c_dim: number of classes, 0 if unconditional.
-      resolution: (height, width), the base grid times 2 ** (stages - 1).
-      img_channels: 1 to 4.
-      widths: channels of each stage, from the base grid up.
-      blocks: residual blocks of each stage, likewise.
-      group_channels: hidden channels in a group of the grouped convolutions.
       num_fp16_res: how many of the highest resolutions run in `half_dtype`.
       half_dtype: tf.float16, tf.bfloat16, or None for full precision throughout.
       backend: how layers are computed.
@@ -72,37 +59,22 @@ class Generator(network.Generator):
 
     def __init__(
         self,
+        layout: Layout,
         *,
         z_dim: int,
-        c_dim: int,
-        resolution: tuple[int, int],
-        img_channels: int = 3,
-        widths: Sequence[int],
-        blocks: Sequence[int],
-        group_channels: int,
         num_fp16_res: int = 0,
         half_dtype: tf.DType | None = None,
         backend: ops.Backend = ops.Backend.GENERIC,
     ) -> None:
-        super().__init__(
-            generator_table(
-                z_dim=z_dim,
-                c_dim=c_dim,
-                resolution=resolution,
-                img_channels=img_channels,
-                widths=widths,
-                blocks=blocks,
-                group_channels=group_channels,
-            )
-        )
-        self.z_dim, self.c_dim = z_dim, c_dim
-        self.w_dim, self.num_ws = 2 * z_dim if c_dim else z_dim, 1
+        super().__init__(generator_table(layout, z_dim))
+        self.z_dim, self.c_dim = z_dim, layout.c_dim
+        self.w_dim, self.num_ws = 2 * z_dim if layout.c_dim else z_dim, 1
         self.noise_shapes = []
-        self.resolution, self.img_channels = resolution, img_channels
+        self.resolution, self.img_channels = layout.resolution, layout.img_channels
         self.backend = backend
-        self._blocks = blocks
-        first_half = len(widths) - num_fp16_res
-        self._dtypes = [half_dtype if n >= first_half else None for n in range(len(widths))]
+        self._blocks = layout.blocks
+        stages = len(layout.widths)
+        self._dtypes = [half_dtype if n >= stages - num_fp16_res else None for n in range(stages)]
 
     def map(self, params: Params, z: tf.Tensor, c: tf.Tensor) -> tf.Tensor:
         """See `network.Generator.map`."""
@@ -132,12 +104,7 @@ class Discriminator(network.Discriminator):
     """Images, c -> logits.
 
     Args:
-      c_dim: number of classes, 0 if unconditional.
-      resolution: (height, width), the base grid times 2 ** (stages - 1).
-      img_channels: 1 to 4.
-      widths: channels of each stage, from the base grid up.
-      blocks: residual blocks of each stage, likewise.
-      group_channels: hidden channels in a group of the grouped convolutions.
+      layout: its layers.
       num_fp16_res: how many of the highest resolutions run in `half_dtype`.
       half_dtype: tf.float16, tf.bfloat16, or None for full precision throughout.
       backend: how layers are computed.
@@ -145,32 +112,19 @@ class Discriminator(network.Discriminator):
 
     def __init__(
         self,
+        layout: Layout,
         *,
-        c_dim: int,
-        resolution: tuple[int, int],
-        img_channels: int = 3,
-        widths: Sequence[int],
-        blocks: Sequence[int],
-        group_channels: int,
         num_fp16_res: int = 0,
         half_dtype: tf.DType | None = None,
         backend: ops.Backend = ops.Backend.GENERIC,
     ) -> None:
-        super().__init__(
-            discriminator_table(
-                c_dim=c_dim,
-                resolution=resolution,
-                img_channels=img_channels,
-                widths=widths,
-                blocks=blocks,
-                group_channels=group_channels,
-            )
-        )
-        self.c_dim = c_dim
-        self.resolution, self.img_channels = resolution, img_channels
+        super().__init__(discriminator_table(layout))
+        self.c_dim = layout.c_dim
+        self.resolution, self.img_channels = layout.resolution, layout.img_channels
         self.backend = backend
-        self._blocks = list(reversed(blocks))
-        self._dtypes = [half_dtype if n < num_fp16_res else None for n in range(len(widths))]
+        self._blocks = list(reversed(layout.blocks))
+        stages = len(layout.widths)
+        self._dtypes = [half_dtype if n < num_fp16_res else None for n in range(stages)]
         # `MainLayers.0.Layers.2` is one layer, whatever lies in it; the last one is the head.
         layers = (".".join(name.split(".")[:4]) for name in self.specs if "Layers." in name)
         self.freezable_layers = ["ExtractionLayer", *dict.fromkeys(layers)][:-1]
