@@ -777,19 +777,6 @@ def test_every_resolution_that_is_taken_can_be_trained_by_the_printed_config(siz
     assert config.batch_arithmetic(resolved, 1).global_batch >= 8
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"), [("64", (64, 64)), ("256x128", (128, 256)), ("1x2", (2, 1))]
-)
-def test_resolutions(text, expected):
-    assert convert.parse_resolution(text) == expected
-
-
-@pytest.mark.parametrize("text", ["", "x", "64x", "-64", "64X64", "6.4", "999999"])
-def test_wrong_resolutions(text):
-    with pytest.raises(UsageError):
-        convert.parse_resolution(text)
-
-
 def test_json_labels_through_the_whole_conversion(folder, tmp_path):
     names = sorted(contents(folder))
     document = {"labels": [[name, number % 5] for number, name in enumerate(names)]}

@@ -6,7 +6,6 @@ The command behind `python -m trainer convert`; the work is done in `trainer.dat
 from __future__ import annotations
 
 import functools
-import re
 import shlex
 import sys
 import time
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from trainer import data
 from trainer.core import storage
 from trainer.core.errors import UsageError
-from trainer.core.text import image_size, printable
+from trainer.core.text import image_size, parse_image_size, printable
 from trainer.data import beam, conversion, images, manifest
 from trainer.distribution import host
 from trainer.families import registry
@@ -131,19 +130,6 @@ def check_resolution(text: str, resolution: tuple[int, int]) -> None:
         )
 
 
-def parse_resolution(text: str) -> tuple[int, int]:
-    """(height, width) of '64' or 'WIDTHxHEIGHT'.
-
-    Raises:
-      UsageError: it is neither.
-    """
-    match = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)
-    if not match:
-        raise UsageError(f"--resolution={text} is neither a size, as 64, nor WIDTHxHEIGHT")
-    width = int(match[1])
-    return int(match[2] or width), width
-
-
 class _Progress:
     """A bar on a terminal, else a line every half minute."""
 
@@ -180,7 +166,7 @@ def _settings() -> conversion.Settings:
     for name in ("source", "dest", "resolution"):
         if not FLAGS[name].value:
             raise UsageError(f"--{name} is missing; --help shows how to call this")
-    resolution = parse_resolution(FLAGS.resolution)
+    resolution = parse_image_size(FLAGS.resolution, "--resolution")
     check_resolution(FLAGS.resolution, resolution)
     return conversion.Settings(
         source=FLAGS.source,
