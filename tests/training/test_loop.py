@@ -286,16 +286,31 @@ def labelled(manifest: Manifest, **sections: dict[str, Any]) -> Config:
     return make(manifest, **{"data": {"use_labels": True, "window": 8}, **sections})
 
 
+def longer(manifest: Manifest, **sections: dict[str, Any]) -> Config:
+    """A step more than the finished run has made."""
+    return labelled(manifest, training={**TINY["training"], "total_kimg": 0.064}, **sections)
+
+
+@pytest.mark.parametrize("total_kimg", [0.056, 0.02])
 def test_started_again_when_finished(
-    finished: pathlib.Path, squares: Manifest, capsys: pytest.CaptureFixture[str]
+    finished: pathlib.Path,
+    squares: Manifest,
+    capsys: pytest.CaptureFixture[str],
+    total_kimg: float,
 ) -> None:
+    """Or past what is asked for now: nothing changes, be it another config's."""
     before = files(finished)
-    loop.train(labelled(squares, run={"jit": "off", "deterministic": False}), str(finished))
-    after = files(finished)
-    assert set(after) == set(before)
-    changed = {name for name in before if after[name] != before[name]}
-    assert changed <= {"config.yaml"}  # run.deterministic was changed, which is free
-    assert "finished: 0.056 kimg" in capsys.readouterr().out
+    config = labelled(
+        squares,
+        run={"jit": "off", "deterministic": False},
+        training={**TINY["training"], "total_kimg": total_kimg},
+        telemetry={**TINY["telemetry"], "tensorboard": True},
+    )
+    loop.train(config, str(finished))
+    assert files(finished) == before
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if "nothing to do" in x]
+    assert "is at 0.056 kimg already (" in line and "step-000000007)" in line
+    assert f"training.total_kimg is {total_kimg:g};" in line
 
 
 @pytest.mark.parametrize("allowed", [(), ("objective.r1_gamma",)])
@@ -315,11 +330,12 @@ def test_a_changed_config_is_refused(
     assert files(finished) == before
 
 
+@pytest.mark.usefixtures("eagerly")
 def test_an_allowed_change_goes_on(
     finished: pathlib.Path, squares: Manifest, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A phase that is gone leaves its values behind, and the console says so."""
-    config = labelled(squares, objective={"r1_gamma": 5.0, "pl_weight": 0})
+    config = longer(squares, objective={"r1_gamma": 5.0, "pl_weight": 0})
     allowed = ["objective.r1_gamma", "objective.pl_weight"]
     loop.train(config, str(finished), allow_change=allowed)
     printed = capsys.readouterr().out
@@ -353,13 +369,14 @@ def test_other_networks_are_refused_even_if_allowed(
     finished: pathlib.Path, squares: Manifest
 ) -> None:
     before = files(finished)
-    config = labelled(squares, model={**TINY["model"], "channel_max": 4})
+    config = longer(squares, model={**TINY["model"], "channel_max": 4})
     with pytest.raises(CheckpointError, match="G/.*is \\[.*more") as caught:
         loop.train(config, str(finished), allow_change=["model.channel_max"])
     assert caught.value.exit_code == 4
     assert files(finished) == before
 
 
+@pytest.mark.usefixtures("eagerly")
 def test_another_data_set_is_refused(
     finished: pathlib.Path,
     other_squares: Manifest,
@@ -367,7 +384,7 @@ def test_another_data_set_is_refused(
 ) -> None:
     with pytest.raises(DataError, match="fingerprint differs.*--allow_change=data.fingerprint"):
         loop.train(labelled(other_squares), str(finished))
-    loop.train(labelled(other_squares), str(finished), allow_change=["data.fingerprint"])
+    loop.train(longer(other_squares), str(finished), allow_change=["data.fingerprint"])
     assert "resuming from" in capsys.readouterr().out
 
 
@@ -613,7 +630,7 @@ def test_lost_markers_of_a_killed_job_can_be_restored(
     for path, content in markers.items():
         path.write_bytes(content)
     loop.train(labelled(squares), str(finished))
-    assert "step-000000007: step 7" in capsys.readouterr().out
+    assert "step-000000007), and" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("eagerly")
@@ -640,7 +657,7 @@ def test_starting_over_moves_everything_aside(
     after = files(finished)
     # The same command again, as after exit code 75, doesn't start over once more.
     loop.train(config, str(finished), start_over=True)
-    assert "resuming from" in capsys.readouterr().out
+    assert "nothing to do" in capsys.readouterr().out
     assert files(finished) == after
 
 
@@ -704,6 +721,22 @@ def test_a_run_exports_its_generator_once(
     assert stored.keys() == published[-1]["params"].keys()
     for name, value in stored.items():
         np.testing.assert_array_equal(published[-1]["params"][name], value)
+
+
+def test_a_finished_run_is_exported_when_that_is_asked_for_later(
+    finished: pathlib.Path,
+    squares: Manifest,
+    tmp_path: pathlib.Path,
+    published: list[dict[str, Any]],
+) -> None:
+    before = files(finished)
+    exporter = saved_model.exporter(str(tmp_path / "models"), snapshots=False)
+    for _ in range(2):
+        loop.train(labelled(squares), str(finished), at_snapshot=[exporter])
+        assert [call["step"] for call in published] == [STEPS]
+    stored = checkpoint.read_parameters(checkpoint.find(str(finished)), "G_ema")
+    assert published[0]["params"].keys() == stored.keys()
+    assert files(finished) == before
 
 
 @pytest.mark.usefixtures("eagerly")

@@ -63,6 +63,8 @@ def train(
 ) -> None:
     """Trains until `training.total_kimg`, from where the workdir's newest checkpoint is.
 
+    A run that is there already, or past it, keeps every file as it is.
+
     Args:
       config: as loaded; 'auto' is resolved here, since that needs the data set.
       workdir: directory of the run, local or gs://.
@@ -127,6 +129,16 @@ def train(
             print(f"starting over: what the run had written is in {moved} now")
             files = storage.walk(workdir)
             inventory = Inventory(workdir, files, lease.record)
+        if not agree(strategy, found.step if found else 0):
+            raise CheckpointError(
+                f"the workers have found different checkpoints in {workdir}; it must be one directory "
+                "that all of them see: put it on gs:// or a shared disk"
+            )
+        total_images = round(config.training.total_kimg * 1000)
+        if found is not None and found.info["images"] >= total_images:
+            if is_chief:
+                _at_the_end(found, config, workdir, at_snapshot)
+            return
         # ------------------------------------------------------------------ step function
         state = run.state()
         train_step = run.step(state)
@@ -155,11 +167,6 @@ def train(
                 print(printable(f"{where} is of another config; {change}"))
         elif config.training.init_from:
             _start_from(config, state)
-        if not agree(strategy, int(state.step.numpy())):
-            raise CheckpointError(
-                f"the workers have found different checkpoints in {workdir}; it must be one directory "
-                "that all of them see: put it on gs:// or a shared disk"
-            )
         if is_chief:
             storage.makedirs(workdir)
             resolved = _versions() + config_lib.to_yaml(config)
@@ -184,7 +191,6 @@ def train(
         )
 
         # ------------------------------------------------------------------ pictures
-        total_images = round(config.training.total_kimg * 1000)
         telemetry = None
         if is_chief:
             telemetry = Telemetry(
@@ -325,6 +331,33 @@ def train(
             preemption.patience(reason),
         )
     print(f"finished: {images / 1000:g} kimg, {step} steps; see {printable(workdir)}")
+
+
+def _at_the_end(
+    found: checkpoint.Found, config: Config, workdir: str, at_snapshot: Sequence[AtSnapshot]
+) -> None:
+    """Ends a run that has nothing to train: only what is due at the end of a run is made up for.
+
+    Nothing in the workdir changes.
+
+    Args:
+      found: its newest checkpoint.
+      config: resolved, with a `total_kimg` that the checkpoint has reached.
+      workdir: of the run.
+      at_snapshot: is called with the checkpoint.
+    """
+    kimg, total = found.info["images"] / 1000, config.training.total_kimg
+    print(
+        f"nothing to do: the run is at {kimg:.10g} kimg already ({printable(found.path)}), and "
+        f"training.total_kimg is {total:g}; to train on, give a larger --set=training.total_kimg=...",
+        flush=True,
+    )
+
+    def params() -> dict[str, np.ndarray]:
+        return checkpoint.read_parameters(found, "G_ema")
+
+    for call in at_snapshot:
+        call(Snapshot(workdir, found.info, params, True, lambda line: print(printable(line))))
 
 
 def _tensorboard_dir(config: Config, workdir: str) -> str:
