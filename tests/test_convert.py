@@ -709,7 +709,7 @@ def test_a_killed_command_goes_on_to_the_same_bytes_and_leaves_nobody_behind(tmp
         (line,) = stderr.decode().splitlines()
         assert line in (
             "interrupted; run the same command again to go on",
-            f"error: {kind.name}: ended before it was done; run the same command again",
+            f"stopped: {kind.name}: ended before it was done; run the same command again",
         )
     assert len(workers) >= 2
     assert not psutil.wait_procs(workers, timeout=60)[1], "workers end with their parent"

@@ -249,8 +249,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(
     assert "step-000000002: step 2, kimg 0.016" in printed[1]
     # Told to stop at the tick of step 3, it saved that step and nothing after it.
     assert printed[1].splitlines()[-1] == (
-        f"SIGTERM: stopped after step 3 (kimg 0.024), which is saved in {workdir}; run the same "
-        "command again to go on"
+        f"SIGTERM: step 3 (kimg 0.024) is saved in {workdir}; run the same command again to go on"
     )
     assert "step-000000003: step 3, kimg 0.024" in printed[2]
     # Killed before the tick of step 5 was written, after the checkpoint of step 4.
@@ -524,7 +523,7 @@ def test_a_run_that_is_to_stop_at_once_saves_nothing_new(
 ) -> None:
     config = labelled(squares, training={**TINY["training"], "total_kimg": 1})
     before = files(finished)
-    with pytest.raises(PreemptedError, match=r"^enough: stopped after step 7 \(kimg 0.056\)"):
+    with pytest.raises(PreemptedError, match=r"^enough: step 7 \(kimg 0.056\) is saved in"):
         loop.train(config, str(finished), stop=StopsAt(STEPS))
     changed = {name for name, content in files(finished).items() if before.get(name) != content}
     assert changed <= {"config.yaml"}

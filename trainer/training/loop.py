@@ -324,10 +324,9 @@ def train(
             checkpoints.wait()  # a kill in what is called now loses nothing
             call_at_snapshot(previous_sec + time.monotonic() - started, last=True)
     if reason:
-        saved_at = f"after step {step} (kimg {images / 1000:.3f}), which is saved in {workdir}"
+        saved = f"step {step} (kimg {images / 1000:.3f}) is saved in {workdir}"
         raise PreemptedError(
-            f"{reason}: stopped {saved_at if step else 'before the first step'}; run the same command "
-            "again to go on",
+            f"{reason}: {saved if step else 'no step was made'}; run the same command again to go on",
             preemption.patience(reason),
         )
     print(f"finished: {images / 1000:g} kimg, {step} steps; see {printable(workdir)}")
