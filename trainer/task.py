@@ -46,6 +46,9 @@ def define_flags() -> None:
     )
     several("set", [], "section.key=value, overrides the config; may be repeated.")
     absl_flags.DEFINE_boolean("dry_run", False, "Print what would be done, and stop.")
+    absl_flags.DEFINE_boolean(
+        "verbose", False, "On a terminal, print all that a file gets of each tick."
+    )
     absl_flags.DEFINE_list(
         "allow_change", [], "Keys that may differ from those of the workdir's checkpoint."
     )
@@ -112,6 +115,7 @@ def main(_: Sequence[str]) -> None:
             config,
             storage.resolve(workdir.path),
             dry_run=FLAGS.dry_run,
+            verbose=FLAGS.verbose,
             allow_change=FLAGS.allow_change,
             start_over=FLAGS.start_over,
             cluster=workers,

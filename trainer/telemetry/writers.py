@@ -10,7 +10,7 @@ import numpy as np
 from trainer.core import storage
 from trainer.telemetry import resources, statsfile
 from trainer.telemetry.advice import Advice
-from trainer.telemetry.console import Console, Eta, tick_line
+from trainer.telemetry.console import Console
 from trainer.telemetry.statsfile import Stat, constant
 from trainer.telemetry.tensorboard import TensorBoard
 
@@ -30,6 +30,7 @@ class Telemetry:
       total_kimg: length of the run, for the ETA and the bar.
       resume_kimg: where this process goes on, 0 for a new run.
       resume_tick: the first tick it reports.
+      verbose: print whole tick lines on a terminal, too.
       fence: around every change of a file.
 
     Raises:
@@ -45,6 +46,7 @@ class Telemetry:
         total_kimg: float,
         resume_kimg: float = 0.0,
         resume_tick: int = 0,
+        verbose: bool = False,
         fence: storage.Fence = contextlib.nullcontext,
     ):
         self._nimg = round(resume_kimg * 1000)
@@ -61,8 +63,7 @@ class Telemetry:
             self._tensorboard = TensorBoard(
                 tensorboard, resume_tick, sizes, run="" if below else workdir, fence=fence
             )
-        self._console = Console(total_kimg, self._nimg)
-        self._eta = Eta(total_kimg)
+        self._console = Console(total_kimg, self._nimg, verbose=verbose)
         self._advice = Advice()
 
     def tick(
@@ -107,8 +108,7 @@ class Telemetry:
         if gpu is not None:
             values["Resources/peak_gpu_mem_gb"] = gpu
         merged = {**stats, **{name: constant(value) for name, value in values.items()}}
-        eta = self._eta.update(nimg / 1000, total_sec, values["Timing/sec_per_kimg"])
-        self._console.line(tick_line(merged, eta))
+        self._console.tick(merged)
         if "Loss/signs/real" in stats:
             advice = self._advice.update(nimg / 1000, stats["Loss/signs/real"].mean, augment_p)
             if advice is not None:

@@ -55,6 +55,7 @@ def train(
     workdir: str,
     *,
     dry_run: bool = False,
+    verbose: bool = False,
     allow_change: Sequence[str] = (),
     start_over: bool = False,
     cluster: Cluster | None = None,
@@ -69,6 +70,7 @@ def train(
       config: as loaded; 'auto' is resolved here, since that needs the data set.
       workdir: directory of the run, local or gs://.
       dry_run: say what would be done, and do nothing.
+      verbose: print whole tick lines on a terminal, too.
       allow_change: keys that may differ from those of the checkpoint.
       start_over: where all checkpoints are damaged, move what the run has written aside and start at
         step 0, instead of ending with an error.
@@ -200,6 +202,7 @@ def train(
                 total_kimg=config.training.total_kimg,
                 resume_kimg=images / 1000,
                 resume_tick=tick,
+                verbose=verbose,
                 fence=fence,
             )
             closing.callback(telemetry.close)
