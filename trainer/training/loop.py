@@ -38,6 +38,7 @@ from trainer.training import (
     aside,
     build,
     checkpoint,
+    duration,
     loss_scale,
     preemption,
     run_info,
@@ -55,6 +56,7 @@ def train(
     workdir: str,
     *,
     dry_run: bool = False,
+    sec_per_kimg: float | None = None,
     verbose: bool = False,
     allow_change: Sequence[str] = (),
     start_over: bool = False,
@@ -70,6 +72,7 @@ def train(
       config: as loaded; 'auto' is resolved here, since that needs the data set.
       workdir: directory of the run, local or gs://.
       dry_run: say what would be done, and do nothing.
+      sec_per_kimg: measured seconds for 1000 images, to say at the start how long the run takes.
       verbose: print whole tick lines on a terminal, too.
       allow_change: keys that may differ from those of the checkpoint.
       start_over: where all checkpoints are damaged, move what the run has written aside and start at
@@ -99,6 +102,9 @@ def train(
     for line in _description(run, manifest):
         if is_chief or line.startswith("devices"):
             print(printable(line), flush=True)
+    if is_chief and (dry_run or sec_per_kimg is not None or not run.placement.accelerated):
+        for line in duration.lines(run, sec_per_kimg):
+            print(line, flush=True)
     if dry_run:
         for line in config_lib.to_yaml(config).split("\n")[:-1] if is_chief else ():
             print(printable(line))
@@ -390,8 +396,7 @@ def _description(run: Run, manifest: Manifest) -> list[str]:
         f"{a.per_replica_batch} ({groups} groups of {a.group_size})"
         + (f"; a step reads {a.batches} of them" if a.batches > 1 else ""),
         f"networks  G {costs.g_params:,} and D {costs.d_params:,} parameters, "
-        f"{costs.gflop_per_image:.3g} GFLOP of convolutions per image, about "
-        f"{1000 * costs.gflop_per_image / 130:.3g} s/kimg at 130 GFLOP/s",
+        f"{costs.gflop_per_image:.3g} GFLOP of convolutions per image",
         f"memory    {costs.state_mib:.0f} MiB of variables and about {costs.activations_mib:.0f} MiB "
         "of activations on each replica",
     ]
