@@ -44,7 +44,7 @@ def test_a_cpu_counts_multiplications(monkeypatch: pytest.MonkeyPatch, workers: 
     line, note = duration.lines(made, None)
     days = 25e6 * made.cost().gflop_per_image / 100 / 86400 / workers
     assert line.startswith(f"time      25,000 kimg take {days:,.0f} days or more: ")
-    assert "at the 100 GFLOP/s of a matrix product" in line
+    assert "at the 100 GFLOP/s of matrix products" in line
     assert note.startswith("note      that is too long: take a smaller network")
 
 

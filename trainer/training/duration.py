@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 
 import numpy as np
 
+from trainer.data import processors
 from trainer.training.run import Run
 
 _DAY = 86400.0
 _TOO_LONG = 60 * _DAY
-_SIDE = 512  # of the matrices: they fit into the caches, as the tiles of a convolution do
+_COUNT, _SIDE = 128, 64  # of matrices
 
 
 def lines(run: Run, sec_per_kimg: float | None) -> list[str]:
@@ -39,8 +39,8 @@ def lines(run: Run, sec_per_kimg: float | None) -> list[str]:
         at_best = 1000 * run.cost().gflop_per_image / gflops / run.placement.num_workers
         seconds = at_best * total
         taken = (
-            f"{total:,g} kimg take {duration(seconds)} or more: {at_best:,.3g} s/kimg at the "
-            f"{gflops:.0f} GFLOP/s of a matrix product here, and up to 4 times that in a small network"
+            f"{total:,g} kimg take {duration(seconds)} or more: {at_best:,.1f} s/kimg at the "
+            f"{gflops:.0f} GFLOP/s of matrix products here; steps take up to 4 times as long"
         )
     if seconds <= _TOO_LONG:
         return [f"time      {taken}"]
@@ -60,16 +60,19 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds < 3 * _DAY else f"{seconds / _DAY:,.0f} days"
 
 
-def matrix_product_gflops(seconds: float = 0.2) -> float:
-    """Measures the speed of the product of two float32 matrices on this CPU, in 1e9 operations/s.
+def matrix_product_gflops(seconds: float = 0.1) -> float:
+    """The fastest products of float32 matrices on the processors of this process, in 1e9 operations/s.
+
+    Measured on one and multiplied: how long several wait for each other says more of what else the
+    machine does. Products of this size are what BLAS computes on one.
 
     Args:
       seconds: for which it is repeated.
     """
-    matrix = np.ones([_SIDE, _SIDE], np.float32)
-    product, times, ends = np.empty_like(matrix), [], time.monotonic() + seconds
+    matrices = np.ones([_COUNT, _SIDE, _SIDE], np.float32)
+    product, times, ends = np.empty_like(matrices), [], time.monotonic() + seconds
     while not times or time.monotonic() < ends:
         began = time.perf_counter()
-        np.matmul(matrix, matrix, out=product)
+        np.matmul(matrices, matrices, out=product)
         times.append(time.perf_counter() - began)
-    return 2e-9 * _SIDE**3 / statistics.median(times)
+    return processors() * 2e-9 * _COUNT * _SIDE**3 / min(times)
