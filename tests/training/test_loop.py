@@ -37,6 +37,7 @@ from trainer.data.manifest import Manifest
 from trainer.families import registry
 from trainer.families.protocol import DataShape
 from trainer.serving import saved_model
+from trainer.telemetry.descriptions import describe
 from trainer.training import checkpoint, loop, run
 from trainer.training.preemption import Preemption
 from trainer.training.step import Reports, TrainStep
@@ -84,7 +85,7 @@ def events(workdir: pathlib.Path) -> list[tuple[str, int, bytes]]:
             found += [
                 (v.tag, event.step, v.tensor.SerializeToString()) for v in event.summary.value
             ]
-    assert {"Loss/G/loss", "Reals", "Fakes"} <= {tag for tag, *_ in found}
+    assert {"Loss/G/loss", "Reals", "Fakes", "Config"} <= {tag for tag, *_ in found}
     return sorted(each for each in found if not each[0].startswith(("Timing/", "Resources/")))
 
 
@@ -219,6 +220,16 @@ def test_ticks(undisturbed: tuple[pathlib.Path, str]) -> None:
         assert abs(line["Loss/signs/real"]["mean"]) <= 1
     # R1 runs at steps 0, 3 and 6.
     assert ["Loss/r1_penalty" in line for line in lines] == [True, False, True, True]
+
+
+def test_events(undisturbed: tuple[pathlib.Path, str]) -> None:
+    """The config is there once, ticks have steps of their own, and every scalar is described."""
+    shown = events(undisturbed[0])
+    (config,) = (value for tag, _, value in shown if tag == "Config")
+    assert (undisturbed[0] / "config.yaml").read_bytes() in config
+    assert [step for tag, step, _ in shown if tag == "Progress/tick"] == [8, 24, 40, 56]
+    names = {tag for tag, *_ in shown} - {"Config", "Reals", "Fakes"}
+    assert not [name for name in names if not describe(name)]
 
 
 @pytest.fixture(scope="module")

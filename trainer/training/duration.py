@@ -70,7 +70,8 @@ def matrix_product_gflops(seconds: float = 0.1) -> float:
       seconds: for which it is repeated.
     """
     matrices = np.ones([_COUNT, _SIDE, _SIDE], np.float32)
-    product, times, ends = np.empty_like(matrices), [], time.monotonic() + seconds
+    product, ends = np.empty_like(matrices), time.monotonic() + seconds
+    times: list[float] = []
     while not times or time.monotonic() < ends:
         began = time.perf_counter()
         np.matmul(matrices, matrices, out=product)

@@ -175,9 +175,9 @@ def train(
                 print(printable(f"{where} is of another config; {change}"))
         elif config.training.init_from:
             _start_from(config, state)
+        resolved = _versions() + config_lib.to_yaml(config)
         if is_chief:
             storage.makedirs(workdir)
-            resolved = _versions() + config_lib.to_yaml(config)
             storage.write_text_atomic(storage.join(workdir, "config.yaml"), resolved, fence)
 
         # ------------------------------------------------------------------ data
@@ -206,6 +206,7 @@ def train(
                 tensorboard=_tensorboard_dir(config, workdir),
                 files=files,
                 total_kimg=config.training.total_kimg,
+                tick_kimg=config.telemetry.tick_kimg,
                 resume_kimg=images / 1000,
                 resume_tick=tick,
                 verbose=verbose,
@@ -227,6 +228,7 @@ def train(
             telemetry.image("Reals" if name == "reals" else "Fakes", grid, kimg)
 
         if telemetry and found is None:
+            telemetry.config(resolved)
             snapshot(telemetry, "reals", snapshots.reals(), 0)
             snapshot(telemetry, "fakes_init", snapshots.fakes(state.g_ema), 0)
             telemetry.line(f"wrote {storage.join(workdir, 'reals.png')} and fakes_init.png")
@@ -333,9 +335,9 @@ def train(
             checkpoints.wait()  # a kill in what is called now loses nothing
             call_at_snapshot(previous_sec + time.monotonic() - started, last=True)
     if reason:
-        saved = f"step {step} (kimg {images / 1000:.3f}) is saved in {workdir}"
+        where = f"step {step} (kimg {images / 1000:.3f}) is saved in {workdir}"
         raise PreemptedError(
-            f"{reason}: {saved if step else 'no step was made'}; run the same command again to go on",
+            f"{reason}: {where if step else 'no step was made'}; run the same command again to go on",
             preemption.patience(reason),
         )
     print(f"finished: {images / 1000:g} kimg, {step} steps; see {printable(workdir)}")
