@@ -46,6 +46,7 @@ goes on."""
 _CHANNELS = {"auto": 0, "gray": 1, "rgb": 3, "rgba": 4}
 _LINE_SECONDS = 30
 _SHOWN = 3
+_MOST_FOR_SMALL = 1024  # pixels a side: above, the small network has no channels left
 
 FLAGS = flags.FLAGS
 
@@ -209,19 +210,32 @@ def _print_result(result: manifest.Manifest, report: conversion.Report) -> None:
         print(f"left out: {printable(each['name'])}: {printable(each['reason'])}")
     for line in report.ignored:
         print(f"passed over: {printable(line)}")
-    print(f"train on it: {printable(training_command(result))}")
+    small = not host.has_accelerator() and max(result.resolution) <= _MOST_FOR_SMALL
+    print(f"train on it: {printable(training_command(result, small=small))}")
+    if small:
+        print(
+            "there is no GPU or TPU here, so that is a small network; with one take --config=auto"
+        )
     if result.num_classes:
-        print("to condition the networks on the classes, add --set=data.use_labels=true")
+        print("it is conditioned on the classes; leave out data.use_labels for one that is not")
 
 
-def training_command(result: manifest.Manifest) -> str:
-    """The training command for a data set, with a workdir that is free."""
+def training_command(result: manifest.Manifest, *, small: bool) -> str:
+    """The training command for a data set, with a workdir that is free.
+
+    Args:
+      result: the data set.
+      small: train a network that a CPU can, as README's samples were; else by NVIDIA's rules.
+    """
     workdir, count = f"runs/{result.name}", 1
     while storage.exists(workdir):  # another run's
         count += 1
         workdir = f"runs/{result.name}-{count}"
-    command_line = ["python", "-m", "trainer", "train", "--config=auto"]
-    return shlex.join([*command_line, f"--data={result.directory}", f"--workdir={workdir}"])
+    command_line = ["python", "-m", "trainer", "train", f"--config={'smoke' if small else 'auto'}"]
+    command_line += [f"--data={result.directory}", f"--workdir={workdir}"]
+    settings = ["data.use_labels=true"] if result.num_classes else []
+    settings += ["augment.mode=ada", "training.total_kimg=200"] if small else []
+    return shlex.join([*command_line, *(f"--set={setting}" for setting in settings)])
 
 
 def main(argv: Sequence[str]) -> None:
