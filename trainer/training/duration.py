@@ -12,6 +12,8 @@ from trainer.training.run import Run
 _DAY = 86400.0
 _TOO_LONG = 60 * _DAY
 _COUNT, _SIDE = 128, 64  # of matrices
+# How many times as long as its multiplications in matrix products a step takes; small networks most.
+_SLOWEST = 4
 
 
 def lines(run: Run, sec_per_kimg: float | None) -> list[str]:
@@ -20,7 +22,7 @@ def lines(run: Run, sec_per_kimg: float | None) -> list[str]:
     Args:
       run: before its first step.
       sec_per_kimg: measured seconds for 1000 images; else, on a CPU, they follow from the counted
-        multiplications and the measured speed of a matrix product, which no step exceeds.
+        multiplications and the measured speed of matrix products.
     """
     total, devices = run.config.training.total_kimg, run.separate_devices
     platform = run.placement.platform
@@ -39,8 +41,9 @@ def lines(run: Run, sec_per_kimg: float | None) -> list[str]:
         at_best = 1000 * run.cost().gflop_per_image / gflops / run.placement.num_workers
         seconds = at_best * total
         taken = (
-            f"{total:,g} kimg take {duration(seconds)} or more: {at_best:,.1f} s/kimg at the "
-            f"{gflops:.0f} GFLOP/s of matrix products here; steps take up to 4 times as long"
+            f"{total:,g} kimg take about {duration(seconds)} to {duration(_SLOWEST * seconds)}, by "
+            f"estimate: {at_best:,.1f} to {_SLOWEST * at_best:,.1f} s/kimg, since matrix products run at "
+            f"{gflops:.0f} GFLOP/s here"
         )
     if seconds <= _TOO_LONG:
         return [f"time      {taken}"]

@@ -359,7 +359,7 @@ def _at_the_end(
     kimg, total = found.info["images"] / 1000, config.training.total_kimg
     print(
         f"nothing to do: the run is at {kimg:.10g} kimg already ({printable(found.path)}), and "
-        f"training.total_kimg is {total:g}; to train on, give a larger --set=training.total_kimg=...",
+        f"training.total_kimg is {total:g}; to go on, give a larger --set=training.total_kimg=...",
         flush=True,
     )
 
