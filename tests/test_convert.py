@@ -27,6 +27,7 @@ from trainer import config, convert
 from trainer.core import lease, storage
 from trainer.core.errors import DataError, StorageError, TrainerError, UsageError
 from trainer.data import conversion, encoding, images, manifest, shards
+from trainer.distribution import host
 
 RNG = np.random.default_rng(1)
 
@@ -709,7 +710,7 @@ def test_a_killed_command_goes_on_to_the_same_bytes_and_leaves_nobody_behind(tmp
         (line,) = stderr.decode().splitlines()
         assert line in (
             "interrupted; run the same command again to go on",
-            f"error: {kind.name}: ended before it was done; run the same command again",
+            f"stopped: {kind.name}: ended before it was done; run the same command again",
         )
     assert len(workers) >= 2
     assert not psutil.wait_procs(workers, timeout=60)[1], "workers end with their parent"
@@ -754,20 +755,47 @@ def test_progress_is_plain_lines_without_a_terminal(capsys, monkeypatch):
     assert capsys.readouterr().err == "400 of 1000 images, 10 images/s, 60 s left\n"
 
 
+def _flags(printed: str) -> tuple[dict[str, str], list[str]]:
+    """The flags of a training command, and its settings."""
+    words = shlex.split(printed)
+    assert words[:4] == ["python", "-m", "trainer", "train"]
+    settings = [word.removeprefix("--set=") for word in words[4:] if word.startswith("--set=")]
+    given = dict(word.split("=", 1) for word in words[4:] if not word.startswith("--set="))
+    return given, settings
+
+
 def test_the_command_that_it_prints_trains(folder, tmp_path, monkeypatch):
     """From a folder with a space, to one, with quotes; the workdir is no other run's."""
     (tmp_path / "my runs" / "runs" / "it_s_small").mkdir(parents=True)
     dest = tmp_path / "it's small"
     monkeypatch.chdir(tmp_path / "my runs")
-    printed = convert.training_command(run(folder, dest))
-    words = shlex.split(printed)
-    assert words[:4] == ["python", "-m", "trainer", "train"]
-    given = dict(word.split("=", 1) for word in words[4:])
+    given, overrides = _flags(convert.training_command(run(folder, dest), small=False))
     assert given == {
         "--config": "auto",
         "--data": str(dest),
         "--workdir": "runs/it_s_small-2",
     }
+    assert overrides == []
+
+
+@pytest.mark.parametrize("labels", ["none", "folders"])
+@pytest.mark.parametrize("accelerator", [False, True])
+def test_the_printed_command_fits_the_machine_and_the_classes(
+    folder, tmp_path, monkeypatch, capsys, accelerator, labels
+):
+    monkeypatch.setattr(host, "has_accelerator", lambda: accelerator)
+    made, report = conversion.convert(
+        settings(folder, tmp_path / "dest", labels=labels), lambda *_: None
+    )
+    convert._print_result(made, report)
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = (line for line in lines if line.startswith("train on it: "))
+    given, overrides = _flags(line.removeprefix("train on it: "))
+    assert given["--config"] == ("auto" if accelerator else "smoke")
+    assert any("no GPU or TPU here" in line for line in lines) != accelerator
+    loaded = config.load(given["--config"], overrides)
+    assert loaded.data.use_labels == (labels == "folders")
+    assert loaded.training.total_kimg == (25000 if accelerator else 200)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (2048, 1024), (4096, 4096), (7168, 14336)])
@@ -777,17 +805,11 @@ def test_every_resolution_that_is_taken_can_be_trained_by_the_printed_config(siz
     assert config.batch_arithmetic(resolved, 1).global_batch >= 8
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"), [("64", (64, 64)), ("256x128", (128, 256)), ("1x2", (2, 1))]
-)
-def test_resolutions(text, expected):
-    assert convert.parse_resolution(text) == expected
-
-
-@pytest.mark.parametrize("text", ["", "x", "64x", "-64", "64X64", "6.4", "999999"])
-def test_wrong_resolutions(text):
-    with pytest.raises(UsageError):
-        convert.parse_resolution(text)
+@pytest.mark.parametrize("size", [(8, 8), (1024, 1024), (1024, 128), (896, 896)])
+def test_the_small_network_takes_what_it_is_printed_for(size):
+    assert max(size) <= convert._MOST_FOR_SMALL
+    resolved = config.resolve(config.load("smoke"), resolution=size)
+    assert config.batch_arithmetic(resolved, 1).global_batch == 16
 
 
 def test_json_labels_through_the_whole_conversion(folder, tmp_path):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
+import pty
 import shutil
 import subprocess
 import sys
@@ -177,3 +179,21 @@ def test_images_to_a_grid(config: str, dataset: str, tmp_path: pathlib.Path) -> 
     message = failed(2, *flags, "--set=objective.r1_gamma=1", "--set=training.beta2=0.9")
     assert "objective.r1_gamma: 10.0 -> 1.0, training.beta2: 0.99 -> 0.9" in message
     assert message.endswith("--allow_change=objective.r1_gamma,training.beta2")
+
+
+@pytest.mark.slow
+def test_ticks_on_a_terminal(config: str, dataset: str, tmp_path: pathlib.Path) -> None:
+    """Short ones that fit, and whole ones with --verbose."""
+    command = [sys.executable, "-m", "trainer.task", f"--config={config}", f"--data={dataset}"]
+    starts = {"kimg 0.008": ["0.008"], "tick 1": ["0.016", "--verbose"]}
+    for start, (total, *more) in starts.items():
+        ours, theirs = pty.openpty()
+        arguments = [f"--workdir={tmp_path}/run", f"--set=training.total_kimg={total}", *more]
+        with subprocess.Popen([*command, *arguments], cwd=ROOT, stdout=theirs) as process:
+            os.close(theirs)
+            lines = []
+            with contextlib.suppress(OSError), open(ours) as terminal:  # it ends with EIO
+                lines.extend(terminal)
+        assert process.returncode == 0
+        (tick,) = (line.rstrip() for line in lines if line.startswith(start))
+        assert (len(tick) <= 120) == (not more)

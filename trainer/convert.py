@@ -6,7 +6,6 @@ The command behind `python -m trainer convert`; the work is done in `trainer.dat
 from __future__ import annotations
 
 import functools
-import re
 import shlex
 import sys
 import time
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from trainer import data
 from trainer.core import storage
 from trainer.core.errors import UsageError
-from trainer.core.text import image_size, printable
+from trainer.core.text import image_size, parse_image_size, printable
 from trainer.data import beam, conversion, images, manifest
 from trainer.distribution import host
 from trainer.families import registry
@@ -47,6 +46,7 @@ goes on."""
 _CHANNELS = {"auto": 0, "gray": 1, "rgb": 3, "rgba": 4}
 _LINE_SECONDS = 30
 _SHOWN = 3
+_MOST_FOR_SMALL = 1024  # pixels a side: above, the small network has no channels left
 
 FLAGS = flags.FLAGS
 
@@ -131,19 +131,6 @@ def check_resolution(text: str, resolution: tuple[int, int]) -> None:
         )
 
 
-def parse_resolution(text: str) -> tuple[int, int]:
-    """(height, width) of '64' or 'WIDTHxHEIGHT'.
-
-    Raises:
-      UsageError: it is neither.
-    """
-    match = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)
-    if not match:
-        raise UsageError(f"--resolution={text} is neither a size, as 64, nor WIDTHxHEIGHT")
-    width = int(match[1])
-    return int(match[2] or width), width
-
-
 class _Progress:
     """A bar on a terminal, else a line every half minute."""
 
@@ -180,7 +167,7 @@ def _settings() -> conversion.Settings:
     for name in ("source", "dest", "resolution"):
         if not FLAGS[name].value:
             raise UsageError(f"--{name} is missing; --help shows how to call this")
-    resolution = parse_resolution(FLAGS.resolution)
+    resolution = parse_image_size(FLAGS.resolution, "--resolution")
     check_resolution(FLAGS.resolution, resolution)
     return conversion.Settings(
         source=FLAGS.source,
@@ -223,19 +210,32 @@ def _print_result(result: manifest.Manifest, report: conversion.Report) -> None:
         print(f"left out: {printable(each['name'])}: {printable(each['reason'])}")
     for line in report.ignored:
         print(f"passed over: {printable(line)}")
-    print(f"train on it: {printable(training_command(result))}")
+    small = not host.has_accelerator() and max(result.resolution) <= _MOST_FOR_SMALL
+    print(f"train on it: {printable(training_command(result, small=small))}")
+    if small:
+        print(
+            "there is no GPU or TPU here, so that is a small network; with one take --config=auto"
+        )
     if result.num_classes:
-        print("to condition the networks on the classes, add --set=data.use_labels=true")
+        print("it is conditioned on the classes; leave out data.use_labels for one that is not")
 
 
-def training_command(result: manifest.Manifest) -> str:
-    """The training command for a data set, with a workdir that is free."""
+def training_command(result: manifest.Manifest, *, small: bool) -> str:
+    """The training command for a data set, with a workdir that is free.
+
+    Args:
+      result: the data set.
+      small: train a network that a CPU can, as README's samples were; else by NVIDIA's rules.
+    """
     workdir, count = f"runs/{result.name}", 1
     while storage.exists(workdir):  # another run's
         count += 1
         workdir = f"runs/{result.name}-{count}"
-    command_line = ["python", "-m", "trainer", "train", "--config=auto"]
-    return shlex.join([*command_line, f"--data={result.directory}", f"--workdir={workdir}"])
+    command_line = ["python", "-m", "trainer", "train", f"--config={'smoke' if small else 'auto'}"]
+    command_line += [f"--data={result.directory}", f"--workdir={workdir}"]
+    settings = ["data.use_labels=true"] if result.num_classes else []
+    settings += ["augment.mode=ada", "training.total_kimg=200"] if small else []
+    return shlex.join([*command_line, *(f"--set={setting}" for setting in settings)])
 
 
 def main(argv: Sequence[str]) -> None:

@@ -32,7 +32,6 @@ Stop other programs first: what is timed in turns gives a fair share, but no fai
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -47,7 +46,7 @@ from trainer import config as config_lib
 from trainer.config import BatchArithmetic, Config, presets
 from trainer.core import storage
 from trainer.core.errors import ConfigError, UsageError
-from trainer.core.text import image_size, printable
+from trainer.core.text import image_size, parse_image_size, printable
 from trainer.distribution import cluster, membership
 from trainer.families.protocol import DataShape
 
@@ -82,19 +81,6 @@ def define_flags() -> None:
     real("seconds", 10.0, "data: how long to measure.", lower_bound=0.1)
     purpose = "data, checkpoint: the step's seconds for 1000 images; else by a bare convolution."
     real("step_sec_per_kimg", None, purpose, lower_bound=1e-6)
-
-
-def parse_resolution(text: str) -> tuple[int, int]:
-    """(height, width) of '64' or 'WIDTHxHEIGHT'.
-
-    Raises:
-      UsageError: it is neither.
-    """
-    match = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)
-    if not match:
-        raise UsageError(f"--resolution={text} is neither a size, as 64, nor WIDTHxHEIGHT")
-    width = int(match[1])
-    return int(match[2] or width), width
 
 
 def main(argv: Sequence[str]) -> None:
@@ -142,7 +128,7 @@ def probe_step(config: Config) -> None:
 
 def _data_shape(config: Config) -> DataShape:
     """The resolution of the data set, or of --resolution."""
-    size = parse_resolution(FLAGS.resolution) if FLAGS.resolution else None
+    size = parse_image_size(FLAGS.resolution, "--resolution") if FLAGS.resolution else None
     if size is None and not config.data.path:
         raise UsageError("no data set: give --data, or --resolution to do without one")
     if size and config.data.use_labels and not FLAGS.num_classes:

@@ -36,7 +36,7 @@ from trainer import config as config_lib
 from trainer.config import Config, presets
 from trainer.core import documents, storage
 from trainer.core.errors import DataError, StorageError, UsageError
-from trainer.core.text import printable, shorten
+from trainer.core.text import parse_image_size, printable, shorten
 from trainer.data import manifest as manifest_lib
 from trainer.vertex import facts, fit, jobs, service, targets
 from trainer.vertex import watch as watching
@@ -210,12 +210,7 @@ def _stem(path: str) -> str:
 def _shape(config: Config) -> Shape:
     """The shape of the images: from --resolution, or from the data set's manifest."""
     if FLAGS.resolution:
-        found = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", FLAGS.resolution)
-        if not found:
-            raise UsageError(
-                f"--resolution={FLAGS.resolution} is neither a size, as 256, nor WIDTHxHEIGHT"
-            )
-        return Shape((int(found[2] or found[1]), int(found[1])))
+        return Shape(parse_image_size(FLAGS.resolution, "--resolution"))
     if not config.data.path:
         raise UsageError(
             "no data set: give --data, the gs:// directory that `python -m trainer convert` wrote"

@@ -46,6 +46,15 @@ def define_flags() -> None:
     )
     several("set", [], "section.key=value, overrides the config; may be repeated.")
     absl_flags.DEFINE_boolean("dry_run", False, "Print what would be done, and stop.")
+    absl_flags.DEFINE_float(
+        "sec_per_kimg",
+        None,
+        "Measured seconds for 1000 images, to be told how long the run takes.",
+        lower_bound=1e-6,
+    )
+    absl_flags.DEFINE_boolean(
+        "verbose", False, "On a terminal, print all that a file gets of each tick."
+    )
     absl_flags.DEFINE_list(
         "allow_change", [], "Keys that may differ from those of the workdir's checkpoint."
     )
@@ -112,6 +121,8 @@ def main(_: Sequence[str]) -> None:
             config,
             storage.resolve(workdir.path),
             dry_run=FLAGS.dry_run,
+            sec_per_kimg=FLAGS.sec_per_kimg,
+            verbose=FLAGS.verbose,
             allow_change=FLAGS.allow_change,
             start_over=FLAGS.start_over,
             cluster=workers,

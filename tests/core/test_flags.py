@@ -62,7 +62,8 @@ def command(
 def test_error_is_one_line_and_its_exit_code(error: str, code: int, tmp_path: pathlib.Path) -> None:
     done = command(tmp_path, f'raise errors.{error}("the file is odd")')
     assert (done.returncode, done.stdout) == (code, "")
-    assert done.stderr == "error: the file is odd\n"
+    heading = "stopped" if error == "PreemptedError" else "error"
+    assert done.stderr == f"{heading}: the file is odd\n"
 
 
 def test_debug_shows_the_traceback_too(tmp_path: pathlib.Path) -> None:

@@ -7,6 +7,7 @@ import hypothesis.strategies as st
 import pytest
 
 from trainer.core import text as text_lib
+from trainer.core.errors import UsageError
 
 
 @pytest.mark.parametrize(
@@ -59,6 +60,19 @@ def test_values_in_messages(value: object, shown: str) -> None:
 def test_sizes_are_width_x_height() -> None:
     assert text_lib.image_size((128, 256)) == "256x128"
     assert text_lib.image_size([128, 256], 3) == "256x128x3"
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("64", (64, 64)), ("256x128", (128, 256)), ("1x2", (2, 1))]
+)
+def test_sizes_that_people_type(text: str, size: tuple[int, int]) -> None:
+    assert text_lib.parse_image_size(text, "--resolution") == size
+
+
+@pytest.mark.parametrize("text", ["", "x", "64x", "-64", "64X64", "6.4", "999999", "\u0664"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(UsageError, match=r"^--resolution=.* is neither a size, as 256, nor WIDTHx"):
+        text_lib.parse_image_size(text, "--resolution")
 
 
 def test_markdown_and_html_are_text() -> None:

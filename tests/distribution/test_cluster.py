@@ -332,7 +332,7 @@ def test_all_stop_after_the_same_step(behaviours: tuple[str, ...]) -> None:
         assert reason in [f"SIGTERM on worker:{i} (localhost:{ports[i]})" for i in asking]
         # Nobody takes the end of another for its death.
         assert result.code == 75
-        assert result.err == f"error: saved {stop.removeprefix('stopped after ')}\n"
+        assert result.err == f"stopped: saved {stop.removeprefix('stopped after ')}\n"
     assert len(stops) == 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import pathlib
@@ -142,3 +143,25 @@ def test_a_process_without_accelerators(monkeypatch: pytest.MonkeyPatch) -> None
     assert environment["CUDA_VISIBLE_DEVICES"] == "-1"
     assert environment["PATH"] == os.environ["PATH"]
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
+
+
+@pytest.mark.parametrize(
+    ("devices", "environ", "found"),
+    [
+        ([], {}, False),
+        (["/dev/nvidia3"], {}, True),
+        (["/dev/nvidiactl"], {}, False),  # the driver is there, and no device
+        (["/dev/accel0"], {}, True),
+        ([], {"TPU_NAME": "v3-8"}, True),
+    ],
+)
+def test_accelerators_are_seen_without_tensorflow(
+    monkeypatch: pytest.MonkeyPatch, devices: list[str], environ: dict[str, str], found: bool
+) -> None:
+    monkeypatch.setattr(host.glob, "glob", lambda pattern: fnmatch.filter(devices, pattern))
+    monkeypatch.setattr(host.os.path, "exists", devices.__contains__)
+    for name in ("TPU_NAME", "TPU_WORKER_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    assert host.has_accelerator() == found

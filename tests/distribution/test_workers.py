@@ -240,10 +240,10 @@ def test_a_worker_that_is_preempted_has_all_saved(
             process.kill()
             process.communicate()
     assert [process.returncode for process in processes] == [RESTART, RESTART], errors
-    lines = [[line for line in err.splitlines() if line.startswith("error: ")] for err in errors]
+    lines = [[line for line in err.splitlines() if line.startswith("stopped: ")] for err in errors]
     assert lines[0] == lines[1]
     (line,) = lines[0]
-    assert f"error: SIGTERM on worker:{told} (localhost:" in line
+    assert f"stopped: SIGTERM on worker:{told} (localhost:" in line
     saved = max(path.parent.name for path in workdir.glob("checkpoints/*/COMMITTED-*"))
-    assert f"stopped after step {int(saved.removeprefix('step-'))} (kimg" in line
+    assert f"step {int(saved.removeprefix('step-'))} (kimg" in line
     assert not (workdir / "lease.json").exists()

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from trainer.telemetry.console import Console, Eta, format_time, tick_line
+from trainer.telemetry.console import Console, Eta, format_time, short_tick_line, tick_line
 from trainer.telemetry.statsfile import Stat, constant
 
 
@@ -29,26 +29,35 @@ def test_format_time(seconds: float, text: str) -> None:
     assert format_time(seconds) == text
 
 
-def test_eta_forgets_the_compilation_in_the_first_tick() -> None:
+def test_eta_is_known_from_the_second_tick_on_without_the_compilation() -> None:
     eta = Eta(total_kimg=100)
-    assert eta.update(4, 400, sec_per_kimg=100) == 9600  # all it has yet
-    assert eta.update(8, 440, sec_per_kimg=9) == pytest.approx(92 * 10)  # with the maintenance
+    assert math.isnan(eta.update(4, 400))
+    assert eta.update(8, 440) == pytest.approx(92 * 10)  # with the maintenance
+
+
+def test_eta_of_a_resumed_run_is_that_of_this_machine() -> None:
+    """The time before counts in the run's, and not in the pace."""
+    eta = Eta(total_kimg=100)
+    assert math.isnan(eta.update(54, 50_400))
+    assert eta.update(58, 50_408) == pytest.approx(42 * 2)
 
 
 def test_eta_follows_the_last_ten_ticks() -> None:
     eta = Eta(total_kimg=1000)
     for i in range(100):
-        eta.update(i, i * 50.0, 50.0)
+        eta.update(i, i * 50.0)
     for i in range(100, 110):
-        left = eta.update(i, 5000 + (i - 100) * 2.0, 2.0)
+        left = eta.update(i, 5000 + (i - 100) * 2.0)
     assert left == pytest.approx((1000 - 109) * 2)
 
 
 def test_eta_at_and_after_the_end_and_when_unknown() -> None:
     eta = Eta(total_kimg=10)
-    assert math.isnan(eta.update(0, 5, sec_per_kimg=math.nan))
-    assert eta.update(10, 25, 2) == 0
-    assert eta.update(12, 29, 2) == 0
+    assert math.isnan(eta.update(2, 5))
+    assert math.isnan(eta.update(2, 5))
+    assert eta.update(10, 25) == 0
+    assert eta.update(12, 29) == 0
+    assert Eta(total_kimg=10).update(10, 25) == 0
 
 
 def _stats() -> dict[str, Stat]:
@@ -103,6 +112,44 @@ def test_tick_line_shows_what_is_missing_and_what_is_not_finite() -> None:
 def test_tick_line_of_very_short_ticks_still_tells_them_apart() -> None:
     stats = {**_stats(), "Progress/kimg": constant(0.064)}
     assert "kimg 0.064 " in tick_line(stats, 1)
+
+
+def test_short_tick_line() -> None:
+    line = short_tick_line(_stats(), eta_sec=11520)
+    assert re.sub(" +", " ", line) == (
+        "kimg 48.0 sec/kimg 30.85 augment 0.012 D signs 0.31 G loss 0.9 D loss 1.25 ETA 3h 12m 00s"
+    )
+
+
+def test_a_short_tick_line_fits_whatever_it_shows() -> None:
+    extremes = {
+        "Progress/kimg": 199999.936,
+        "Timing/sec_per_kimg": 9999.99,
+        "Loss/signs/real": -0.31,
+        "Loss/G/loss": -1.23e-5,
+        "Loss/D/loss": -1.23e-5,
+    }
+    stats = _stats() | {name: constant(value) for name, value in extremes.items()}
+    assert len(short_tick_line(stats, eta_sec=680 * 86400.0)) <= 120
+
+
+@pytest.mark.parametrize(
+    ("terminal", "verbose", "whole"),
+    [(False, False, True), (False, True, True), (True, False, False), (True, True, True)],
+)
+def test_ticks_are_short_on_a_terminal(
+    capsys, monkeypatch, terminal: bool, verbose: bool, whole: bool
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
+    console = Console(total_kimg=96, resume_nimg=0, verbose=verbose)
+    for kimg, seconds in ((48.0, 3723), (52.0, 3743)):
+        times = {"Progress/kimg": constant(kimg), "Timing/total_sec": constant(seconds)}
+        console.tick(_stats() | times)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("tick 12" if whole else "kimg 48.0")
+    assert ("maintenance" in first) == whole
+    assert first.endswith("ETA --")
+    assert second.endswith("ETA 3m 40s")  # 44 kimg at 5 s
 
 
 def test_console_without_a_terminal_prints_lines_only(capsys) -> None:

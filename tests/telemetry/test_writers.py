@@ -13,17 +13,24 @@ from tensorboard.util import tensor_util
 
 from trainer.core import storage, tfrecord
 from trainer.telemetry import images, tensorboard
+from trainer.telemetry.descriptions import describe
 from trainer.telemetry.statsfile import Stat, constant
 from trainer.telemetry.writers import Telemetry
 
 
 def _run(
-    workdir: Path, ticks: list[int], loss: float, resume: float = 0.0, images: int = 4000
+    workdir: Path,
+    ticks: list[int],
+    loss: float,
+    resume: float = 0.0,
+    images: int = 4000,
+    tick_kimg: float = 4.0,
 ) -> None:
     telemetry = Telemetry(
         str(workdir),
         tensorboard=str(workdir / "tensorboard"),
         total_kimg=100,
+        tick_kimg=tick_kimg,
         resume_kimg=resume,
         resume_tick=ticks[0] if resume else 0,
     )
@@ -121,6 +128,35 @@ def test_ticks_that_share_a_step_are_told_apart(tmp_path: Path) -> None:
         assert _scalars(tmp_path, "Loss/G/loss") == points[: 2 + len(ticks)]
     # What held nothing that stays is gone.
     assert len(list((tmp_path / "tensorboard").iterdir())) == 2
+
+
+@pytest.mark.parametrize(("tick_kimg", "steps"), [(1, [1, 2, 3]), (0.999, [1000, 2000, 3000])])
+def test_steps_are_kimg_and_images_where_ticks_are_shorter(
+    tmp_path: Path, tick_kimg: float, steps: list[int]
+) -> None:
+    _run(tmp_path, [1, 2, 3], loss=0.5, images=1000, tick_kimg=tick_kimg)
+    assert [step for step, _ in _scalars(tmp_path, "Loss/G/loss")] == steps
+
+
+def test_scalars_are_described_once_in_a_file(tmp_path: Path) -> None:
+    _run(tmp_path, [1, 2], loss=0.5)
+    _run(tmp_path, [2, 3], loss=0.5, resume=4.0)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert events.SummaryMetadata("Loss/G/loss").summary_description.startswith("Loss of the gen")
+    for path in (tmp_path / "tensorboard").iterdir():
+        assert path.read_bytes().count(describe("Loss/G/loss").encode()) == 1
+
+
+def test_the_config_is_a_text_of_tensorboard(tmp_path: Path) -> None:
+    telemetry = Telemetry(str(tmp_path), tensorboard=str(tmp_path / "tensorboard"), total_kimg=1)
+    telemetry.config("run:\n  jit: off\n")
+    telemetry.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (event,) = events.Tensors("Config")
+    shown = tensor_util.make_ndarray(event.tensor_proto).item().decode()
+    assert (event.step, shown) == (0, "```yaml\nrun:\n  jit: off\n```\n")
 
 
 def test_images_stay_with_their_tick(tmp_path: Path) -> None:
@@ -227,17 +263,20 @@ def test_events_are_what_tensorboards_own_functions_write(tmp_path: Path) -> Non
     ours = tensorboard.TensorBoard(str(tmp_path / "ours"), 0)
     ours.scalars({"Loss/G/loss": Stat(2, 0.5, 0.1)}, 4000)
     ours.image("fakes", image, 4000)
+    ours.text("Config", "run: {}", 4000)
     with tf.summary.create_file_writer(str(tmp_path / "theirs")).as_default(step=4):
-        tf.summary.scalar("Loss/G/loss", 0.5)
+        tf.summary.scalar("Loss/G/loss", 0.5, description=describe("Loss/G/loss"))
         tf.summary.image("fakes", image[np.newaxis])
+        tf.summary.text("Config", "run: {}")
     both = [EventAccumulator(str(tmp_path / name)) for name in ("ours", "theirs")]
     for events in both:
         events.Reload()
-    for name in ("Loss/G/loss", "fakes"):
+    for name in ("Loss/G/loss", "fakes", "Config"):
         (mine,), (reference,) = (events.Tensors(name) for events in both)
         assert mine.step == reference.step
-        plugins = [events.SummaryMetadata(name).plugin_data.plugin_name for events in both]
-        assert plugins[0] == plugins[1]
+        metadata = [events.SummaryMetadata(name) for events in both]
+        assert metadata[0].plugin_data.plugin_name == metadata[1].plugin_data.plugin_name
+        assert metadata[0].summary_description == metadata[1].summary_description
         values = [tensor_util.make_ndarray(event.tensor_proto) for event in (mine, reference)]
         assert values[0].tolist() == values[1].tolist()
 

@@ -37,6 +37,7 @@ from trainer.data.manifest import Manifest
 from trainer.families import registry
 from trainer.families.protocol import DataShape
 from trainer.serving import saved_model
+from trainer.telemetry.descriptions import describe
 from trainer.training import checkpoint, loop, run
 from trainer.training.preemption import Preemption
 from trainer.training.step import Reports, TrainStep
@@ -84,7 +85,7 @@ def events(workdir: pathlib.Path) -> list[tuple[str, int, bytes]]:
             found += [
                 (v.tag, event.step, v.tensor.SerializeToString()) for v in event.summary.value
             ]
-    assert {"Loss/G/loss", "Reals", "Fakes"} <= {tag for tag, *_ in found}
+    assert {"Loss/G/loss", "Reals", "Fakes", "Config"} <= {tag for tag, *_ in found}
     return sorted(each for each in found if not each[0].startswith(("Timing/", "Resources/")))
 
 
@@ -224,6 +225,16 @@ def test_ticks(undisturbed: tuple[pathlib.Path, str]) -> None:
     assert lines[3]["Progress/variety"]["mean"] > 0
 
 
+def test_events(undisturbed: tuple[pathlib.Path, str]) -> None:
+    """The config is there once, ticks have steps of their own, and every scalar is described."""
+    shown = events(undisturbed[0])
+    (config,) = (value for tag, _, value in shown if tag == "Config")
+    assert (undisturbed[0] / "config.yaml").read_bytes() in config
+    assert [step for tag, step, _ in shown if tag == "Progress/tick"] == [8, 24, 40, 56]
+    names = {tag for tag, *_ in shown} - {"Config", "Reals", "Fakes"}
+    assert not [name for name in names if not describe(name)]
+
+
 @pytest.fixture(scope="module")
 def killed(
     squares: Manifest, tmp_path_factory: pytest.TempPathFactory
@@ -252,8 +263,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(
     assert "step-000000002: step 2, kimg 0.016" in printed[1]
     # Told to stop at the tick of step 3, it saved that step and nothing after it.
     assert printed[1].splitlines()[-1] == (
-        f"SIGTERM: stopped after step 3 (kimg 0.024), which is saved in {workdir}; run the same "
-        "command again to go on"
+        f"SIGTERM: step 3 (kimg 0.024) is saved in {workdir}; run the same command again to go on"
     )
     assert "step-000000003: step 3, kimg 0.024" in printed[2]
     # Killed before the tick of step 5 was written, after the checkpoint of step 4.
@@ -289,16 +299,31 @@ def labelled(manifest: Manifest, **sections: dict[str, Any]) -> Config:
     return make(manifest, **{"data": {"use_labels": True, "window": 8}, **sections})
 
 
+def longer(manifest: Manifest, **sections: dict[str, Any]) -> Config:
+    """A step more than the finished run has made."""
+    return labelled(manifest, training={**TINY["training"], "total_kimg": 0.064}, **sections)
+
+
+@pytest.mark.parametrize("total_kimg", [0.056, 0.02])
 def test_started_again_when_finished(
-    finished: pathlib.Path, squares: Manifest, capsys: pytest.CaptureFixture[str]
+    finished: pathlib.Path,
+    squares: Manifest,
+    capsys: pytest.CaptureFixture[str],
+    total_kimg: float,
 ) -> None:
+    """Or past what is asked for now: nothing changes, be it another config's."""
     before = files(finished)
-    loop.train(labelled(squares, run={"jit": "off", "deterministic": False}), str(finished))
-    after = files(finished)
-    assert set(after) == set(before)
-    changed = {name for name in before if after[name] != before[name]}
-    assert changed <= {"config.yaml"}  # run.deterministic was changed, which is free
-    assert "finished: 0.056 kimg" in capsys.readouterr().out
+    config = labelled(
+        squares,
+        run={"jit": "off", "deterministic": False},
+        training={**TINY["training"], "total_kimg": total_kimg},
+        telemetry={**TINY["telemetry"], "tensorboard": True},
+    )
+    loop.train(config, str(finished))
+    assert files(finished) == before
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if "nothing to do" in x]
+    assert "is at 0.056 kimg already (" in line and "step-000000007)" in line
+    assert f"training.total_kimg is {total_kimg:g};" in line
 
 
 @pytest.mark.parametrize("allowed", [(), ("objective.r1_gamma",)])
@@ -318,11 +343,12 @@ def test_a_changed_config_is_refused(
     assert files(finished) == before
 
 
+@pytest.mark.usefixtures("eagerly")
 def test_an_allowed_change_goes_on(
     finished: pathlib.Path, squares: Manifest, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A phase that is gone leaves its values behind, and the console says so."""
-    config = labelled(squares, objective={"r1_gamma": 5.0, "pl_weight": 0})
+    config = longer(squares, objective={"r1_gamma": 5.0, "pl_weight": 0})
     allowed = ["objective.r1_gamma", "objective.pl_weight"]
     loop.train(config, str(finished), allow_change=allowed)
     printed = capsys.readouterr().out
@@ -356,13 +382,14 @@ def test_other_networks_are_refused_even_if_allowed(
     finished: pathlib.Path, squares: Manifest
 ) -> None:
     before = files(finished)
-    config = labelled(squares, model={**TINY["model"], "channel_max": 4})
+    config = longer(squares, model={**TINY["model"], "channel_max": 4})
     with pytest.raises(CheckpointError, match="G/.*is \\[.*more") as caught:
         loop.train(config, str(finished), allow_change=["model.channel_max"])
     assert caught.value.exit_code == 4
     assert files(finished) == before
 
 
+@pytest.mark.usefixtures("eagerly")
 def test_another_data_set_is_refused(
     finished: pathlib.Path,
     other_squares: Manifest,
@@ -370,7 +397,7 @@ def test_another_data_set_is_refused(
 ) -> None:
     with pytest.raises(DataError, match="fingerprint differs.*--allow_change=data.fingerprint"):
         loop.train(labelled(other_squares), str(finished))
-    loop.train(labelled(other_squares), str(finished), allow_change=["data.fingerprint"])
+    loop.train(longer(other_squares), str(finished), allow_change=["data.fingerprint"])
     assert "resuming from" in capsys.readouterr().out
 
 
@@ -394,6 +421,7 @@ def test_a_dry_run_starts_nothing(
     assert "16 images = 1 replicas x 2 rounds x 8 (2 groups of 4)" in out
     assert "parameters" in out
     assert "MiB of variables" in out
+    assert "time      0.056 kimg take about 0 s to 0 s, by estimate: " in out
     (tmp_path / "printed.yaml").write_text(out[out.index("run:\n") :])
     printed = config_lib.load(str(tmp_path / "printed.yaml"))
     assert printed == config_lib.resolve(config, resolution=(8, 8))
@@ -510,7 +538,7 @@ def test_a_run_that_is_to_stop_at_once_saves_nothing_new(
 ) -> None:
     config = labelled(squares, training={**TINY["training"], "total_kimg": 1})
     before = files(finished)
-    with pytest.raises(PreemptedError, match=r"^enough: stopped after step 7 \(kimg 0.056\)"):
+    with pytest.raises(PreemptedError, match=r"^enough: step 7 \(kimg 0.056\) is saved in"):
         loop.train(config, str(finished), stop=StopsAt(STEPS))
     changed = {name for name, content in files(finished).items() if before.get(name) != content}
     assert changed <= {"config.yaml"}
@@ -616,7 +644,7 @@ def test_lost_markers_of_a_killed_job_can_be_restored(
     for path, content in markers.items():
         path.write_bytes(content)
     loop.train(labelled(squares), str(finished))
-    assert "step-000000007: step 7" in capsys.readouterr().out
+    assert "step-000000007), and" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("eagerly")
@@ -643,7 +671,7 @@ def test_starting_over_moves_everything_aside(
     after = files(finished)
     # The same command again, as after exit code 75, doesn't start over once more.
     loop.train(config, str(finished), start_over=True)
-    assert "resuming from" in capsys.readouterr().out
+    assert "nothing to do" in capsys.readouterr().out
     assert files(finished) == after
 
 
@@ -707,6 +735,22 @@ def test_a_run_exports_its_generator_once(
     assert stored.keys() == published[-1]["params"].keys()
     for name, value in stored.items():
         np.testing.assert_array_equal(published[-1]["params"][name], value)
+
+
+def test_a_finished_run_is_exported_when_that_is_asked_for_later(
+    finished: pathlib.Path,
+    squares: Manifest,
+    tmp_path: pathlib.Path,
+    published: list[dict[str, Any]],
+) -> None:
+    before = files(finished)
+    exporter = saved_model.exporter(str(tmp_path / "models"), snapshots=False)
+    for _ in range(2):
+        loop.train(labelled(squares), str(finished), at_snapshot=[exporter])
+        assert [call["step"] for call in published] == [STEPS]
+    stored = checkpoint.read_parameters(checkpoint.find(str(finished)), "G_ema")
+    assert published[0]["params"].keys() == stored.keys()
+    assert files(finished) == before
 
 
 @pytest.mark.usefixtures("eagerly")

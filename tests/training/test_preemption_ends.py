@@ -135,7 +135,7 @@ def test_a_reader_that_leaves_stops_the_run(tmp_path: pathlib.Path) -> None:
     run.process.stdout.close()
     run.process.stdout = None
     reason = "nobody reads standard output any more"
-    assert run.end() == (75, f"error: {reason}: saved\n")
+    assert run.end() == (75, f"stopped: {reason}: saved\n")
     assert run.saved == reason
 
 
@@ -171,7 +171,7 @@ def test_a_run_that_waits_for_its_reader_is_saved(streams: str, tmp_path: pathli
         run.process.send_signal(signal.SIGTERM)
         code, err = run.end()
     assert (code, run.saved) == (75, "SIGTERM")
-    assert err == ("" if streams == "both" else "error: SIGTERM: saved\n")
+    assert err == ("" if streams == "both" else "stopped: SIGTERM: saved\n")
 
 
 def test_ctrl_c_twice_ends_one_that_waits_for_its_reader(tmp_path: pathlib.Path) -> None:
@@ -193,7 +193,7 @@ def test_nohup_outlives_the_terminal(tmp_path: pathlib.Path) -> None:
     run.wait_for_steps(20)
     assert run.process.poll() is None
     run.process.send_signal(signal.SIGTERM)
-    assert run.end() == (75, "error: SIGTERM: saved\n")
+    assert run.end() == (75, "stopped: SIGTERM: saved\n")
 
 
 def test_a_hangup_leaves_a_save_its_time(tmp_path: pathlib.Path) -> None:
@@ -205,7 +205,7 @@ def test_a_hangup_leaves_a_save_its_time(tmp_path: pathlib.Path) -> None:
     run.process.send_signal(signal.SIGTERM)
     code, err = run.end()
     assert code == 75
-    assert err.startswith("error: SIGHUP: nothing saved within run.grace_time = 0.2 s")
+    assert err.startswith("stopped: SIGHUP: nothing saved within run.grace_time = 0.2 s")
 
 
 # ------------------------------------------------------------------------------ jobs
@@ -221,7 +221,7 @@ def test_in_a_job_a_saved_run_waits_until_it_is_killed(
     run = Run(tmp_path, "--grace=0.5", **JOB)
     run.process.send_signal(number)
     assert run.process.stderr is not None
-    assert run.process.stderr.readline() == f"error: {number.name}: saved\n"
+    assert run.process.stderr.readline() == f"stopped: {number.name}: saved\n"
     line = run.process.stderr.readline()
     assert line.startswith("job 123: waiting to be ended with the machine")
     assert line.endswith("otherwise this process ends with 134 in 300 s\n")
@@ -253,7 +253,7 @@ def test_in_a_job_one_that_hangs_does_so_too(tmp_path: pathlib.Path) -> None:
 def test_in_a_job_the_time_that_is_over_ends_the_run_at_once(tmp_path: pathlib.Path) -> None:
     code, err = Run(tmp_path, f"--hours={0.2 / 3600}", **JOB).end()
     assert code == 75
-    assert err.startswith("error: run.max_hours = ") and err.count("\n") == 1
+    assert err.startswith("stopped: run.max_hours = ") and err.count("\n") == 1
 
 
 def test_in_a_job_ctrl_c_ends_the_run_at_once(tmp_path: pathlib.Path) -> None:
@@ -261,7 +261,7 @@ def test_in_a_job_ctrl_c_ends_the_run_at_once(tmp_path: pathlib.Path) -> None:
     run.process.send_signal(signal.SIGINT)
     code, err = run.end()
     assert code == 75
-    assert err.endswith("error: interrupted: saved\n")
+    assert err.endswith("stopped: interrupted: saved\n")
 
 
 # ------------------------------------------------------------------------------ real runs

@@ -13,11 +13,13 @@ class TrainerError(Exception):
 
     Attributes:
       exit_code: of the process.
+      heading: what its line begins with; a stop that was asked for is no error.
       patience: with code 75: seconds within which whoever takes the machine away also ends this
         process; 0 if nobody does, since the user has stopped it or its time is up.
     """
 
     exit_code = 1
+    heading = "error"
     patience = 300.0
 
 
@@ -61,6 +63,7 @@ class PreemptedError(TrainerError):
     """The machine is going away or the time is up: state is saved, run the same command again."""
 
     exit_code = 75
+    heading = "stopped"
 
     def __init__(self, message: str, patience: float = TrainerError.patience) -> None:
         super().__init__(message)

@@ -149,7 +149,7 @@ def fail(error: TrainerError) -> NoReturn:
     output.outlive_readers()
     if _debugging():
         traceback.print_exception(error)
-    print(f"error: {shorten(str(error), _LONGEST_MESSAGE)}", file=sys.stderr)
+    print(f"{error.heading}: {shorten(str(error), _LONGEST_MESSAGE)}", file=sys.stderr)
     code, job = error.exit_code, env(_JOB)
     if job and code == PreemptedError.exit_code and error.patience:
         _wait_for_the_end(job, error.patience)

@@ -10,6 +10,8 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
+from trainer.core.errors import UsageError
+
 # Characters of a foreign text that a message repeats.
 SHOWN = 200
 
@@ -68,6 +70,22 @@ def image_size(resolution: Sequence[int], channels: int | None = None) -> str:
     """
     height, width = resolution
     return f"{width}x{height}" if channels is None else f"{width}x{height}x{channels}"
+
+
+def parse_image_size(text: str, where: str) -> tuple[int, int]:
+    """(height, width) in pixels of a size as people type it: '256' or 'WIDTHxHEIGHT'.
+
+    Args:
+      text: as it was typed.
+      where: the flag it was given with, for the message.
+
+    Raises:
+      UsageError: it is neither.
+    """
+    match = re.fullmatch(r"([0-9]{1,5})(?:x([0-9]{1,5}))?", text)
+    if not match:
+        raise UsageError(f"{where}={shorten(text)} is neither a size, as 256, nor WIDTHxHEIGHT")
+    return int(match[2] or match[1]), int(match[1])
 
 
 def markdown(text: object, limit: int | None = None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import platform
 import sys
@@ -102,6 +103,13 @@ def prepare_tpu_compiler() -> None:
 
 # By these TensorFlow finds the plugin that drives a TPU.
 _TPU_PLUGIN = ("TF_PLUGGABLE_DEVICE_LIBRARY_PATH", "NEXT_PLUGGABLE_DEVICE_USE_C_API")
+
+
+def has_accelerator() -> bool:
+    """Whether this machine seems to have a GPU or a TPU; a look that needs no TensorFlow."""
+    gpus = any(glob.glob(f"/dev/{name}") for name in ("nvidia[0-9]*", "dxg"))  # dxg: under Windows
+    tpu = os.path.exists("/dev/accel0") or {"TPU_NAME", "TPU_WORKER_ID"} & set(os.environ)
+    return gpus or bool(tpu)
 
 
 def without_accelerators() -> dict[str, str]:

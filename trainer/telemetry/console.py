@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import math
 import sys
 from collections.abc import Mapping
@@ -29,10 +30,10 @@ def format_time(seconds: float) -> str:
 
 
 class Eta:
-    """Time left, from the pace of the last ticks.
+    """Time left, from the pace of the last ticks of this process.
 
-    The pace is wall time, with whatever maintenance fell between ticks. It is taken between ticks:
-    the first one holds the compilation and counts only until there is a second.
+    The pace is wall time, with whatever maintenance fell between ticks. It is taken between ticks,
+    so it is known from the second one on: the first holds the compilation.
     """
 
     _WINDOW = 10
@@ -43,19 +44,20 @@ class Eta:
             maxlen=self._WINDOW
         )
 
-    def update(self, kimg: float, total_sec: float, sec_per_kimg: float) -> float:
+    def update(self, kimg: float, total_sec: float) -> float:
         """Seconds left after a tick; NaN when the pace is unknown.
 
         Args:
           kimg: position of the run.
           total_sec: wall time of the run.
-          sec_per_kimg: pace of this tick, used while it is the only one.
         """
         self._points.append((kimg, total_sec))
         first_kimg, first_sec = self._points[0]
-        known = kimg > first_kimg
-        pace = (total_sec - first_sec) / (kimg - first_kimg) if known else sec_per_kimg
-        return max(0.0, self._total - kimg) * pace
+        if kimg >= self._total:
+            return 0.0
+        if kimg <= first_kimg:
+            return math.nan
+        return (self._total - kimg) * (total_sec - first_sec) / (kimg - first_kimg)
 
 
 _TICK_FIELDS = (
@@ -74,11 +76,7 @@ def tick_line(stats: Mapping[str, Stat], eta_sec: float) -> str:
         tick, shows as "--". Non-finite values show as nan and inf.
       eta_sec: seconds left.
     """
-
-    def mean(name: str, spec: str) -> str:
-        stat = stats.get(name)
-        return format(stat.mean, spec) if stat is not None and stat.num else "--"
-
+    mean = functools.partial(_mean, stats)
     total = stats["Timing/total_sec"].mean
     fields = [
         f"tick {mean('Progress/tick', '.0f'):<5s}",
@@ -97,15 +95,46 @@ def tick_line(stats: Mapping[str, Stat], eta_sec: float) -> str:
     return "  ".join(fields)
 
 
+def short_tick_line(stats: Mapping[str, Stat], eta_sec: float) -> str:
+    """What one looks at most of `tick_line`, in its words and in no more than 120 columns.
+
+    Args:
+      stats, eta_sec: as `tick_line` takes them.
+    """
+    mean = functools.partial(_mean, stats)
+    fields = [
+        f"kimg {_plain(stats['Progress/kimg'].mean):<9s}",
+        f"sec/kimg {mean('Timing/sec_per_kimg', '.2f'):<7s}",
+        f"augment {mean('Progress/augment', '.3f')}",
+        f"D signs {mean('Loss/signs/real', '.2f'):<5s}",
+        *(f"{label} {mean(name, '.3g'):<6s}" for label, name in _TICK_FIELDS[:2]),
+        f"ETA {format_time(eta_sec)}",
+    ]
+    return "  ".join(fields)
+
+
+def _mean(stats: Mapping[str, Stat], name: str, spec: str) -> str:
+    stat = stats.get(name)
+    return format(stat.mean, spec) if stat is not None and stat.num else "--"
+
+
 def _plain(kimg: float) -> str:
     """Thousands of images with one to three decimals: ticks may be shorter than 0.1 kimg."""
     return f"{round(kimg, 3)}"
 
 
 class Console:
-    """Lines on stdout; on a terminal also a progress bar, on stderr, kept below the lines."""
+    """Lines on stdout; on a terminal also a progress bar, on stderr, kept below the lines.
 
-    def __init__(self, total_kimg: float, resume_nimg: int):
+    Args:
+      total_kimg: length of the run, for the ETA and the bar.
+      resume_nimg: where this process goes on, in images.
+      verbose: whole tick lines on a terminal, too, as in a file.
+    """
+
+    def __init__(self, total_kimg: float, resume_nimg: int, *, verbose: bool = False):
+        self._eta = Eta(total_kimg)
+        self._tick_line = tick_line if verbose or not sys.stdout.isatty() else short_tick_line
         self._bar: tqdm | None = None
         if sys.stderr.isatty():
             self._bar = tqdm(
@@ -116,6 +145,11 @@ class Console:
                 dynamic_ncols=True,
                 leave=False,
             )
+
+    def tick(self, stats: Mapping[str, Stat]) -> None:
+        """Prints the line of a tick; `stats` are those that `tick_line` takes."""
+        kimg, total_sec = (stats[n].mean for n in ("Progress/kimg", "Timing/total_sec"))
+        self.line(self._tick_line(stats, self._eta.update(kimg, total_sec)))
 
     def line(self, text: str) -> None:
         """Prints one line at once, so that a log file is never behind."""

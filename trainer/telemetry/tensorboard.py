@@ -1,7 +1,8 @@
 """TensorBoard events of a run, on a local disk or on gs://.
 
-The step is the position in kimg, `nimg // 1000`, as in NVIDIA's code, so that curves of both lie on
-one axis; ticks shorter than 1 kimg share a step.
+The step is the position in whole kimg, `nimg // 1000`, as in NVIDIA's code, so that curves of both lie
+on one axis. TensorBoard's steps are whole numbers: a run whose ticks are shorter than 1 kimg counts
+images instead, so that they stay apart.
 """
 
 from __future__ import annotations
@@ -20,26 +21,18 @@ import tensorflow as tf
 
 from trainer.core import storage, tfrecord
 from trainer.core.errors import DataError
+from trainer.telemetry.descriptions import describe
 from trainer.telemetry.statsfile import Stat
 
 _MAX_PIXELS = 2048  # per side: every snapshot is kept in the events, and the PNGs have it whole
 
 
-def _shown_by(plugin: str) -> tf.compat.v1.SummaryMetadata:
-    metadata = tf.compat.v1.SummaryMetadata()
+# What these write is what `tf.summary.scalar`, `.image` and `.text` do, but they are in TensorBoard's
+# package, which a machine that trains need not have.
+def _shown_by(plugin: str, description: str = "") -> tf.compat.v1.SummaryMetadata:
+    metadata = tf.compat.v1.SummaryMetadata(summary_description=description)
     metadata.plugin_data.plugin_name = plugin
     return metadata
-
-
-# `tf.summary.scalar` and `tf.summary.image` write the same, but they are in TensorBoard's package,
-# which a machine that trains need not have.
-_SCALAR = _shown_by("scalars")
-_IMAGE = _shown_by("images")  # strings: width, height, PNG
-
-
-def step_of(nimg: int) -> int:
-    """TensorBoard's step for a position in images."""
-    return nimg // 1000
 
 
 # The scalar by which a resumed run knows what to take back: steps are too coarse for it.
@@ -64,6 +57,7 @@ class TensorBoard:
         there on is taken out.
       sizes: bytes of the files in `logdir`, by name; looked up if they aren't given.
       run: tells this run from others that may write there; '' if none may.
+      images_per_step: 1000 for steps in kimg, 1 for steps in images.
       fence: around every change.
 
     Raises:
@@ -77,6 +71,7 @@ class TensorBoard:
         sizes: Mapping[str, int] | None = None,
         *,
         run: str = "",
+        images_per_step: int = 1000,
         fence: storage.Fence = contextlib.nullcontext,
     ):
         drop_from(logdir, resume_tick, sizes, mark=mark(run) if run else "", fence=fence)
@@ -86,6 +81,8 @@ class TensorBoard:
         )
         self._path, self._fence, self._empty = storage.join(logdir, name), fence, True
         self._file = storage.AppendedFile(self._path, _head(), None, fence)
+        self._images_per_step = images_per_step
+        self._described: set[str] = set()  # readers take it from the first event of a file
 
     def flush(self) -> None:
         """Writes what is held back."""
@@ -99,14 +96,16 @@ class TensorBoard:
                 storage.remove(self._path)
 
     def scalars(self, stats: Mapping[str, Stat], nimg: int) -> None:
-        """Adds the mean of each statistic that was measured: one call a tick.
+        """Adds the mean of each statistic that was measured, and says what it is: one call a tick.
 
         They are one event, so a crash leaves all or none of them. `Progress/tick` must be there.
         """
         summary = tf.compat.v1.Summary()
         for name, stat in stats.items():
             if stat.num:
-                value = summary.value.add(tag=name, metadata=_SCALAR)
+                text = "" if name in self._described else describe(name)
+                self._described.add(name)
+                value = summary.value.add(tag=name, metadata=_shown_by("scalars", text))
                 value.tensor.CopyFrom(tf.make_tensor_proto(stat.mean, tf.float32))
         self._add(summary, nimg)
 
@@ -115,14 +114,23 @@ class TensorBoard:
         out."""
         thin = -(-max(image.shape[:2]) // _MAX_PIXELS)
         shown = image[::thin, ::thin]
+        # As the plugin wants it: width, height, PNG.
         content = [str(shown.shape[1]), str(shown.shape[0]), tf.io.encode_png(shown).numpy()]
         summary = tf.compat.v1.Summary()
-        value = summary.value.add(tag=name, metadata=_IMAGE)
+        value = summary.value.add(tag=name, metadata=_shown_by("images"))
         value.tensor.CopyFrom(tf.make_tensor_proto(content, tf.string))
         self._add(summary, nimg)
 
+    def text(self, name: str, markdown: str, nimg: int) -> None:
+        """Adds a text in Markdown to the last tick."""
+        summary = tf.compat.v1.Summary()
+        value = summary.value.add(tag=name, metadata=_shown_by("text"))
+        value.tensor.CopyFrom(tf.make_tensor_proto(markdown, tf.string))
+        self._add(summary, nimg)
+
     def _add(self, summary: tf.compat.v1.Summary, nimg: int) -> None:
-        event = tf.compat.v1.Event(wall_time=time.time(), step=step_of(nimg), summary=summary)
+        step = nimg // self._images_per_step
+        event = tf.compat.v1.Event(wall_time=time.time(), step=step, summary=summary)
         self._empty = False
         self._file.add(_framed(event))
 

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 import numpy as np
 
 from trainer.core import storage
+from trainer.core.text import code_block
 from trainer.telemetry import resources, statsfile
 from trainer.telemetry.advice import Advice
-from trainer.telemetry.console import Console, Eta, tick_line
+from trainer.telemetry.console import Console
 from trainer.telemetry.statsfile import Stat, constant
 from trainer.telemetry.tensorboard import TensorBoard
 
@@ -28,8 +29,10 @@ class Telemetry:
       tensorboard: directory for TensorBoard's events, '' for none.
       files: what there is in the workdir, by `storage.walk`; looked up if it isn't given.
       total_kimg: length of the run, for the ETA and the bar.
+      tick_kimg: length of a tick; TensorBoard's steps are kimg, and images where it is below 1.
       resume_kimg: where this process goes on, 0 for a new run.
       resume_tick: the first tick it reports.
+      verbose: print whole tick lines on a terminal, too.
       fence: around every change of a file.
 
     Raises:
@@ -43,8 +46,10 @@ class Telemetry:
         tensorboard: str,
         files: Mapping[str, storage.Digest] | None = None,
         total_kimg: float,
+        tick_kimg: float = 4.0,
         resume_kimg: float = 0.0,
         resume_tick: int = 0,
+        verbose: bool = False,
         fence: storage.Fence = contextlib.nullcontext,
     ):
         self._nimg = round(resume_kimg * 1000)
@@ -59,10 +64,14 @@ class Telemetry:
         if tensorboard:
             sizes, below = _sizes_in(tensorboard, workdir, files)
             self._tensorboard = TensorBoard(
-                tensorboard, resume_tick, sizes, run="" if below else workdir, fence=fence
+                tensorboard,
+                resume_tick,
+                sizes,
+                run="" if below else workdir,
+                images_per_step=1000 if tick_kimg >= 1 else 1,
+                fence=fence,
             )
-        self._console = Console(total_kimg, self._nimg)
-        self._eta = Eta(total_kimg)
+        self._console = Console(total_kimg, self._nimg, verbose=verbose)
         self._advice = Advice()
 
     def tick(
@@ -110,8 +119,7 @@ class Telemetry:
         if gpu is not None:
             values["Resources/peak_gpu_mem_gb"] = gpu
         merged = {**stats, **{name: constant(value) for name, value in values.items()}}
-        eta = self._eta.update(nimg / 1000, total_sec, values["Timing/sec_per_kimg"])
-        self._console.line(tick_line(merged, eta))
+        self._console.tick(merged)
         for text in self._advice.update(nimg / 1000, stats, augment_p=augment_p, r1_gamma=r1_gamma):
             self._console.line(text)
         self._stats.add(statsfile.line(merged, tick=tick, nimg=nimg))
@@ -122,6 +130,11 @@ class Telemetry:
         """Shows a [H, W, C] uint8 image, such as `images.tile` makes, in TensorBoard, with the last tick."""
         if self._tensorboard is not None:
             self._tensorboard.image(name, image, round(kimg * 1000))
+
+    def config(self, yaml: str) -> None:
+        """Shows the config of a new run in TensorBoard, as text."""
+        if self._tensorboard is not None:
+            self._tensorboard.text("Config", code_block(yaml, "yaml"), 0)
 
     def line(self, text: str) -> None:
         """Prints a line that does not run into the progress bar."""

@@ -39,6 +39,7 @@ from trainer.training import (
     aside,
     build,
     checkpoint,
+    duration,
     loss_scale,
     preemption,
     run_info,
@@ -56,6 +57,8 @@ def train(
     workdir: str,
     *,
     dry_run: bool = False,
+    sec_per_kimg: float | None = None,
+    verbose: bool = False,
     allow_change: Sequence[str] = (),
     start_over: bool = False,
     cluster: Cluster | None = None,
@@ -64,10 +67,14 @@ def train(
 ) -> None:
     """Trains until `training.total_kimg`, from where the workdir's newest checkpoint is.
 
+    A run that is there already, or past it, keeps every file as it is.
+
     Args:
       config: as loaded; 'auto' is resolved here, since that needs the data set.
       workdir: directory of the run, local or gs://.
       dry_run: say what would be done, and do nothing.
+      sec_per_kimg: measured seconds for 1000 images, to say at the start how long the run takes.
+      verbose: print whole tick lines on a terminal, too.
       allow_change: keys that may differ from those of the checkpoint.
       start_over: where all checkpoints are damaged, move what the run has written aside and start at
         step 0, instead of ending with an error.
@@ -96,6 +103,9 @@ def train(
     for line in _description(run, manifest):
         if is_chief or line.startswith("devices"):
             print(printable(line), flush=True)
+    if is_chief and (dry_run or sec_per_kimg is not None or not run.placement.accelerated):
+        for line in duration.lines(run, sec_per_kimg):
+            print(line, flush=True)
     if dry_run:
         for line in config_lib.to_yaml(config).split("\n")[:-1] if is_chief else ():
             print(printable(line))
@@ -128,6 +138,16 @@ def train(
             print(f"starting over: what the run had written is in {moved} now")
             files = storage.walk(workdir)
             inventory = Inventory(workdir, files, lease.record)
+        if not agree(strategy, found.step if found else 0):
+            raise CheckpointError(
+                f"the workers have found different checkpoints in {workdir}; it must be one directory "
+                "that all of them see: put it on gs:// or a shared disk"
+            )
+        total_images = round(config.training.total_kimg * 1000)
+        if found is not None and found.info["images"] >= total_images:
+            if is_chief:
+                _at_the_end(found, config, workdir, at_snapshot)
+            return
         # ------------------------------------------------------------------ step function
         state = run.state()
         train_step = run.step(state)
@@ -156,14 +176,9 @@ def train(
                 print(printable(f"{where} is of another config; {change}"))
         elif config.training.init_from:
             _start_from(config, state)
-        if not agree(strategy, int(state.step.numpy())):
-            raise CheckpointError(
-                f"the workers have found different checkpoints in {workdir}; it must be one directory "
-                "that all of them see: put it on gs:// or a shared disk"
-            )
+        resolved = _versions() + config_lib.to_yaml(config)
         if is_chief:
             storage.makedirs(workdir)
-            resolved = _versions() + config_lib.to_yaml(config)
             storage.write_text_atomic(storage.join(workdir, "config.yaml"), resolved, fence)
 
         # ------------------------------------------------------------------ data
@@ -185,7 +200,6 @@ def train(
         )
 
         # ------------------------------------------------------------------ pictures
-        total_images = round(config.training.total_kimg * 1000)
         telemetry = None
         if is_chief:
             telemetry = Telemetry(
@@ -193,8 +207,10 @@ def train(
                 tensorboard=_tensorboard_dir(config, workdir),
                 files=files,
                 total_kimg=config.training.total_kimg,
+                tick_kimg=config.telemetry.tick_kimg,
                 resume_kimg=images / 1000,
                 resume_tick=tick,
+                verbose=verbose,
                 fence=fence,
             )
             closing.callback(telemetry.close)
@@ -213,6 +229,7 @@ def train(
             telemetry.image("Reals" if name == "reals" else "Fakes", grid, kimg)
 
         if telemetry and found is None:
+            telemetry.config(resolved)
             snapshot(telemetry, "reals", snapshots.reals(), 0)
             snapshot(telemetry, "fakes_init", snapshots.fakes(state.g_ema), 0)
             telemetry.line(f"wrote {storage.join(workdir, 'reals.png')} and fakes_init.png")
@@ -323,13 +340,39 @@ def train(
             checkpoints.wait()  # a kill in what is called now loses nothing
             call_at_snapshot(previous_sec + time.monotonic() - started, last=True)
     if reason:
-        saved_at = f"after step {step} (kimg {images / 1000:.3f}), which is saved in {workdir}"
+        where = f"step {step} (kimg {images / 1000:.3f}) is saved in {workdir}"
         raise PreemptedError(
-            f"{reason}: stopped {saved_at if step else 'before the first step'}; run the same command "
-            "again to go on",
+            f"{reason}: {where if step else 'no step was made'}; run the same command again to go on",
             preemption.patience(reason),
         )
     print(f"finished: {images / 1000:g} kimg, {step} steps; see {printable(workdir)}")
+
+
+def _at_the_end(
+    found: checkpoint.Found, config: Config, workdir: str, at_snapshot: Sequence[AtSnapshot]
+) -> None:
+    """Ends a run that has nothing to train: only what is due at the end of a run is made up for.
+
+    Nothing in the workdir changes.
+
+    Args:
+      found: its newest checkpoint.
+      config: resolved, with a `total_kimg` that the checkpoint has reached.
+      workdir: of the run.
+      at_snapshot: is called with the checkpoint.
+    """
+    kimg, total = found.info["images"] / 1000, config.training.total_kimg
+    print(
+        f"nothing to do: the run is at {kimg:.10g} kimg already ({printable(found.path)}), and "
+        f"training.total_kimg is {total:g}; to go on, give a larger --set=training.total_kimg=...",
+        flush=True,
+    )
+
+    def params() -> dict[str, np.ndarray]:
+        return checkpoint.read_parameters(found, "G_ema")
+
+    for call in at_snapshot:
+        call(Snapshot(workdir, found.info, params, True, lambda line: print(printable(line))))
 
 
 def _tensorboard_dir(config: Config, workdir: str) -> str:
@@ -360,8 +403,7 @@ def _description(run: Run, manifest: Manifest) -> list[str]:
         f"{a.per_replica_batch} ({groups} groups of {a.group_size})"
         + (f"; a step reads {a.batches} of them" if a.batches > 1 else ""),
         f"networks  G {costs.g_params:,} and D {costs.d_params:,} parameters, "
-        f"{costs.gflop_per_image:.3g} GFLOP of convolutions per image, about "
-        f"{1000 * costs.gflop_per_image / 130:.3g} s/kimg at 130 GFLOP/s",
+        f"{costs.gflop_per_image:.3g} GFLOP of convolutions per image",
         f"memory    {costs.state_mib:.0f} MiB of variables and about {costs.activations_mib:.0f} MiB "
         "of activations on each replica",
     ]
