@@ -374,6 +374,13 @@ def test_identical_sets_have_precision_and_recall_1(seed: int, scale: float, mea
         assert (found.precision, found.recall) == (1, 1)
 
 
+def test_far_from_the_origin_distances_are_the_same() -> None:
+    values = features(0, 40).astype(np.float64)
+    far = neighbour_distances(values + 1e7, 3)
+    # What float64 leaves of the features themselves, so far out.
+    np.testing.assert_allclose(far, neighbour_distances(values, 3), rtol=1e-6)
+
+
 def test_sets_far_apart_have_neither() -> None:
     found = precision_recall(features(0, 30), features(1, 30) + 1000)
     assert (found.precision, found.recall) == (0, 0)

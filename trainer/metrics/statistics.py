@@ -34,8 +34,8 @@ class Moments:
 
     NVIDIA's FeatureStats sums x and x x^T and subtracts at the end, which cancels all digits where
     the mean is large against the spread. Here every batch is centred on its own mean, and what the
-    shift between two means adds is exact algebra (Chan, Golub and LeVeque 1979): the
-    same covariance, divided by N and not N - 1, to rounding.
+    shift between two means adds is exact algebra (Chan, Golub and LeVeque 1979): the same covariance
+    up to rounding, and like NVIDIA's divided by N and not N - 1.
 
     Attributes:
       count: images seen.
@@ -116,6 +116,8 @@ class Moments:
 
     def update(self, features: np.ndarray) -> None:
         """Adds a batch of features [N, F]; N may be 0.
+
+        Every call passes over all of [F, F], so that batches of some hundred images are cheaper.
 
         Raises:
           UsageError: if they are no matrix of finite numbers, or F is another.
