@@ -1,8 +1,8 @@
 """Metrics from the features of images, as NVIDIA's code defines them, in NumPy's float64.
 
-Features are matrices [N, F], a row for each image, of any real type. What is large (images by images,
-or images by features) is worked on in blocks, so that memory does not grow with the number of images
-beyond the features themselves.
+Features are matrices [N, F], a row for each image, of any real type. What is large (images by
+images, or images by features) is worked on in blocks, so that memory does not grow with the number
+of images beyond the features themselves.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Moments:
 
     NVIDIA's FeatureStats sums x and x x^T and subtracts at the end, which cancels all digits where
     the mean is large against the spread. Here every batch is centred on its own mean, and what the
-    shift between two means adds is exact algebra (Chan, Golub and LeVeque 1979): the same covariance
-    up to rounding, and like NVIDIA's divided by N and not N - 1.
+    shift between two means adds is exact algebra (Chan, Golub and LeVeque 1979): the same
+    covariance up to rounding, and like NVIDIA's divided by N and not N - 1.
 
     Attributes:
       count: images seen.
@@ -159,11 +159,12 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     """Fréchet distance of two sets, FID with Inception's features (Heusel et al. 2017, eq. 6).
 
     |mean_a - mean_b|^2 + tr(A) + tr(B) - 2 tr sqrt(A B), of the covariances A = P P^T and
-    B = Q Q^T. The last trace is the sum of the singular values of P^T Q. The other two ways, SciPy's
-    `sqrtm(A B)` as in NVIDIA's code and the roots of the eigenvalues of sqrt(A) B sqrt(A), take
-    roots of zeros that were rounded, and sets smaller than their dimension have many zeros: on 90
-    and 70 images with 128 features both are 3e-7 off, this is 3e-15; where no covariance is
-    singular all agree to 3e-14. With 2048 features it takes 1.4 times as long as the eigenvalues.
+    B = Q Q^T. The last trace is the sum of the singular values of P^T Q. The other two ways,
+    SciPy's `sqrtm(A B)` as in NVIDIA's code and the roots of the eigenvalues of sqrt(A) B sqrt(A),
+    take roots of zeros that were rounded, and sets smaller than their dimension have many zeros: on
+    90 and 70 images with 128 features both are 3e-7 off, relative to the distance, this is 3e-15;
+    where no covariance is singular all agree to 3e-14. With 2048 features it takes 1.4 times as
+    long as the eigenvalues.
 
     Args:
       a: moments of one set.
@@ -206,7 +207,7 @@ class KernelDistance:
 def kernel_distance(
     real: np.ndarray, fake: np.ndarray, *, subsets: int = 100, subset_size: int = 1000, seed: int
 ) -> KernelDistance:
-    """Kernel distance of two sets, KID with Inception's features (Bińkowski et al. 2018, section 4).
+    """Kernel distance, KID with Inception's features (Bińkowski et al. 2018, section 4).
 
     Args:
       real: [N, F] features of real images.
