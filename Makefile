@@ -65,7 +65,7 @@ test-slow: $(STAMP) ## run the slow tests
 
 # TensorFlow turns oneDNN on by itself on CPUs with AVX-512 alone, and then rounds otherwise.
 ONEDNN ?= 0
-NUMERIC := tests/augment tests/conformance tests/families tests/layers tests/objectives $(addprefix tests/training/test_,$(addsuffix .py, \
+NUMERIC := tests/augment tests/conformance tests/families tests/layers tests/metrics tests/objectives $(addprefix tests/training/test_,$(addsuffix .py, \
 	loss_scale optimizer precision step step_trace))
 
 test-numeric: $(STAMP) ## run the tests of numbers, without the slow ones: ONEDNN=0 or 1

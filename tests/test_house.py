@@ -30,6 +30,7 @@ FLOORS = {
     "families": 4,
     "objectives": 5,
     "training": 6,
+    "metrics": 7,
     "probing": 7,
     "serving": 7,
     "commands": 8,
@@ -313,6 +314,8 @@ def test_light_modules_import_neither_tensorflow_nor_fsspec() -> None:
         ("trainer.layers.x", "from trainer.families import network", "imports trainer.families"),
         ("trainer.training.x", "from trainer.serving import versions", "imports trainer.serving"),
         ("trainer.serving.x", "from trainer.probing import step", "imports trainer.probing"),
+        ("trainer.training.x", "from trainer import metrics", "imports trainer.metrics"),
+        ("trainer.metrics.x", "from trainer.serving import rendering", "imports trainer.serving"),
         (
             "trainer.families.x",
             "from trainer.objectives import phase",
