@@ -30,6 +30,7 @@ FLOORS = {
     "families": 4,
     "objectives": 5,
     "training": 6,
+    "metrics": 7,
     "probing": 7,
     "serving": 7,
     "commands": 8,

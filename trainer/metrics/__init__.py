@@ -1,0 +1,1 @@
+"""Metrics: how good a generator's images are."""
