@@ -30,9 +30,12 @@ $(STAMP): setup.py
 
 install: $(STAMP) ## set up the environment
 
+TRAIN_SMOKE = $(BIN)/python -m trainer train --config=smoke --workdir=$(SMOKE)
+
 smoke: $(STAMP) ## train the small network from scratch into runs/smoke
 	@rm -rf $(SMOKE)
-	$(BIN)/python -m trainer train --config=smoke --workdir=$(SMOKE)
+	@$(TRAIN_SMOKE) || { code=$$?; [ $$code -ne 75 ] || \
+		echo "make smoke starts anew; this goes on: $(TRAIN_SMOKE)"; exit $$code; }
 
 # Networks too small to learn anything, and not compiled: about a minute for both.
 QUICK = $(BIN)/python -m trainer train --config=smoke --jit=off \

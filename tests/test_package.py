@@ -79,6 +79,8 @@ def no_tensorflow(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         (["export"], 2, "--dest and one of --run and --checkpoint are needed"),
         (["generate"], 2, "--out and one of --run and --checkpoint are needed"),
         (["probe"], 2, "probe what"),
+        (["train", "--config=auto", "--data=nowhere", "--dry_run"], 3, "no data set at nowhere"),
+        (["train", "--config=auto"], 2, "error: --workdir is needed"),
         (["probe", "step"], 2, "--config is needed"),
         (["submit"], 2, "--config and --target and --workdir are needed"),
         (["generate", "--run=r", "--out=o", "--seeds=x"], 2, "--seeds=x"),
@@ -104,6 +106,27 @@ def test_what_needs_no_tensorflow_waits_for_none(
     assert text in output
     assert output.count("\n") == 1 or not code
     assert "Traceback" not in done.stderr
+
+
+def test_a_python_without_the_packages_is_told_in_a_line(tmp_path: pathlib.Path) -> None:
+    environment = {"PYTHONPATH": str(ROOT), "PATH": ""}
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-I",
+            "-S",
+            "-c",
+            f"import sys; sys.path.insert(0, {str(ROOT)!r}); "
+            "import runpy; runpy.run_module('trainer', run_name='__main__')",
+        ],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: absl is not installed for ")
+    assert done.stderr.count("\n") == 1
 
 
 def test_the_poison_would_be_seen(no_tensorflow: dict[str, str]) -> None:

@@ -88,7 +88,15 @@ def test_without_a_config() -> None:
 
 
 def test_without_a_workdir(config: str) -> None:
-    assert "--config and --workdir are needed" in failed(2, f"--config={config}", "--data=x")
+    assert "error: --workdir is needed" in failed(2, f"--config={config}", "--data=x")
+
+
+def test_a_wrong_key_that_may_change(config: str) -> None:
+    flags = [f"--config={config}", "--data=x", "--workdir=unused"]
+    message = failed(2, *flags, "--allow_change=training.g_lr,training.g_lrr")
+    assert "--allow_change=training.g_lrr: unknown key; did you mean training.g_lr?" in message
+    message = failed(2, *flags, "--allow_change=data.fingerprin")
+    assert "did you mean data.fingerprint?" in message
 
 
 def test_without_data(config: str) -> None:

@@ -14,8 +14,17 @@ import sys
 from collections.abc import Mapping
 
 import trainer
-from trainer.core import flags, installation, output
-from trainer.core.errors import UsageError
+
+try:
+    from trainer.core import flags, installation, output
+    from trainer.core.errors import UsageError
+except ModuleNotFoundError as missing:
+    print(
+        f"error: {missing.name} is not installed for {sys.executable}; take the Python of the "
+        "environment that has the trainer (after `make`: .venv/bin/python), or pip install '.[cpu]'",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 _NAMES = {"task": "train"}  # the others are called as their modules
 

@@ -205,7 +205,7 @@ def _print_result(result: manifest.Manifest, report: conversion.Report) -> None:
     }
     for note, count in notes.items():
         if count:
-            print(f"{count} images {note}")
+            print(f"images that {note}: {count}")
     for each in result.skipped[:_SHOWN]:
         print(f"left out: {printable(each['name'])}: {printable(each['reason'])}")
     for line in report.ignored:

@@ -68,7 +68,7 @@ def define_flags() -> None:
     whole, real = absl_flags.DEFINE_integer, absl_flags.DEFINE_float
     text("config", None, "Preset, or YAML file, local or gs://; list shows the presets.")
     text("data", None, "Directory of the converted data set; overrides data.path.")
-    several("set", [], "section.key=value, overrides the config; may be repeated.")
+    several("set", [], "section.key=value, overrides the config.")
     text("workdir", None, "checkpoint: where to write, local or gs://.")
     size = "step, checkpoint, tpu: needs no data set then; 64, or WIDTHxHEIGHT as 256x128."
     text("resolution", None, size)

@@ -56,7 +56,7 @@ def define_flags(values: absl_flags.FlagValues = FLAGS) -> None:
     real = functools.partial(absl_flags.DEFINE_float, flag_values=values)
     yes = functools.partial(absl_flags.DEFINE_boolean, flag_values=values)
     text("config", None, "Preset, or YAML file, local or gs://; list shows the presets.")
-    several("set", [], "section.key=value, overrides the config; may be repeated.")
+    several("set", [], "section.key=value, overrides the config.")
     text("target", None, "Where to run: a100x8, a100x16=2x8, v5e-8, ...")
     text("image", None, "Container image, with its digest.")
     text("data", None, "gs:// directory of the converted data set; overrides data.path.")
@@ -77,8 +77,8 @@ def define_flags(values: absl_flags.FlagValues = FLAGS) -> None:
     text("tensorboard", "", "Vertex AI TensorBoard instance that gets the events.")
     text("kms_key", "", "projects/.../cryptoKeys/KEY that encrypts what the job keeps.")
     yes("web_access", False, "Let those who may open a shell in the job's containers.")
-    several("labels", [], "KEY=VALUE for bills and searches; may be repeated.")
-    several("env", [], "NAME=VALUE for the container; may be repeated.")
+    several("labels", [], "KEY=VALUE for bills and searches.")
+    several("env", [], "NAME=VALUE for the container.")
     text("endpoint", "", "Address of Vertex AI, for private networks.")
     yes("dry_run", False, "Print the job as JSON, YAML and gcloud command, and start nothing.")
     text("out", None, "With --dry_run: directory for job.json, job.yaml and config.yaml.")
@@ -368,6 +368,8 @@ def _record(workdir: str) -> dict[str, Any] | None:
 def _find(name: str) -> tuple[service.Service, service.Job]:
     """The job of a name, of a number, or the newest of a workdir."""
     endpoint, project = FLAGS.endpoint, FLAGS.project
+    if not endpoint and storage.is_remote(name):
+        service.login()  # before a bucket is asked, for a minute or two where nobody is logged in
     if not name.startswith("projects/") and not name.isdecimal():
         workdir = storage.resolve(name).rstrip("/")
         record = _record(workdir)

@@ -24,6 +24,7 @@ from trainer.config import Config, presets
 from trainer.core import output, storage
 from trainer.core.errors import StorageError, UsageError
 from trainer.core.text import printable
+from trainer.data import manifest as manifest_lib
 from trainer.distribution import cluster, compilation, membership
 from trainer.vertex import environment
 from trainer.vertex.environment import Choice
@@ -44,7 +45,7 @@ def define_flags() -> None:
     absl_flags.DEFINE_float(
         "max_run_hours", None, "Save, stop and exit with 75 after so many hours; run.max_hours."
     )
-    several("set", [], "section.key=value, overrides the config; may be repeated.")
+    several("set", [], "section.key=value, overrides the config.")
     absl_flags.DEFINE_boolean("dry_run", False, "Print what would be done, and stop.")
     absl_flags.DEFINE_float(
         "sec_per_kimg",
@@ -73,8 +74,12 @@ def main(_: Sequence[str]) -> None:
         return
     output.outlive_readers()  # what nobody reads stops the run in time, saved
     workdir = environment.workdir(FLAGS.workdir)
-    if not FLAGS.config or not (workdir.path or FLAGS.dry_run):
-        raise UsageError("--config and --workdir are needed; --help lists the flags")
+    missing = [] if FLAGS.config else ["--config"]
+    missing += [] if workdir.path or FLAGS.dry_run else ["--workdir"]
+    if missing:
+        are = "are" if len(missing) > 1 else "is"
+        raise UsageError(f"{' and '.join(missing)} {are} needed; --help lists the flags")
+    config_lib.check_keys(FLAGS.allow_change, "--allow_change", ["data.fingerprint"])
     overrides = list(FLAGS.set)
     given = {name: FLAGS[name].value for name in _SHORTHANDS} | {"max_hours": FLAGS.max_run_hours}
     overrides += [f"run.{name}={value}" for name, value in given.items() if value is not None]
@@ -99,8 +104,6 @@ def main(_: Sequence[str]) -> None:
     except cluster.EvaluatorTask as nothing:
         print(f"nothing to do: {nothing}")
         return
-    from trainer.training import preemption
-
     try:
         compilation.keep(config.run.compilation_cache)
     except StorageError as error:
@@ -108,7 +111,12 @@ def main(_: Sequence[str]) -> None:
         if any(text.partition("=")[0].strip() == "run.compilation_cache" for text in overrides):
             raise
         print(f"note      compiled programs are not kept: {error}", flush=True)
+    data = storage.resolve(config.data.path)
+    if not storage.is_remote(data):
+        manifest_lib.load(data)
     # TensorFlow takes seconds to import; a mistake above is told before.
+    from trainer.training import preemption
+
     with (
         membership.member(workers, config) as members,
         preemption.Preemption(config.run, members) as stop,

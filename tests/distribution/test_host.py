@@ -12,6 +12,7 @@ import sys
 
 import pytest
 
+from trainer.core import installation
 from trainer.distribution import host
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -110,7 +111,7 @@ def test_the_emitters_are_chosen_unless_the_user_chose(
     monkeypatch: pytest.MonkeyPatch, given: str, wanted: str
 ) -> None:
     monkeypatch.setenv("XLA_FLAGS", given)
-    monkeypatch.setattr(host.metadata, "version", lambda name: "2.21.3")
+    monkeypatch.setattr(installation, "tensorflow_version", lambda: "2.21.3")
     host.choose_emitters()
     assert os.environ["XLA_FLAGS"] == wanted
 
@@ -119,7 +120,7 @@ def test_an_older_tensorflow_gets_no_flag_it_would_abort_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("XLA_FLAGS", raising=False)
-    monkeypatch.setattr(host.metadata, "version", lambda name: "2.17.1")
+    monkeypatch.setattr(installation, "tensorflow_version", lambda: "2.17.1")
     host.choose_emitters()
     assert "XLA_FLAGS" not in os.environ
 

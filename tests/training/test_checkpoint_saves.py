@@ -396,9 +396,12 @@ def number_in(workdir: str, value: float = 0.0, **settings: int) -> tuple[Checkp
     return Checkpoints(workdir, CheckpointConfig(**settings), {"number": number}), number
 
 
-def test_on_cloud_storage(gcs: Gcs) -> None:
+def test_on_cloud_storage(
+    gcs: Gcs, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What a start and a save ask for is bounded, and no object is written twice."""
-    workdir, temporary = f"{gcs.url}/runs/first", set(os.listdir(tempfile.gettempdir()))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # which no other test uses
+    workdir = f"{gcs.url}/runs/first"
     inventory = Inventory(workdir)
     assert inventory.newest() == (None, [])
     assert kinds(gcs) == [("GET", "list")]
@@ -430,8 +433,7 @@ def test_on_cloud_storage(gcs: Gcs) -> None:
     assert other.numpy() == 5.0
     assert set(kinds(gcs)) == {("GET", "read")}
     assert checkpoint.read_parameters(found, "G") == {}
-    left = set(os.listdir(tempfile.gettempdir())) - temporary
-    assert not [name for name in left if name.startswith("stylegan-checkpoint-")]
+    assert not list(tmp_path.glob("stylegan-checkpoint-*"))
 
 
 @pytest.mark.parametrize("name", ["COMMITTED", "state.json", "state.index", "state.data"])

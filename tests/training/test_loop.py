@@ -395,6 +395,9 @@ def test_another_data_set_is_refused(
     other_squares: Manifest,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    # Before what only follows from other images, such as the weight of R1 at their resolution.
+    with pytest.raises(DataError, match="fingerprint differs.*--allow_change=data.fingerprint"):
+        loop.train(longer(other_squares, objective={"r1_gamma": 3}), str(finished))
     with pytest.raises(DataError, match="fingerprint differs.*--allow_change=data.fingerprint"):
         loop.train(labelled(other_squares), str(finished))
     loop.train(longer(other_squares), str(finished), allow_change=["data.fingerprint"])

@@ -102,7 +102,7 @@ def test_the_consoles_word_on_flags() -> None:
 def test_without_a_workdir_from_anywhere() -> None:
     done = task()
     assert (done.returncode, done.stdout) == (2, "")
-    assert "--config and --workdir are needed" in done.stderr
+    assert "error: --workdir is needed" in done.stderr
 
 
 def test_vertex_variables_name_the_workers() -> None:

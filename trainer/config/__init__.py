@@ -11,7 +11,15 @@ from trainer.config.auto import resolve
 from trainer.config.batch import BatchArithmetic, batch_arithmetic
 from trainer.config.cost import Cost, estimate_cost
 from trainer.config.identity import diff, fingerprint
-from trainer.config.loading import from_dict, known_keys, load, schedules, to_dict, to_yaml
+from trainer.config.loading import (
+    check_keys,
+    from_dict,
+    known_keys,
+    load,
+    schedules,
+    to_dict,
+    to_yaml,
+)
 from trainer.config.schema import (
     AugmentConfig,
     CheckpointConfig,
@@ -37,6 +45,7 @@ __all__ = [
     "TelemetryConfig",
     "TrainingConfig",
     "batch_arithmetic",
+    "check_keys",
     "diff",
     "estimate_cost",
     "fingerprint",

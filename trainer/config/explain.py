@@ -26,6 +26,7 @@ from trainer.families import registry
 from trainer.families.protocol import Keys
 
 _WIDTH = 100
+_MORE = "All about a key: python -m trainer config KEY"
 # Sides of the square images for which the rule of an 'auto' is shown.
 _SIDES = (64, 256, 1024)
 
@@ -144,7 +145,7 @@ def explain(text: str = "") -> str:
     """
     every = entries()
     if not text:
-        return "\n\n".join(_section(name, every) for name in SECTIONS)
+        return "\n\n".join([*(_section(name, every) for name in SECTIONS), _MORE])
     if text in SECTIONS:
         return _section(text, every)
     found = [entry for entry in every if text in (entry.key, entry.name)]

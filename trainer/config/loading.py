@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from trainer.config import presets
 from trainer.config.schema import SECTIONS, Config
 from trainer.core import documents, schedule, sections, storage
-from trainer.core.errors import ConfigError, StorageError
+from trainer.core.errors import ConfigError, StorageError, UsageError
 from trainer.core.schedule import Schedule
 from trainer.core.sections import Key, checked, is_clean
 from trainer.core.text import quoted, shorten
@@ -81,6 +81,24 @@ def _unknown(key: str, where: str, family: str = "") -> ConfigError:
 
 def _unknown_section(name: Any, where: str) -> ConfigError:
     return ConfigError(f"{where}: unknown section {shorten(name)!r}; {nearest(shorten(name))}")
+
+
+def check_keys(keys: Iterable[str], flag: str, others: Sequence[str] = ()) -> None:
+    """Refuses keys that no config has.
+
+    Args:
+      keys: as 'section.key'.
+      flag: that gave them, for the message.
+      others: what else it takes.
+
+    Raises:
+      UsageError: there is no such key; names the nearest.
+    """
+    for key in keys:
+        if key not in _KEYS and key not in others:
+            raise UsageError(
+                f"{flag}={shorten(key)}: unknown key; {nearest(key, [*_KEYS, *others])}"
+            )
 
 
 def nearest(text: str, known: Iterable[str] = _KEYS) -> str:

@@ -144,11 +144,11 @@ class Frame:
 def _alike(channels: set[int]) -> str:
     """The flags that make images alike whose channels are these."""
     if channels == {1, 3}:
-        return "pass --channels=rgb (or gray) to make them alike"
+        return "pass --channels=rgb (or gray) to make them alike, and --overwrite"
     opaque = "gray" if channels == {1, 2} else "rgb"
     return (
         f"pass --channels={opaque} --background=white (or another colour) to lay transparent pixels "
-        "over it, or --channels=rgba to keep them"
+        "over it, or --channels=rgba to keep them, and --overwrite for what is done already"
     )
 
 

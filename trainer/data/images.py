@@ -168,7 +168,7 @@ def _crop_box(
     if cut_width < target[0] or cut_height < target[1]:
         raise DataError(
             f"it is {width}x{height}, too small for a crop of {target[0]}x{target[1]}; "
-            "lower --resolution, or scale up with --crop=none"
+            "lower --resolution, or scale up with --crop=none, which stretches what has another shape"
         )
     left, top = (width - cut_width) // 2, (height - cut_height) // 2
     return left, top, left + cut_width, top + cut_height

@@ -186,7 +186,9 @@ class Journal:
         there = storage.walk(self.dest)
         complete = any(_is_entry(each.partition("/")[2]) for each in _below_partial(there))
         if complete:
-            changed = [key for key in plan if found.get(key) != plan[key]] or ["its plan is lost"]
+            changed = [key for key in plan if found.get(key) != plan[key]]
+            # The number of shards follows from the images, unless it is all that has changed.
+            changed = [key for key in changed if key != _SHARDS] or changed or ["its plan is lost"]
             raise UsageError(
                 f"{self.dest} holds an unfinished conversion with other settings (changed: "
                 f"{', '.join(changed)}); run it as before, or start anew with --overwrite"

@@ -377,7 +377,8 @@ def find(path: str) -> Found:
         return found
     newest_one, skipped = newest(path)
     if newest_one is None:
-        why = "; ".join(skipped) or "it holds none"
+        gone = not storage.isdir(path)
+        why = "; ".join(skipped) or ("there is no such directory" if gone else "it holds none")
         raise CheckpointError(f"no checkpoint in {path}: {why}; give the --workdir of a run")
     return newest_one
 

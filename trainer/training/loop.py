@@ -433,6 +433,13 @@ def _check_same_run(
     run_info.check_position(found.info, found.path)
     before = config_lib.from_dict(found.info["config"], where=found.path)
     _check_family(found.path, before, config, "use another workdir")
+    same_data = found.info["data_fingerprint"] == manifest.fingerprint
+    if not same_data and "data.fingerprint" not in allow_change:
+        raise DataError(
+            f"{manifest.directory} is not the data set that {found.path} was trained on (its "
+            "fingerprint differs); use that one, another workdir, or "
+            "--allow_change=data.fingerprint"
+        )
     changes = [c for c in config_lib.diff(before, config) if c[0] not in allow_change]
     if changes:
         text = ", ".join(f"{key}: {quoted(old)} -> {quoted(new)}" for key, old, new in changes)
@@ -440,13 +447,6 @@ def _check_same_run(
         raise ConfigError(
             f"the config differs from that of {found.path}: {text}; use the old values, another "
             f"workdir, or --allow_change={keys}"
-        )
-    same_data = found.info["data_fingerprint"] == manifest.fingerprint
-    if not same_data and "data.fingerprint" not in allow_change:
-        raise DataError(
-            f"{manifest.directory} is not the data set that {found.path} was trained on (its "
-            "fingerprint differs); use that one, another workdir, or "
-            "--allow_change=data.fingerprint"
         )
 
 

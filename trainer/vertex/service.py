@@ -166,6 +166,25 @@ def _log_filter(number: str) -> str:
     return f'resource.type="ml_job" AND resource.labels.job_id="{number}"'
 
 
+def login() -> tuple[Any, str]:
+    """The user's credentials, and the project that they name, '' if none.
+
+    Raises:
+      UsageError: there are none.
+    """
+    import google.auth
+    from google.auth import exceptions
+
+    logging.getLogger("google.auth").setLevel(logging.ERROR)  # it is said below
+    try:
+        found, project = google.auth.default()
+    except exceptions.DefaultCredentialsError:
+        raise UsageError(
+            "no Google Cloud credentials; run gcloud auth application-default login"
+        ) from None
+    return found, project or ""
+
+
 class Service:
     """The jobs of a region.
 
@@ -180,8 +199,7 @@ class Service:
 
     def __init__(self, project: str, region: str, endpoint: str = "") -> None:
         try:
-            import google.auth
-            from google.auth import credentials, exceptions
+            from google.auth import credentials
             from google.cloud import aiplatform_v1
         except ImportError:
             raise UsageError(
@@ -192,14 +210,8 @@ class Service:
         self.region = region
         found: Any = credentials.AnonymousCredentials()  # never a token over plain HTTP
         if not endpoint.startswith("http://"):
-            logging.getLogger("google.auth").setLevel(logging.ERROR)  # it is said below
-            try:
-                found, default = google.auth.default()
-            except exceptions.DefaultCredentialsError:
-                raise UsageError(
-                    "no Google Cloud credentials; run gcloud auth application-default login"
-                ) from None
-            project = project or default or ""
+            found, default = login()
+            project = project or default
         if not project:
             raise UsageError("no project: give --project, the Google Cloud project that pays")
         self.project = project
