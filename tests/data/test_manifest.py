@@ -100,6 +100,15 @@ def test_a_folder_of_images_is_the_source_and_not_the_destination(
     assert f"--source={data} --dest={dest} --resolution=SIZE" in str(caught.value)
 
 
+def test_one_image_stands_for_its_folder(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "1.png").write_bytes(b"image")
+    with pytest.raises(DataError) as caught:
+        manifest.load(str(tmp_path / "photos" / "1.png"))
+    photos = tmp_path / "photos"
+    assert f"--source={photos} --dest={photos}-SIZE" in str(caught.value)
+
+
 def test_the_name_of_a_folder_of_images_is_quoted(tmp_path):
     (tmp_path / "my photos").mkdir()
     (tmp_path / "my photos" / "a.png").write_bytes(b"an image")

@@ -279,6 +279,9 @@ class RepeatedKeyError(DocumentError):
         self.key = key
 
 
+_NO_YAML = "it is not valid YAML: look at its indentation, colons and quotes"
+
+
 def parse_yaml(text: str) -> Any:
     """The value of a YAML document, read by the 1.2 core rules.
 
@@ -296,12 +299,12 @@ def parse_yaml(text: str) -> Any:
         if isinstance(error, _RepeatedKeyError):
             raise RepeatedKeyError(error.problem or "", line) from None
         own = type(error) is yaml.MarkedYAMLError
-        raise DocumentError(str(error.problem) if own else "it is not valid YAML", line) from None
+        raise DocumentError(str(error.problem) if own else _NO_YAML, line) from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise DocumentError("it is not text: it holds a control character", line) from None
     except (yaml.YAMLError, ValueError, RecursionError):
-        raise DocumentError("it is not valid YAML") from None
+        raise DocumentError(_NO_YAML) from None
 
 
 def read_yaml(path: str) -> Any:

@@ -215,6 +215,8 @@ def _missing(path: str, directory: str) -> str:
 
 def _conversion_of(path: str) -> str:
     """The command that converts a folder or archive of images to a directory beside it."""
+    if storage.isfile(storage.resolve(path)) and not path.lower().endswith(".zip"):
+        path = path.rpartition("/")[0] or "."  # of one image of a folder
     source = path.rstrip("/")
     dest = f"{source.removesuffix('.zip')}-SIZE"
     if source.rpartition("/")[2] in {"", ".", ".."}:  # it has no name to derive one from

@@ -288,5 +288,7 @@ def _connect(name: str, resolver: Any, limit: float) -> None:
 
 def _reason(error: Exception) -> str:
     """TensorFlow's message in one line, without the names of its nodes."""
+    if "No OpKernel was registered" in str(error):
+        return "the installed TensorFlow has no support for TPUs"
     lines = re.sub(r"\{\{.*?\}\}|\[Op:\w+\].*", "", str(error)).strip().splitlines()
     return lines[0].strip() if lines else type(error).__name__
