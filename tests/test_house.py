@@ -391,3 +391,10 @@ def test_planted_relative_import_in_a_package_is_resolved() -> None:
     tree = ast.parse("from . import records\nfrom .pipeline import f")
     names = set(imported(tree, "trainer.data", is_package=True))
     assert names == {"trainer.data.records", "trainer.data.pipeline.f"}
+
+
+def test_the_loop_is_one_function_that_can_be_read() -> None:
+    tree = ast.parse((ROOT / "trainer/training/loop.py").read_text())
+    (train,) = (n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "train")
+    assert train.end_lineno is not None
+    assert train.end_lineno - train.lineno < 280

@@ -100,15 +100,8 @@ def train(
     check_data(run, manifest.num_images)
     config, data, arithmetic = run.config, run.data, run.arithmetic
     strategy, is_chief = run.placement.strategy, run.placement.is_chief
-    for line in _description(run, manifest):
-        if is_chief or line.startswith("devices"):
-            print(printable(line), flush=True)
-    if is_chief and (dry_run or sec_per_kimg is not None or not run.placement.accelerated):
-        for line in duration.lines(run, sec_per_kimg):
-            print(line, flush=True)
+    _print_plan(run, manifest, sec_per_kimg, dry_run=dry_run)
     if dry_run:
-        for line in config_lib.to_yaml(config).split("\n")[:-1] if is_chief else ():
-            print(printable(line))
         return
 
     with contextlib.ExitStack() as closing:
@@ -184,20 +177,7 @@ def train(
         # ------------------------------------------------------------------ data
         images, step = int(state.images.numpy()), int(state.step.numpy())
         bad_records = BadRecords(manifest, config.data.max_bad_records)
-        stream = ImageStream(
-            manifest,
-            group_size=arithmetic.group_size,
-            groups_per_batch=arithmetic.groups_per_step * config.run.steps_per_loop,
-            seed=config.run.seed,
-            start_group=step * arithmetic.groups_per_step,
-            worker=run.placement.worker,
-            num_workers=run.placement.num_workers,
-            use_labels=config.data.use_labels,
-            mirror=config.data.mirror,
-            window=config.data.window,
-            bad_records=bad_records,
-            stall_timeout=config.data.stall_timeout,
-        )
+        stream = _stream(run, manifest, step, bad_records)
 
         # ------------------------------------------------------------------ pictures
         telemetry = None
@@ -423,6 +403,39 @@ def _all_damaged(workdir: str, damaged: Sequence[str]) -> CheckpointError:
         "nothing was changed: restore what was damaged of one of them from a backup, take another "
         "--workdir, or add --start_over to move all that the run has written aside and start at "
         "step 0"
+    )
+
+
+def _print_plan(run: Run, manifest: Manifest, sec_per_kimg: float | None, *, dry_run: bool) -> None:
+    """Says what will be trained, and how long it takes; in a dry run with the whole config."""
+    is_chief = run.placement.is_chief
+    for line in _description(run, manifest):
+        if is_chief or line.startswith("devices"):
+            print(printable(line), flush=True)
+    if is_chief and (dry_run or sec_per_kimg is not None or not run.placement.accelerated):
+        for line in duration.lines(run, sec_per_kimg):
+            print(line, flush=True)
+    if dry_run and is_chief:
+        for line in config_lib.to_yaml(run.config).split("\n")[:-1]:
+            print(printable(line))
+
+
+def _stream(run: Run, manifest: Manifest, step: int, bad_records: BadRecords) -> ImageStream:
+    """The images of this worker, from a step on."""
+    data, arithmetic = run.config.data, run.arithmetic
+    return ImageStream(
+        manifest,
+        group_size=arithmetic.group_size,
+        groups_per_batch=arithmetic.groups_per_step * run.config.run.steps_per_loop,
+        seed=run.config.run.seed,
+        start_group=step * arithmetic.groups_per_step,
+        worker=run.placement.worker,
+        num_workers=run.placement.num_workers,
+        use_labels=data.use_labels,
+        mirror=data.mirror,
+        window=data.window,
+        bad_records=bad_records,
+        stall_timeout=data.stall_timeout,
     )
 
 
