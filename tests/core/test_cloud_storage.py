@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import base64
+import http.server
 import io
 import itertools
+import json
 import os
 import pathlib
 import random
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
+import google_crc32c
 import pytest
 
 from tests.gcs.emulator import ROOT, SERVERS
@@ -125,6 +130,73 @@ def test_an_upload_goes_on_with_the_part_that_failed(
     with gcs.emulator.faulty(match="part", reset_rate=0.1, seed=6):
         storage.upload(str(local), f"{gcs.url}/large")
     assert storage.digest(f"{gcs.url}/large") == storage.digest(str(local))
+
+
+class _Resumable(http.server.BaseHTTPRequestHandler):
+    """Uploads in parts as Google's storage testbench takes them: what comes is added to what is
+    there, without a look at where it belongs, and how much that is can be asked.
+
+    Attributes:
+      faults: what is done to the next parts: "half" stores half of one and answers 503, "lost" stores
+        it and breaks off.
+    """
+
+    stored, whole, faults = bytearray(), 0, [""]
+    asked = begun = 0
+
+    def do_POST(self) -> None:
+        kind = type(self)
+        kind.begun, kind.stored = kind.begun + 1, bytearray()
+        self.rfile.read(int(self.headers["Content-Length"]))
+        kind.whole = int(self.headers["X-Upload-Content-Length"])
+        self._answer(200, {}, Location=f"http://{self.headers['Host']}/session")
+
+    def do_PUT(self) -> None:
+        kind = type(self)
+        data = self.rfile.read(int(self.headers["Content-Length"]))
+        kind.asked += not data
+        fault = kind.faults.pop(0) if kind.faults and data else ""
+        kind.stored += data[: len(data) // 2] if fault == "half" else data
+        if fault == "half":
+            self._answer(503, {"error": {"message": "busy"}})
+        elif fault == "lost":
+            self.close_connection = True
+        elif len(kind.stored) < kind.whole:
+            self._answer(308, {}, Range=f"bytes=0-{len(kind.stored) - 1}")
+        else:
+            crc = base64.b64encode(google_crc32c.Checksum(bytes(kind.stored)).digest()).decode()
+            self._answer(200, {"size": str(len(kind.stored)), "crc32c": crc, "generation": "1"})
+
+    def _answer(self, code: int, document: dict[str, Any], **headers: str) -> None:
+        body = json.dumps(document).encode()
+        self.send_response(code)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *unused: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("fault", ["half", "lost"])
+def test_a_part_that_was_stored_in_spite_of_its_failure(
+    fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second upload asks after its faults, where the first has put something else together."""
+    monkeypatch.setattr(cloud_storage, "_LARGE", 0)
+    monkeypatch.setattr(cloud_storage, "_CHUNK", 1 << 10)
+    kind = type("Kind", (_Resumable,), {"faults": ["", fault, "", "", "", "", fault, ""]})
+    content = os.urandom(5 << 10)
+    with http.server.ThreadingHTTPServer(("localhost", 0), kind) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://localhost:{server.server_address[1]}")
+        cloud_requests.forget_client()
+        storage.write_bytes_atomic("gs://bucket/large", content)
+        server.shutdown()
+    cloud_requests.forget_client()
+    assert bytes(kind.stored) == content
+    assert (kind.begun, kind.asked) == (2, 1)
 
 
 def test_a_download_goes_on_where_it_stopped(

@@ -177,13 +177,16 @@ def _upload(path: str, content: _Content, **preconditions: int) -> int | None:
     Returns:
       The new generation, None if the answer doesn't hold it.
     """
-    sums = _sums(content)
+    sums, attempts = _sums(content), 0
 
     def upload(**options: Any) -> int | None:
+        nonlocal attempts
+        attempts += 1
         blob = _blob(path)
         blob.crc32c = base64.b64encode(sums[1].to_bytes(4, "big")).decode()
         if sums[0] > _LARGE:
-            info = _send_in_parts(path, content, sums[0], blob.crc32c, preconditions)
+            ask = attempts % 2 == 0
+            info = _send_in_parts(path, content, sums[0], blob.crc32c, preconditions, ask=ask)
             blob._set_properties(info)
         else:
             is_file = isinstance(content, str)
@@ -199,18 +202,33 @@ def _upload(path: str, content: _Content, **preconditions: int) -> int | None:
 
 
 def _send_in_parts(
-    path: str, content: _Content, size: int, crc: str, preconditions: Mapping[str, int]
+    path: str,
+    content: _Content,
+    size: int,
+    crc: str,
+    preconditions: Mapping[str, int],
+    *,
+    ask: bool,
 ) -> dict[str, Any]:
     """Writes a large object. After a fault it goes on with the part that has failed.
 
     Google's client does so only for faults that are answers, and counts the time for tries from the
     first part on.
 
+    Args:
+      path: the object.
+      content: its bytes, or the file of that name on the disk.
+      size, crc: of the content, the checksum as Cloud Storage writes it.
+      preconditions: of Cloud Storage.
+      ask: after a fault ask first how much is stored. Cloud Storage answers, and passes over what
+        is sent twice; other servers do only one of both.
+
     Returns:
       The object's description.
 
     Raises:
-      ShortError: the store has forgotten the upload; it can be begun anew.
+      ShortError: the store has forgotten the upload, or something else than the content; it can be
+        begun anew.
     """
     from google.api_core.exceptions import GoogleAPICallError, from_http_response
 
@@ -238,20 +256,24 @@ def _send_in_parts(
         )
     )
     session, start = begun.headers["Location"], 0
+    sure, faults = True, 0  # whether it is known how much is stored
     with io.BytesIO(content) if isinstance(content, bytes) else open(content, "rb") as file:
 
         def part() -> dict[str, Any] | None:
-            """Sends a part; the object's description if it was the last one."""
-            nonlocal start
-            file.seek(start)
-            data = file.read(_CHUNK)
-            where = f"bytes {start}-{start + len(data) - 1}/{size}"
+            """Sends a part, or asks; the object's description if all of it is stored."""
+            nonlocal start, sure, faults
+            data, where = b"", "bytes */*"
+            if sure or not ask:
+                file.seek(start)
+                data = file.read(_CHUNK)
+                where = f"bytes {start}-{start + len(data) - 1}/{size}"
+            sure, faults = False, faults + 1
             answer = request(
                 "PUT", session, (200, 201, 308), data=data, headers={"Content-Range": where}
             )
+            sure, faults = True, faults - 1
             if answer.status_code != 308:
                 return dict(answer.json())
-            # All that is stored. What is sent a second time Cloud Storage passes over.
             found = re.fullmatch(r"bytes=0-(\d+)", answer.headers.get("Range", ""))
             start = int(found[1]) + 1 if found else 0
             return None
@@ -260,9 +282,10 @@ def _send_in_parts(
             try:
                 info = cloud_requests.tried(part, progress=lambda: start)
             except GoogleAPICallError as error:
-                if error.code not in (404, 410):
+                # After faults another content may have been put together than has this checksum.
+                if error.code not in (404, 410) and not (faults > 1 and error.code in (400, 412)):
                     raise
-                raise ShortError(f"Cloud Storage has forgotten the upload of {path}") from error
+                raise ShortError(f"the upload of {path} broke off ({error.message})") from error
             if info is not None:
                 return info
 
