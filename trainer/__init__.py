@@ -23,7 +23,8 @@ def load(
 ) -> TrainedGenerator:
     """The trained generator of a run or of one checkpoint, to make images with.
 
-    TensorFlow is imported by the first call, not with this package.
+    TensorFlow is imported by the first call, not with this package; unless TF_CPP_MIN_LOG_LEVEL is
+    set, it then logs errors alone.
 
     Args:
       path: directory of a run, whose newest checkpoint is taken, or of a checkpoint; local or
@@ -39,6 +40,9 @@ def load(
     from trainer.core.errors import require_tensorflow
 
     require_tensorflow()
+    from trainer.distribution import host
+
+    host.quieten_tensorflow()
     from trainer.serving import rendering
 
     return rendering.load(path, noise_mode=noise_mode, batch=batch)

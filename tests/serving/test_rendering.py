@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +228,27 @@ def test_a_trained_generator_says_what_it_is(conditional: Network) -> None:
     assert trained(conditional, []).labels == ("class 0", "class 1", "class 2", "class 3")
     with pytest.raises(UsageError, match="needs label: use an index from 0 to 3 or one of: cat"):
         generator.sample([1])
+
+
+def test_loading_prints_nothing() -> None:
+    """In a process whose first call it is: none of the lines that TensorFlow's start writes."""
+    code = """
+import trainer
+try:
+    trainer.load("nowhere")
+except trainer.core.errors.CheckpointError as error:
+    print(error)
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[2],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("no checkpoint in nowhere: there is no such directory")
 
 
 def test_load_without_tensorflow_names_the_extras(monkeypatch: pytest.MonkeyPatch) -> None:
