@@ -197,7 +197,11 @@ def test_ticks_on_a_terminal(config: str, dataset: str, tmp_path: pathlib.Path) 
     for start, (total, *more) in starts.items():
         ours, theirs = pty.openpty()
         arguments = [f"--workdir={tmp_path}/run", f"--set=training.total_kimg={total}", *more]
-        with subprocess.Popen([*command, *arguments], cwd=ROOT, stdout=theirs) as process:
+        # Not the environment as it is: a library that an earlier test loaded may have added to it.
+        environment = dict(os.environ)
+        with subprocess.Popen(
+            [*command, *arguments], cwd=ROOT, env=environment, stdout=theirs
+        ) as process:
             os.close(theirs)
             lines = []
             with contextlib.suppress(OSError), open(ours) as terminal:  # it ends with EIO

@@ -197,8 +197,13 @@ def events(content: bytes, tick: int = -1) -> Iterator[tuple[bytes, int, list[Ev
         for value in event.summary.value:
             if value.tag == "Progress/tick":
                 tick = int(tf.make_ndarray(value.tensor))
+        # A run's config is there once; that of another run may say other paths and times.
         values = [
-            (event.step, value.tag, value.tensor.SerializeToString())
+            (
+                event.step,
+                value.tag,
+                b"" if value.tag == "Config" else value.tensor.SerializeToString(),
+            )
             for value in event.summary.value
             if not value.tag.startswith(_PASSING)
         ]
