@@ -61,3 +61,12 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     cpu = tf.config.list_physical_devices("CPU")[0]
     parts = [tf.config.LogicalDeviceConfiguration() for _ in range(VIRTUAL_CPUS)]
     tf.config.set_logical_device_configuration(cpu, parts)
+
+
+@pytest.fixture(autouse=True)
+def _no_traces_of_libtpu() -> Iterator[None]:
+    """The TPU compiler says in the environment that this is a TPU VM, past `os.environ`: a process
+    that a later test starts would look for its TPU."""
+    yield
+    if "TPU_WORKER_ID" not in os.environ:
+        os.unsetenv("TPU_WORKER_ID")
