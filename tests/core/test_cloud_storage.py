@@ -96,6 +96,21 @@ def test_a_write_that_somebody_else_won_is_a_conflict_even_after_a_reset(gcs: Gc
         assert storage.read_bytes(path) == b"theirs"
 
 
+@pytest.mark.parametrize("length", [3, 6])
+def test_shortening_whose_answer_was_lost_is_no_conflict(gcs: Gcs, length: int) -> None:
+    for seed in range(12):
+        path = f"{gcs.url}/log-{seed}"
+        storage.write_bytes_atomic(path, b"1\n2\n3\n")
+        version = storage.version(path)
+        assert version is not None
+        with gcs.emulator.faulty(match="write|copy", reset_rate=0.6, seed=seed):
+            storage.shorten(path, length, version)
+        assert storage.read_bytes(path) == b"1\n2\n3\n"[:length]
+        assert storage.version(path) != version
+        with pytest.raises(storage.ConflictError):
+            storage.shorten(path, 1, version)
+
+
 def test_retries_end_at_the_deadline_and_wait_between(
     gcs: Gcs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
