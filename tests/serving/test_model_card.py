@@ -103,7 +103,7 @@ def run_snippet(text: str, path: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("classes", [0, 4])
 def test_the_call_in_the_card_can_be_copied(classes: int, tmp_path: pathlib.Path) -> None:
-    """Of all inputs; what it draws is what the defaults of `generate` draw of the same seeds."""
+    """The call names all inputs, and renders what `generate` renders of the same seeds by default."""
     network, params = make_network(c_dim=classes)
     arrays = {name: value.numpy() for name, value in params.items()}
     served = Served(network, arrays)

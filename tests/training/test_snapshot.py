@@ -101,7 +101,7 @@ def test_reals_are_those_of_the_layout(squares: Manifest) -> None:
 def test_variety_of_reals_is_1_and_that_of_one_image_0(
     squares: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the classes of their rows, without a second look at the records."""
+    """Fakes are compared within the class of their row, and no record is read a second time."""
     shots = Snapshots(generator(c_dim=3)[0], squares, use_labels=True, seed=3)
     resumed = Snapshots(generator(c_dim=3)[0], squares, use_labels=True, seed=3)
     reals = shots.reals()

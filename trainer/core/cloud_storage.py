@@ -18,7 +18,7 @@ import secrets
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent import futures
 from typing import IO, Any, TypeVar
 from urllib.parse import quote
@@ -35,7 +35,6 @@ _BLOCK = 1 << 24
 _LARGE = 8 << 20  # from which on an upload takes several requests
 _CHUNK = 1 << 25  # of each of them; a multiple of 256 KiB
 _BYTES = "application/octet-stream"
-_CAMEL = re.compile(r"_(\w)")
 
 T = TypeVar("T")
 _Content = TypeVar("_Content", bytes, str)  # itself, or the name of a file with it on the disk
@@ -166,13 +165,13 @@ def put_new_file(path: str, local: str) -> bool:
     return True
 
 
-def _upload(path: str, content: _Content, **preconditions: int) -> int | None:
+def _upload(path: str, content: _Content, if_generation_match: int | None = None) -> int | None:
     """Writes an object. The store gets the CRC32C, and must compare.
 
     Args:
       path: the object.
       content: its bytes, or the file of that name on the disk.
-      preconditions: of Cloud Storage.
+      if_generation_match: that the object must have still, 0 if there must be none; None: whatever.
 
     Returns:
       The new generation, None if the answer doesn't hold it.
@@ -186,12 +185,18 @@ def _upload(path: str, content: _Content, **preconditions: int) -> int | None:
         blob.crc32c = base64.b64encode(sums[1].to_bytes(4, "big")).decode()
         if sums[0] > _LARGE:
             ask = attempts % 2 == 0
-            info = _send_in_parts(path, content, sums[0], blob.crc32c, preconditions, ask=ask)
+            info = _send_in_parts(path, content, sums[0], blob.crc32c, if_generation_match, ask=ask)
             blob._set_properties(info)
         else:
             is_file = isinstance(content, str)
             send = blob.upload_from_filename if is_file else blob.upload_from_string
-            send(content, content_type=_BYTES, checksum=None, **options, **preconditions)
+            send(
+                content,
+                content_type=_BYTES,
+                checksum=None,
+                if_generation_match=if_generation_match,
+                **options,
+            )
         _compare(path, sums, blob)
         return None if blob.generation is None else int(blob.generation)
 
@@ -206,7 +211,7 @@ def _send_in_parts(
     content: _Content,
     size: int,
     crc: str,
-    preconditions: Mapping[str, int],
+    if_generation_match: int | None,
     *,
     ask: bool,
 ) -> dict[str, Any]:
@@ -219,7 +224,7 @@ def _send_in_parts(
       path: the object.
       content: its bytes, or the file of that name on the disk.
       size, crc: of the content, the checksum as Cloud Storage writes it.
-      preconditions: of Cloud Storage.
+      if_generation_match: see `_upload`.
       ask: after a fault ask first how much is stored. Cloud Storage answers, and passes over what
         is sent twice; other servers do only one of both.
 
@@ -243,8 +248,8 @@ def _send_in_parts(
             raise from_http_response(answer)
         return answer
 
-    query = {"uploadType": "resumable"}
-    query |= {_CAMEL.sub(lambda m: m[1].upper(), key): str(n) for key, n in preconditions.items()}
+    # What is None requests leaves out.
+    query = {"uploadType": "resumable", "ifGenerationMatch": if_generation_match}
     begun = cloud_requests.tried(
         lambda: request(
             "POST",
@@ -381,8 +386,8 @@ def shorten(path: str, length: int, generation: int) -> bool:
         info = cloud_reading.stat(path)
         if cloud_reading.generation(path, info) != generation:
             return False
-        expected = cloud_reading.digest(path, info)
-        if length == expected[0]:
+        if length == cloud_reading.size(path, info):
+            expected = cloud_reading.digest(path, info)
             _copy(_blob(path), _blob(path), if_generation_match=generation)
             return True
         with tempfile.NamedTemporaryFile() as file:
